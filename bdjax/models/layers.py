@@ -1,0 +1,137 @@
+"""From a few lines of layers to a `Model`: `Site` marks a place to look, cut or push; `forward` is the one pure pass over them.
+
+A family of nets is a `Net` with one method, `layers(x, train, classes)`, written with the helpers below (any Linen module
+works beside them). Keep `nn.scan` and `nn.remat` away from a site: the interceptor could not see through them.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bdjax.models.conv import conv_general_dilated, max_pool
+from bdjax.registry import static
+from bdjax.types import BadInput, Edits, Model, Output, Variables
+
+
+class Site(nn.Module):
+    """The identity, with a name by which defenses find this activation."""
+
+    def __call__(self, x):
+        return x
+
+
+def site(name: str, x: jax.Array) -> jax.Array:
+    """Marks `x` as the activation `name`."""
+    return Site(name=f"site_{name}")(x)
+
+
+def conv(x, features: int, size: int, name: str, *, stride: int = 1, padding: str | Any = "SAME", groups: int = 1, bias: bool = True):
+    """A `size`×`size` convolution whose gradients are fast on CPU too."""
+    layer = nn.Conv(
+        features, (size, size), (stride, stride), padding, feature_group_count=groups, use_bias=bias, name=name,
+        conv_general_dilated=conv_general_dilated,
+    )  # fmt: skip
+    return layer(x)
+
+
+def dense(x, features: int, name: str):
+    """A fully connected layer on flattened features."""
+    return nn.Dense(features, name=name)(x.reshape(x.shape[0], -1))
+
+
+def batch_norm(x, train: bool, name: str, *, momentum: float = 0.9, epsilon: float = 1e-5):
+    """BatchNorm: batch statistics while training, running ones after."""
+    return nn.BatchNorm(use_running_average=not train, momentum=momentum, epsilon=epsilon, name=name)(x)
+
+
+def dropout(x, rate: float, train: bool):
+    """Dropout; active only while training."""
+    return nn.Dropout(rate, deterministic=not train)(x)
+
+
+def avg_pool(x, window: int, stride: int | None = None, padding: str = "VALID"):
+    """Average pooling."""
+    step = stride or window
+    return nn.avg_pool(x, (window, window), (step, step), padding)
+
+
+class Net:
+    """Base of the model families. `layers(x, train, classes)` builds the net inside a Linen module; pixels come in [0, 1]."""
+
+    def preprocess(self, x: jax.Array) -> jax.Array:
+        """From pixels in [0, 1] to what the first layer wants."""
+        return x
+
+    def layers(self, x: jax.Array, train: bool, classes: int) -> jax.Array:
+        raise TypeError(f"{type(self).__name__} must define layers(x, train, classes)")
+
+    def check(self, shape: Sequence[int], classes: int) -> None:
+        """Raises `BadInput` where this net cannot take images of `shape`."""
+
+
+class _Linen(nn.Module):
+    config: Any
+    classes: int
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        return self.config.layers(self.config.preprocess(x), train, self.classes)
+
+
+def forward(
+    module: nn.Module, variables: Variables, x: jax.Array, *, train: bool = False, edits: Edits | None = None, key=None
+) -> Output:
+    """One pass that returns every site's activation, after its mask (`variables["masks"]`) and its edit were applied.
+
+    Activations nobody reads are dead code under jit, and so is all that stands before a site whose edit ignores its input.
+    """
+    acts: dict[str, jax.Array] = {}
+    masks = variables.get("masks", {})
+    edits = edits or {}
+
+    def look(call, args, kwargs, context):
+        if not isinstance(context.module, Site):
+            return call(*args, **kwargs)
+        name = context.module.name.removeprefix("site_")  # type: ignore[union-attr]
+        (y,) = args
+        y = y * masks[name] if name in masks else y
+        acts[name] = edits[name](y) if name in edits else y
+        return acts[name]
+
+    state = {name: value for name, value in variables.items() if name != "masks"}
+    rngs = None if key is None else {"dropout": key}
+    mutable = [name for name in state if name != "params"] if train else []
+    with nn.intercept_methods(look):
+        logits, updated = module.apply(state, x, train, mutable=mutable, rngs=rngs)
+    if unknown := (set(edits) | set(masks)) - set(acts):
+        raise BadInput(f"the model has no site '{sorted(unknown)[0]}'; it has: {', '.join(acts)}")
+    return Output(logits, acts, {**variables, **updated})
+
+
+@functools.lru_cache(maxsize=256)
+def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
+    """The `Model` of a configured family for images of `shape` (H, W, C). The same arguments give the same object."""
+    net.check(shape, classes)
+    module = _Linen(net, classes)
+    probe = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+    def init(key: jax.Array) -> Variables:
+        return module.init(key, jnp.zeros((1, *shape)), False)
+
+    def apply(variables: Variables, x: jax.Array, *, train: bool = False, edits: Edits | None = None, key=None) -> Output:
+        return forward(module, variables, x, train=train, edits=edits, key=key)
+
+    try:
+        out = jax.eval_shape(lambda k, x: apply(init(k), x), jax.random.key(0), probe)
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"{type(net).__name__} cannot take images of shape {shape}: {str(error).partition(chr(10))[0]}") from error
+    return Model(init, apply, tuple(shape), classes, tuple(out.acts))
+
+
+__all__ = ["Net", "Site", "avg_pool", "batch_norm", "build", "conv", "dense", "dropout", "forward", "max_pool", "site", "static"]
