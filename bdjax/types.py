@@ -20,6 +20,13 @@ class BadInput(ValueError):
     """The user's input is wrong: the message is one line that says what to do. The command line exits with code 2."""
 
 
+def between(name: str, value: Any, low: float, high: float) -> None:
+    """Raises `BadInput` unless low ≤ value ≤ high (NaN is outside)."""
+    array = np.asarray(value, np.float64)
+    if not np.all((array >= low) & (array <= high)):
+        raise BadInput(f"{name} {value} is outside [{low:g}, {high:g}]")
+
+
 class Split(NamedTuple):
     """Images that belong together.
 

@@ -29,7 +29,17 @@ def site(name: str, x: jax.Array) -> jax.Array:
     return Site(name=f"site_{name}")(x)
 
 
-def conv(x, features: int, size: int, name: str, *, stride: int = 1, padding: str | Any = "SAME", groups: int = 1, bias: bool = True):
+def conv(
+    x,
+    features: int,
+    size: int,
+    name: str,
+    *,
+    stride: int = 1,
+    padding: str | Any = "SAME",
+    groups: int = 1,
+    bias: bool = True,
+):
     """A `size`×`size` convolution whose gradients are fast on CPU too."""
     layer = nn.Conv(
         features, (size, size), (stride, stride), padding, feature_group_count=groups, use_bias=bias, name=name,
@@ -122,16 +132,34 @@ def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
     def init(key: jax.Array) -> Variables:
         return module.init(key, jnp.zeros((1, *shape)), False)
 
-    def apply(variables: Variables, x: jax.Array, *, train: bool = False, edits: Edits | None = None, key=None) -> Output:
+    def apply(
+        variables: Variables, x: jax.Array, *, train: bool = False, edits: Edits | None = None, key=None
+    ) -> Output:
         return forward(module, variables, x, train=train, edits=edits, key=key)
 
+    sites: list[str] = []  # eval_shape would return a dict in alphabetical order
     try:
-        out = jax.eval_shape(lambda k, x: apply(init(k), x), jax.random.key(0), probe)
+        jax.eval_shape(lambda k, x: sites.extend(apply(init(k), x).acts), jax.random.key(0), probe)
     except BadInput:
         raise
     except Exception as error:
-        raise BadInput(f"{type(net).__name__} cannot take images of shape {shape}: {str(error).partition(chr(10))[0]}") from error
-    return Model(init, apply, tuple(shape), classes, tuple(out.acts))
+        raise BadInput(
+            f"{type(net).__name__} cannot take images of shape {shape}: {str(error).partition(chr(10))[0]}"
+        ) from error
+    return Model(init, apply, tuple(shape), classes, tuple(sites))
 
 
-__all__ = ["Net", "Site", "avg_pool", "batch_norm", "build", "conv", "dense", "dropout", "forward", "max_pool", "site", "static"]
+__all__ = [
+    "Net",
+    "Site",
+    "avg_pool",
+    "batch_norm",
+    "build",
+    "conv",
+    "dense",
+    "dropout",
+    "forward",
+    "max_pool",
+    "site",
+    "static",
+]

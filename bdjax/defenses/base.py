@@ -1,0 +1,28 @@
+"""What a defense is. The folder that it stands in says what it is given and what it returns:
+
+| folder | call | returns |
+|---|---|---|
+| `train/` | `(key, model, recipe, data: TrainSet, clean: Split)` | `Trained`: replaces training |
+| `repair/` | `(key, model, variables, clean)` | `Repaired` |
+| `invert/`, `models/` | `(key, model, variables, clean)` | `Verdict` on the model |
+| `inputs/` | `(key, model, variables, clean, x: [B, H, W, C])` | `Scores` of the inputs |
+| `samples/` | `(key, model, variables, data: TrainSet)` | `Suspects` among the training rows |
+
+All are pure and safe under jit and vmap over the key, the variables and every leaf of the defense.
+"""
+
+from bdjax.registry import pytree
+from bdjax.types import Model, Split
+
+
+@pytree
+class Defense:
+    """Base of the defenses."""
+
+    @property
+    def oracle(self) -> bool:
+        """Whether a choice uses what no defender has (test ASR, poisoned data, the target label); every result row says so."""
+        return False
+
+    def check(self, model: Model, clean: Split) -> None:
+        """Raises `BadInput` where this defense cannot be run on `model` with the defender's `clean` images."""

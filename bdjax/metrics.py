@@ -1,0 +1,81 @@
+"""The field's measures as pure functions. Rates are shares in [0, 1]; reports print them as percentages."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MAD_SCALE = 1.4826
+"""1.4826 · MAD estimates the standard deviation of a normal sample."""
+
+
+def accuracy(predicted: jax.Array, label: jax.Array) -> jax.Array:
+    """Share of `predicted: [N]` equal to `label: [N]`."""
+    return (predicted == label).mean()
+
+
+class SuccessRates(NamedTuple):
+    """Attack success rates: `all` over every stamped image, `nt` over those whose own label is not the one aimed at."""
+
+    all: jax.Array
+    nt: jax.Array
+
+
+def attack_success(predicted: jax.Array, aimed: jax.Array, label: jax.Array) -> SuccessRates:
+    """ASR over stamped images: `predicted: [N]`, `aimed: [N]` (-1 = not attacked, never counted), true `label: [N]`.
+
+    NaN where no image counts.
+    """
+    hit = predicted == aimed
+    counted = aimed >= 0
+    other = counted & (aimed != label)
+    return SuccessRates(_share(hit, counted), _share(hit, other))
+
+
+def _share(hit: jax.Array, among: jax.Array) -> jax.Array:
+    count = among.sum()
+    return jnp.where(count > 0, (hit & among).sum() / jnp.maximum(count, 1), jnp.nan)
+
+
+def far_frr(
+    flag_clean: jax.Array, flag_trojan: jax.Array, counted: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """False acceptance rate (trojaned inputs let through) and false rejection rate (clean inputs flagged).
+
+    `counted: [N]` restricts the trojaned inputs, to those whose backdoor works, say.
+    """
+    counted = jnp.ones_like(flag_trojan) if counted is None else counted
+    return _share(~flag_trojan, counted), flag_clean.mean()
+
+
+def auroc(low: jax.Array, high: jax.Array, low_counted=None, high_counted=None) -> jax.Array:
+    """P(a score of `high: [M]` > a score of `low: [N]`), ties one half: 1 = separated, 0.5 = chance. NaN where a side is empty."""
+    low_weight = jnp.ones_like(low, bool) if low_counted is None else low_counted
+    high_weight = jnp.ones_like(high, bool) if high_counted is None else high_counted
+    score = jnp.concatenate([low, high])
+    weight_low = jnp.concatenate([low_weight, jnp.zeros_like(high, bool)]).astype(jnp.float32)
+    weight_high = jnp.concatenate([jnp.zeros_like(low, bool), high_weight]).astype(jnp.float32)
+    order = jnp.sort(score)
+    first = jnp.searchsorted(order, score, side="left")
+    last = jnp.searchsorted(order, score, side="right")
+    # How many low scores stand before (below) and up to (below or equal) each score.
+    low_sorted = jnp.concatenate([jnp.zeros(1), jnp.cumsum(weight_low[jnp.argsort(score)])])
+    pairs = (weight_high * (low_sorted[first] + low_sorted[last]) / 2).sum()
+    count = weight_low.sum() * weight_high.sum()
+    return jnp.where(count > 0, pairs / jnp.maximum(count, 1), jnp.nan)
+
+
+def median_absolute_deviation(x: jax.Array) -> jax.Array:
+    """1.4826 · median|x − median x| of `x: [K]`."""
+    return MAD_SCALE * jnp.median(jnp.abs(x - jnp.median(x)))
+
+
+def anomaly_index(x: jax.Array) -> jax.Array:
+    """|x − median| / MAD for each of `x: [K]` (Wang et al., 2019); 0 where all are alike (MAD = 0 and x = median)."""
+    gap, mad = jnp.abs(x - jnp.median(x)), median_absolute_deviation(x)
+    return jnp.where(gap == 0, 0.0, gap / mad)
+
+
+def entropy(p: jax.Array, base: float = 2.0) -> jax.Array:
+    """−Σ p·log p over the last axis, with 0·log 0 = 0."""
+    return -(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0)).sum(-1) / jnp.log(base)

@@ -1,0 +1,274 @@
+"""Training as a pure function: a scan over steps, the poison stamped inside the step, one uint8 copy of the data for all runs."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bdjax import metrics
+from bdjax.registry import pytree, static
+from bdjax.types import Array, BadInput, Model, Plan, Split, Variables, between
+
+Optimizer = Literal["adam", "sgd", "adadelta", "rmsprop"]
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+"""`augment(key, x) -> x` for a batch `x: [B, H, W, C]` in [0, 1]; a module-level function, so that programs can be shared."""
+
+
+@pytree
+class Recipe:
+    """How to train: `epochs` of N draws in batches of `batch` with learning rate `lr`.
+
+    `momentum` is SGD's (Nesterov with `nesterov`); `weight_decay` the factor of an L2 term in the gradient;
+    `drops`: (epoch, factor) pairs: from that epoch on the learning rate is `lr · factor`.
+    """
+
+    lr: Array | float = 1e-3
+    momentum: Array | float = 0.9
+    weight_decay: Array | float = 0.0
+    epochs: int = static(8)
+    batch: int = static(128)
+    optimizer: Optimizer = static("adam")
+    nesterov: bool = static(False)
+    drops: tuple[tuple[int, float], ...] = static(())
+    augment: Augment | None = static(None)
+
+    def check(self, rows: int) -> None:
+        """Raises `BadInput` where a training set of `rows` rows cannot be trained on like this."""
+        between("learning rate", self.lr, 0, float("inf"))
+        if self.epochs < 0:
+            raise BadInput(f"epochs {self.epochs} is negative")
+        if not 1 <= self.batch <= rows:
+            raise BadInput(f"batch {self.batch} is not between 1 and the {rows} training images")
+        if self.optimizer not in get_args(Optimizer):
+            raise BadInput(f"optimizer '{self.optimizer}' is not one of {', '.join(get_args(Optimizer))}")
+
+    def transform(self) -> optax.GradientTransformation:
+        """The update rule without its learning rate, which varies with the epoch."""
+        rule = {
+            "adam": optax.scale_by_adam,
+            "sgd": lambda: optax.trace(self.momentum, self.nesterov),  # type: ignore[arg-type]
+            "adadelta": lambda: optax.scale_by_adadelta(rho=0.95, eps=1e-7),
+            "rmsprop": lambda: optax.scale_by_rms(decay=0.9, eps=1e-7),
+        }[self.optimizer]()
+        return optax.chain(optax.add_decayed_weights(self.weight_decay), rule)  # type: ignore[arg-type]
+
+
+class TrainSet(NamedTuple):
+    """A poisoned training set as it is stored: the clean images, which rows there are, and how a row is stamped."""
+
+    image: Array
+    plan: Plan
+    attack: Any = None
+
+    def rows(self, rows: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images `[B, H, W, C]` in [0, 1], stamped, and their labels `[B]`."""
+        plan = self.plan
+        x = unit(jnp.asarray(self.image)[plan.source[rows]])
+        if self.attack is not None:
+            keys = jax.random.split(key, rows.shape[0])
+            x = jax.vmap(self.attack.stamp)(plan.kind[rows], x, keys)
+        return x, plan.label[rows]
+
+
+class State(NamedTuple):
+    """What is carried from epoch to epoch, and saved in a checkpoint."""
+
+    variables: Variables
+    opt_state: Any
+    epoch: jax.Array
+
+
+class Curves(NamedTuple):
+    """What an epoch reports: mean training `loss: [E]` and accuracy on the drawn rows, `acc: [E]`."""
+
+    loss: jax.Array
+    acc: jax.Array
+
+
+Loss = Callable[[Model, Variables, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""`loss(model, variables, x, label, weight, key) -> (scalar, Output)`."""
+
+
+def unit(image: Array) -> jax.Array:
+    """uint8 pixels as float32 in [0, 1]; float pixels as they are."""
+    image = jnp.asarray(image)
+    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+
+
+def clean_plan(y: jax.Array) -> Plan:
+    """The plan of an unpoisoned training set with labels `y: [N]`."""
+    n = y.shape[0]
+    return Plan(jnp.arange(n), jnp.zeros(n, jnp.int32), y, jnp.ones(n), jnp.asarray(n))
+
+
+def clean_set(split: Split) -> TrainSet:
+    """`split` as an unpoisoned training set."""
+    return TrainSet(split.image, clean_plan(jnp.asarray(split.label)))
+
+
+def poisoned_set(key: jax.Array, split: Split, attack: Any, classes: int) -> TrainSet:
+    """`split` poisoned by `attack`; None gives the clean twin."""
+    if attack is None:
+        return clean_set(split)
+    return TrainSet(split.image, attack.plan(key, jnp.asarray(split.label), classes), attack)
+
+
+def cross_entropy(model: Model, variables: Variables, x, label, weight, key) -> tuple[jax.Array, Any]:
+    """The weighted mean cross-entropy of a batch."""
+    out = model.apply(variables, x, train=True, key=key)
+    loss = optax.softmax_cross_entropy_with_integer_labels(out.logits, label)
+    return (weight * loss).sum() / jnp.maximum(weight.sum(), 1e-9), out
+
+
+def begin(key: jax.Array, model: Model, recipe: Recipe, variables: Variables | None = None) -> State:
+    """The state before the first epoch: fresh variables, or the given ones."""
+    variables = model.init(key) if variables is None else variables
+    return State(variables, recipe.transform().init(variables["params"]), jnp.zeros((), jnp.int32))
+
+
+def advance(
+    key: jax.Array,
+    state: State,
+    model: Model,
+    recipe: Recipe,
+    data: TrainSet,
+    *,
+    epochs: int,
+    trainable: Any = None,
+    loss: Loss = cross_entropy,
+) -> tuple[State, Curves]:
+    """`epochs` more epochs. All randomness comes from (key, epoch, step): a resumed run equals an unbroken one bit for bit.
+
+    `trainable`: a pytree like the parameters (or a prefix of it) of 0/1 arrays; parameters at 0 keep their value: frozen layers, pruned
+    links. An epoch is N // batch batches over a random permutation of the rows that exist, N the number of base images.
+    """
+    rule = recipe.transform()
+    n = data.image.shape[0]
+    capacity = data.plan.source.shape[0]
+    batch = min(recipe.batch, n)
+    masks = None if trainable is None else broadcast_prefix(trainable, state.variables["params"])
+
+    def step(carry, now):
+        variables, opt_state = carry
+        rows, lr, key = now
+        key_stamp, key_augment, key_model = jax.random.split(key, 3)
+        x, label = data.rows(rows, key_stamp)
+        if recipe.augment is not None:
+            x = recipe.augment(key_augment, x)
+
+        def objective(params):
+            return loss(model, {**variables, "params": params}, x, label, data.plan.weight[rows], key_model)
+
+        (value, out), grads = jax.value_and_grad(objective, has_aux=True)(variables["params"])
+        with jax.numpy_dtype_promotion("standard"):  # optax's bias correction mixes float and int
+            updates, opt_state = rule.update(grads, opt_state, variables["params"])
+        updates = jax.tree.map(lambda u: -lr * u, updates)
+        if masks is not None:
+            updates = jax.tree.map(lambda u, m: u * m, updates, masks)
+        variables = {**out.variables, "params": optax.apply_updates(variables["params"], updates)}
+        return (variables, opt_state), (value, metrics.accuracy(out.logits.argmax(-1), label))
+
+    def epoch(state: State, _):
+        here = jax.random.fold_in(key, state.epoch)
+        # Rows that do not exist sort behind those that do; positions wrap around, so every batch is full.
+        draw = jax.random.uniform(jax.random.fold_in(here, 0), (capacity,))
+        order = jnp.argsort(jnp.where(jnp.arange(capacity) < data.plan.size, draw, 2.0))
+        steps = n // batch
+        rows = order[jnp.arange(steps * batch) % data.plan.size].reshape(steps, batch)
+        lr = jnp.asarray(recipe.lr, jnp.float32)
+        for first, factor in recipe.drops:
+            lr = jnp.where(state.epoch >= first, jnp.asarray(recipe.lr, jnp.float32) * factor, lr)
+        keys = jax.random.split(jax.random.fold_in(here, 1), steps)
+        carry = (state.variables, state.opt_state)
+        (variables, opt_state), (losses, accs) = jax.lax.scan(step, carry, (rows, jnp.broadcast_to(lr, steps), keys))
+        return State(variables, opt_state, state.epoch + 1), Curves(losses.mean(), accs.mean())
+
+    return jax.lax.scan(epoch, state, length=epochs)
+
+
+def fit(
+    key: jax.Array,
+    model: Model,
+    recipe: Recipe,
+    data: TrainSet,
+    *,
+    variables: Variables | None = None,
+    trainable: Any = None,
+    loss: Loss = cross_entropy,
+) -> tuple[Variables, Curves]:
+    """A whole training run, jit- and vmappable over the key and every leaf of the recipe and the attack.
+
+    >>> variables, curves = fit(key, model, Recipe(epochs=5), poisoned_set(key, split, BadNets(rate=0.1), 10))
+    """
+    key_init, key_run = jax.random.split(key)
+    state = begin(key_init, model, recipe, variables)
+    state, curves = advance(key_run, state, model, recipe, data, epochs=recipe.epochs, trainable=trainable, loss=loss)
+    return state.variables, curves
+
+
+def broadcast_prefix(prefix: Any, tree: Any) -> Any:
+    """`prefix` with each of its leaves repeated over the subtree of `tree` that it stands for."""
+    return jax.tree.map(lambda leaf, sub: jax.tree.map(lambda _: leaf, sub), prefix, tree)
+
+
+def batched(fn: Callable, rows: int, batch: int) -> Any:
+    """`fn(index [batch]) -> pytree of [batch, ...]` over indices 0 … rows − 1, in pieces that fit in memory: pytree of `[rows, ...]`."""
+    batch = min(batch, rows)
+    pieces = -(-rows // batch)
+    if pieces == 1:
+        return fn(jnp.arange(rows))
+    index = jnp.minimum(jnp.arange(pieces * batch), rows - 1).reshape(pieces, batch)
+    out = jax.lax.map(fn, index)
+    return jax.tree.map(lambda leaf: leaf.reshape(pieces * batch, *leaf.shape[2:])[:rows], out)
+
+
+def predict(model: Model, variables: Variables, images: Array, *, batch: int = 250) -> jax.Array:
+    """Logits `[N, K]` of `images: [N, H, W, C]` (uint8 or in [0, 1])."""
+    images = jnp.asarray(images)
+    return batched(lambda i: model.apply(variables, unit(images[i])).logits, images.shape[0], batch)
+
+
+def stamped(attack: Any, kind: jax.Array | int, images: Array, key: jax.Array, *, train: bool = False) -> jax.Array:
+    """`images: [B, H, W, C]` with trigger `kind`, as fired at test time, in [0, 1]."""
+    x = unit(images)
+    keys = jax.random.split(key, x.shape[0])
+    return jax.vmap(lambda v, k: attack.stamp(jnp.asarray(kind), v, k, train=train))(x, keys)
+
+
+class Attacked(NamedTuple):
+    """The test set under attack: `predicted: [T, N]`, the label `aimed: [T, N]` at (-1 = none), for each trigger."""
+
+    predicted: jax.Array
+    aimed: jax.Array
+
+
+def attacked(
+    key: jax.Array, model: Model, variables: Variables, split: Split, attack: Any, *, batch: int = 250
+) -> Attacked:
+    """Predictions on `split` stamped with each trigger of `attack`."""
+    image, label = jnp.asarray(split.image), jnp.asarray(split.label)
+
+    def one(kind):
+        def piece(i):
+            x = stamped(attack, kind, image[i], jax.random.fold_in(jax.random.fold_in(key, kind), i[0]))
+            return model.apply(variables, x).logits.argmax(-1)
+
+        return batched(piece, image.shape[0], batch), attack.success(kind, label, model.classes)
+
+    return Attacked(*jax.lax.map(one, jnp.arange(1, attack.triggers + 1)))
+
+
+def evaluate(
+    key: jax.Array, model: Model, variables: Variables, split: Split, attack: Any = None, *, batch: int = 250
+) -> dict[str, jax.Array]:
+    """`acc`, and under attack `asr_all`, `asr_nt` (means over the triggers) and `asr_all_per_trigger`, `asr_nt_per_trigger: [T]`."""
+    label = jnp.asarray(split.label)
+    out = {"acc": metrics.accuracy(predict(model, variables, split.image, batch=batch).argmax(-1), label)}
+    if attack is not None:
+        hits = attacked(key, model, variables, split, attack, batch=batch)
+        rates = jax.vmap(lambda p, a: metrics.attack_success(p, a, label))(*hits)
+        out |= {"asr_all": rates.all.mean(), "asr_nt": rates.nt.mean()}
+        out |= {"asr_all_per_trigger": rates.all, "asr_nt_per_trigger": rates.nt}
+    return out
