@@ -1,0 +1,164 @@
+"""What every source of images shares: checks, the stratified pick, the defender's held-out data, the cache."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from bdjax.registry import name_of, pytree, static
+from bdjax.types import Array, BadInput, Dataset, Split
+
+TEST_SHARE = 0.2
+"""How much of a source without a test set of its own becomes one."""
+
+_fingerprints: dict[tuple, str] = {}
+
+
+@pytree
+class Source:
+    """A source of images: a method `read`; `load` checks, splits and caches what it gives.
+
+    `train_size`, `test_size`: use a stratified part only; the defender's share `holdout` comes out of `train_size`.
+    """
+
+    data_dir: str | None = static(None)
+    holdout: float = static(0.1)
+    train_size: int | None = static(None)
+    test_size: int | None = static(None)
+    seed: int = static(0)
+
+    def read(self) -> tuple[Split, Split | None, tuple[str, ...]]:
+        """The official training set, test set (None: `load` splits one off) and class names (empty: labels only)."""
+        raise NotImplementedError
+
+    def load(self) -> Dataset:
+        """The data set in memory, read-only: later calls return the same arrays."""
+        return _load(dataclasses.replace(self, data_dir=str(data_dir(self.data_dir))))
+
+
+def data_dir(given: str | Path | None = None) -> Path:
+    """Where prepared sets live: `given`, else `BDJAX_DATA_DIR`, else the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given or os.environ.get("BDJAX_DATA_DIR") or Path(cache) / "bdjax").expanduser()
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A content hash of the images, labels, groups and names: 16 hex digits."""
+    leaves = [leaf for split in (dataset.train, dataset.clean, dataset.test) for leaf in split if leaf is not None]
+    key = (dataset.classes, dataset.names, *map(id, leaves))
+    if key not in _fingerprints:
+        digest = hashlib.sha256(repr((dataset.classes, dataset.names)).encode())
+        for leaf in leaves:
+            array = np.ascontiguousarray(leaf)
+            digest.update(repr((array.dtype.str, array.shape)).encode())
+            digest.update(array.data)
+            weakref.finalize(leaf, _fingerprints.pop, key, None)  # Another array may get this one's id.
+        _fingerprints[key] = digest.hexdigest()[:16]
+    return _fingerprints[key]
+
+
+def checked(where: object, image: np.ndarray, label: np.ndarray, group: np.ndarray | None = None) -> Split:
+    """A `Split` of arrays from outside; raises `BadInput`, naming `where`, unless they are images and labels."""
+    if image.ndim != 4 or image.shape[-1] not in (1, 3) or 0 in image.shape:
+        raise BadInput(f"{where}: images have shape {list(image.shape)}; give [N, H, W, C] with C = 1 or 3")
+    for what, array in (("label", label), ("group", group)):
+        if array is not None and array.shape != image.shape[:1]:
+            raise BadInput(f"{where}: {len(image)} images but {what} has shape {list(array.shape)}; give one per image")
+    return Split(_pixels(where, image), _integers(where, "labels", label), _groups(where, label, group))
+
+
+def _pixels(where: object, image: np.ndarray) -> np.ndarray:
+    if image.dtype == np.uint8:
+        return image
+    if image.dtype.kind not in "iuf":
+        raise BadInput(f"{where}: images have dtype {image.dtype}; give uint8 pixels")
+    low, high = image.min(), image.max()  # NaN if any pixel is.
+    if not np.isfinite([low, high]).all():
+        raise BadInput(f"{where}: some pixels are NaN or infinite; give 0 to 255")
+    if low < 0 or high > 255 or (image.dtype.kind == "f" and high <= 1):
+        raise BadInput(f"{where}: pixels run from {low:g} to {high:g}; give 0 to 255")
+    return np.rint(image).astype(np.uint8)
+
+
+def _integers(where: object, what: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "iuf" or not (np.isfinite(array).all() and (array == np.rint(array)).all()):
+        raise BadInput(f"{where}: {what} are not whole numbers")
+    if array.min() < 0 or array.max() >= 2**31:
+        raise BadInput(f"{where}: {what} run from {array.min():g} to {array.max():g}; give 0 to K-1")
+    return array.astype(np.int32)
+
+
+def _groups(where: object, label: np.ndarray, group: np.ndarray | None) -> np.ndarray | None:
+    """Numbers that are unique across classes: GTSRB counts its tracks within each class."""
+    if group is None:
+        return None
+    pairs = np.stack([label.astype(np.int64), _integers(where, "groups", group)])
+    return np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int32)
+
+
+def pick(label: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """`size` rows, in order: of each class its share, and one at least. A smaller pick is part of a larger one."""
+    order = np.random.default_rng(seed).permutation(len(label))
+    order = order[np.argsort(label[order], kind="stable")]
+    count = np.bincount(label)
+    rank = np.arange(len(label)) - np.repeat(np.cumsum(count) - count, count)
+    depth = (rank + 0.5 * (rank > 0)) / np.repeat(count, count)
+    return np.sort(order[np.argsort(depth, kind="stable")[:size]])
+
+
+def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """`(rest, part)`, stratified by class; images of one group stay together."""
+    unit = np.arange(len(split.label)) if split.group is None else np.asarray(split.group)
+    units, first = np.unique(unit, return_index=True)
+    label = np.asarray(split.label)[first]
+    size = max(round(share * len(units)), len(np.unique(label)))
+    part = np.isin(unit, units[pick(label, size, seed)])
+    return split[~part], split[part]
+
+
+def _part(where: object, field: str, split: Split, size: int | None, seed: int) -> Split:
+    if size is None:
+        return split
+    low, high = len(np.unique(split.label)), len(split.label)
+    if not low <= size <= high:
+        raise BadInput(f"{where}: {field} is {size}; give {low} (one image a class) to {high} (all there are)")
+    return split[pick(np.asarray(split.label), size, seed)]
+
+
+def _missing(label: Array, classes: int) -> int | None:
+    present = np.unique(label)
+    gaps = np.flatnonzero(present != np.arange(len(present)))
+    first = int(gaps[0]) if len(gaps) else len(present)
+    return first if first < classes else None
+
+
+@functools.lru_cache(maxsize=8)
+def _load(source: Source) -> Dataset:
+    name = name_of(source) or type(source).__name__
+    where = getattr(source, "path", "") or name
+    if not 0 < source.holdout < 1:
+        raise BadInput(f"{where}: holdout is {source.holdout}: no clean images for the defender; give 0 < holdout < 1")
+    train, test, names = source.read()
+    classes = len(names) or int(train.label.max()) + 1
+    for split in (train, test):
+        if split is not None and (high := split.label.max()) >= classes:
+            raise BadInput(f"{where}: a label is {high} but there are {classes} classes; give 0 to {classes - 1}")
+    if (missing := _missing(train.label, classes)) is not None:
+        raise BadInput(f"{where}: class {missing} has no training image; number the classes 0 to K-1 without a gap")
+    if test is None:
+        train, test = divide(train, TEST_SHARE, source.seed)
+    if train.image.shape[1:] != test.image.shape[1:]:
+        raise BadInput(f"{where}: training images are {train.image.shape[1:]}, test images {test.image.shape[1:]}")
+    train = _part(where, "train_size", train, source.train_size, source.seed)
+    test = _part(where, "test_size", test, source.test_size, source.seed)
+    train, clean = divide(train, source.holdout, source.seed)
+    if (missing := _missing(train.label, classes)) is not None:
+        raise BadInput(f"{where}: class {missing} has no image left to train on; add images or lower holdout")
+    for leaf in (*train, *clean, *test):
+        if isinstance(leaf, np.ndarray):
+            leaf.flags.writeable = False
+    return Dataset(name, train, clean, test, classes, names)

@@ -1,0 +1,363 @@
+"""Sources of images: what they give, how it is split, and one clear line for every kind of bad input."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bdjax import datasets
+from bdjax.datasets import base, prepared
+from bdjax.datasets.public import Gtsrb, Mnist
+from bdjax.types import BadInput, Split
+
+ROOT = Path(__file__).parent.parent
+REAL = Path(os.environ.get("BDJAX_TEST_DATA") or ROOT.parent / "shared" / "data")
+real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images in {REAL}: set BDJAX_TEST_DATA")
+
+
+def images(n, shape=(8, 8, 1), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8)
+
+
+def save(path, **arrays):
+    good = {"image": images(40), "label": np.arange(40) % 4}
+    np.savez(path, **{k: v for k, v in (good | arrays).items() if v is not None})
+    return str(path)
+
+
+def rows(split):
+    return {image.tobytes() for image in split.image}
+
+
+def counts(split):
+    return np.bincount(split.label).tolist()
+
+
+# What the sources give
+
+
+def test_sample_is_stratified_and_split():
+    data = datasets.load()
+    assert data.name == "fashion-mnist-sample" and data.shape == (28, 28, 1) and data.classes == len(data.names) == 10
+    assert counts(data.train) == [900] * 10 and counts(data.clean) == [100] * 10 and counts(data.test) == [200] * 10
+    assert data.train.image.dtype == np.uint8 and data.train.label.dtype == np.int32
+    assert not rows(data.clean) & rows(data.train) and not np.asarray(data.train.image).flags.writeable
+    assert datasets.load() is data
+
+
+def test_seed_sizes_and_fingerprint():
+    data = datasets.load(train_size=1000, test_size=50)
+    assert counts(data.train) == [90] * 10 and counts(data.clean) == [10] * 10 and counts(data.test) == [5] * 10
+    base._load.cache_clear()
+    again, other = datasets.load(train_size=1000, test_size=50), datasets.load(train_size=1000, test_size=50, seed=1)
+    assert datasets.fingerprint(again) == datasets.fingerprint(data) != datasets.fingerprint(other)
+    changed = data._replace(clean=other.clean)
+    assert datasets.fingerprint(changed) not in (datasets.fingerprint(data), datasets.fingerprint(other))
+    with pytest.raises(BadInput, match="test_size is 5; give 10"):
+        datasets.load(test_size=5)
+
+
+def test_pick_gives_each_class_its_share():
+    label = np.repeat([0, 1, 2], [600, 390, 10])
+    chosen = base.pick(label, 100, seed=0)
+    assert np.bincount(label[chosen]).tolist() == [60, 39, 1] and len(set(chosen)) == 100
+    assert set(base.pick(label, 50, seed=0)) < set(chosen)
+    assert np.bincount(label[base.pick(label, 3, seed=0)]).tolist() == [1, 1, 1]
+
+
+def test_groups_stay_together(tmp_path):
+    # Tracks are counted within a class, so track 0 of class 0 is not track 0 of class 1.
+    label, track = np.repeat([0, 1], 60), np.tile(np.repeat(np.arange(10), 6), 2)
+    data = datasets.load(
+        "npz", path=save(tmp_path / "a.npz", image=images(120), label=label, track=track), holdout=0.25
+    )
+    assert data.train.group is not None and data.clean.group is not None and data.test.group is not None
+    groups = [set(np.asarray(split.group).tolist()) for split in (data.train, data.clean, data.test)]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 20
+    assert counts(data.test) == [12, 12] and counts(data.clean) == [12, 12]
+
+
+def test_npz_with_and_without_test(tmp_path):
+    path, test = (
+        save(tmp_path / "a.npz", names=np.array(list("abcd"))),
+        save(tmp_path / "b.npz", image=images(40, seed=1)),
+    )
+    data = datasets.load("npz", path=path, test=test)
+    assert data.names == ("a", "b", "c", "d") and counts(data.train) == [9] * 4 and len(data.test.label) == 40
+    data = datasets.load("npz", path=path)
+    assert counts(data.test) == [2] * 4 and not rows(data.test) & (rows(data.train) | rows(data.clean))
+
+
+def test_folder(tmp_path):
+    for name in ("2", "10"):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images(10, seed=int(name))):
+            Image.fromarray(image[..., 0]).save(tmp_path / name / f"{i}.png")
+    data = datasets.load("folder", path=str(tmp_path), size=8)
+    assert data.names == ("2", "10") and data.shape == (8, 8, 1) and counts(data.test) == [2, 2]
+    assert rows(data.train) < rows(Split(images(10, seed=2), np.zeros(10))) | rows(
+        Split(images(10, seed=10), np.zeros(10))
+    )
+    for part in ("train", "test"):
+        shutil.copytree(tmp_path / "2", tmp_path / "both" / part / "cat")
+        shutil.copytree(tmp_path / "10", tmp_path / "both" / part / "dog")
+    Image.fromarray(images(1, (9, 9, 3))[0]).save(tmp_path / "both" / "test" / "cat" / "colour.jpg")
+    data = datasets.load("folder", path=str(tmp_path / "both"), size=16)
+    assert data.names == ("cat", "dog") and data.shape == (16, 16, 3) and counts(data.test) == [11, 10]
+
+
+def test_h5_and_faces(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    faces = images(12, (55, 47, 3))
+    for name, dtype in (("a.h5", np.float64), ("b.h5", np.uint8)):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["data"], file["label"] = faces.transpose(0, 3, 1, 2).astype(dtype), (np.arange(12) % 3).astype(float)
+        data = datasets.load("faces", path=str(tmp_path / name))
+        assert data.classes == 3 and rows(data.train) | rows(data.clean) | rows(data.test) == rows(Split(faces, faces))
+    with h5py.File(tmp_path / "c.h5", "w") as file:
+        file["data"] = faces
+    with pytest.raises(BadInput, match="has no label"):
+        datasets.load("h5", path=str(tmp_path / "c.h5"))
+
+
+@real
+def test_real_faces_and_xrays():
+    data = datasets.load("faces", path=str(REAL / "lfw10_train.npz"), test=str(REAL / "lfw10_test.npz"))
+    assert data.classes == 158 and len(data.test.label) == 807 and min(counts(data.train)) >= 7
+    assert len(data.clean.label) == 352 and min(counts(data.clean)) == 1
+    data = datasets.load("chest-xray", path=str(REAL / "covid3_128_train.npz"), test=str(REAL / "covid3_128_test.npz"))
+    assert data.names == ("Covid-19", "No_findings", "Pneumonia") and data.shape == (128, 128, 1)
+
+
+# Bad input
+
+NAN, BIG = images(40).astype(np.float32), images(40).astype(np.float32)
+NAN[3, 2, 1], BIG[0] = np.nan, np.inf
+BAD = {
+    "has no image": {"image": None},
+    "has no label": {"label": None},
+    r"shape \[40, 8, 8\]": {"image": images(40)[..., 0]},
+    r"shape \[40, 8, 8, 4\]": {"image": images(40, (8, 8, 4))},
+    r"shape \[0, 8": {"image": images(0), "label": np.arange(0)},
+    "dtype <U1": {"image": np.full((40, 8, 8, 1), "x")},
+    "NaN or infinite": {"image": NAN},
+    "NaN or infin": {"image": BIG},
+    "pixels run from 0 to 1;": {"image": images(40) % 2 / 1.0},
+    "pixels run from -1": {"image": images(40).astype(np.int16) - 1},
+    "40 images but label": {"label": np.arange(39) % 4},
+    "40 images but group": {"track": np.arange(3)},
+    "labels are not whole": {"label": np.arange(40) % 4 + 0.5},
+    "labels are not": {"label": np.full(40, "cat")},
+    "labels run from -1": {"label": np.arange(40) % 4 - 1},
+    "class 2 has no training": {"label": np.array([0, 1, 3, 4] * 10)},
+    "class 4 has no training": {"names": np.array(list("abcde"))},
+    "label is 3 but there are 2": {"names": np.array(["a", "b"])},
+    "class 1 has no training": {"label": np.array([0, 2_000_000_000] * 20)},
+    "class 1 has no image left": {"label": np.array([1] + [0] * 39)},
+    "pickled objects": {"image": np.array([{"code": print}] * 40, object)},
+    "names are not": {"names": np.arange(4)},
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_arrays(tmp_path, line):
+    with pytest.raises(BadInput, match=line) as error:
+        datasets.load("npz", path=save(tmp_path / "a.npz", **BAD[line]))
+    assert "\n" not in str(error.value) and "a.npz" in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "h5"])
+def test_bad_files(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    with pytest.raises(BadInput, match="no such file"):
+        datasets.load("npz", path=str(path))
+    if suffix == "npz":
+        save(path)
+    else:
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            file["data"], file["label"] = images(40, (1, 8, 8)), np.arange(40) % 4
+    whole = path.read_bytes()
+    for damage in (
+        b"",
+        b"text",
+        whole[: len(whole) // 2],
+        whole[:200] + b"\0" * 900 + whole[1100:] if suffix == "npz" else b"x",
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(BadInput, match="damaged or not in its format") as error:
+            datasets.load("npz", path=str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_bad_folders(tmp_path):
+    def line(match, **fields):
+        with pytest.raises(BadInput, match=match):
+            datasets.load("folder", path=str(tmp_path), **fields)
+
+    line("no sub-folders")
+    (tmp_path / "cat").mkdir()
+    line("cat: has no image")
+    Image.fromarray(images(1, (9, 9, 3))[0]).save(tmp_path / "cat" / "a.png")
+    (tmp_path / "cat" / "b.png").write_bytes((tmp_path / "cat" / "a.png").read_bytes()[:60])
+    line("b.png: cannot be read")
+    Image.fromarray(images(1)[0, ..., 0].astype(np.uint16)).save(tmp_path / "cat" / "b.png")
+    line("b.png: .*more than 8 bits")
+    with pytest.raises(BadInput, match="no such folder"):
+        datasets.load("folder", path=str(tmp_path / "nowhere"))
+
+
+def test_bad_fields(tmp_path):
+    path = save(tmp_path / "a.npz")
+    for holdout in (0.0, 1.0, float("nan")):
+        with pytest.raises(BadInput, match="no clean images"):
+            datasets.load("npz", path=path, holdout=holdout)
+    with pytest.raises(BadInput, match="train_size is 41"):
+        datasets.load("npz", path=path, train_size=41)
+    with pytest.raises(BadInput, match=r"test images \(9, 9, 1\)"):
+        datasets.load("npz", path=path, test=save(tmp_path / "b.npz", image=images(40, (9, 9, 1))))
+    with pytest.raises(BadInput, match="path=FILE"):
+        datasets.load("npz")
+    with pytest.raises(BadInput, match="aligned faces are"):
+        datasets.load("faces", path=path)
+
+
+# Prepared sets
+
+SMALL = {"image": images(20, (28, 28, 1)), "label": np.arange(20) % 10}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A folder to prepare from with a tiny MNIST as `.npz`."""
+    (tmp_path / "manual").mkdir()
+    for part in ("train", "test"):
+        save(tmp_path / "manual" / f"mnist_{part}.npz", **SMALL)
+    return tmp_path
+
+
+def test_prepare_once_and_load(small, monkeypatch):
+    monkeypatch.setenv("BDJAX_DATA_DIR", str(small / "home"))
+    with pytest.raises(BadInput, match=r"mnist is not prepared in .*home: run `bdjax data prepare mnist`"):
+        datasets.load("mnist")
+    line = datasets.prepare("mnist", str(small / "manual"), quiet=True)
+    folder = small / "home" / "mnist" / "3.0.1"
+    assert line == f"mnist is ready in {folder}" and (folder / "sources.json").is_file()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert datasets.prepare("mnist", str(small / "manual"), quiet=True) == f"{line}: nothing to do"
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    data = datasets.load("mnist")
+    assert counts(data.test) == [2] * 10 and rows(data.test) == rows(Split(SMALL["image"], SMALL["label"]))
+    (folder / prepared.DECODED).write_bytes(b"damaged")  # Then the records are decoded again, in the same order.
+    base._load.cache_clear()
+    assert datasets.fingerprint(datasets.load("mnist")) == datasets.fingerprint(data)
+    (folder / prepared.DECODED).unlink()
+    next(folder.glob("*train.array_record*")).write_bytes(b"damaged")
+    base._load.cache_clear()
+    with pytest.raises(BadInput, match=r"damaged .*delete it"):
+        datasets.load("mnist")
+
+
+@pytest.mark.parametrize("error, line", [(OSError(28, os.strerror(28)), "disk is full"), (KeyboardInterrupt(), None)])
+def test_interrupted_prepare_leaves_nothing(small, monkeypatch, error, line):
+    calls = iter(range(5))
+
+    def fromarray(array):  # Stops in the middle of the images.
+        if next(calls, None) is None:
+            raise error
+        return original(array)
+
+    original = Image.fromarray
+    monkeypatch.setattr(Image, "fromarray", fromarray)
+    with pytest.raises(type(error) if not line else BadInput, match=line):
+        datasets.prepare("mnist", str(small / "manual"), str(small / "home"), quiet=True)
+    assert not list((small / "home" / "mnist").iterdir())
+    with pytest.raises(BadInput, match="is not prepared"):
+        datasets.load("mnist", data_dir=str(small / "home"))
+
+
+def test_prepare_says_what_is_wrong(small):
+    def line(match, *args):
+        with pytest.raises(BadInput, match=match) as error:
+            datasets.prepare(*args, quiet=True)
+        assert "\n" not in str(error.value)
+
+    manual, home = str(small / "manual"), str(small / "home")
+    (small / "file").touch()
+    line("needs no preparing", "npz")
+    line("nowhere: no such folder", "mnist", str(small / "nowhere"))
+    line("lacks cifar-10-binary.tar.gz", "cifar10", manual, home)
+    line("cannot be written", "mnist", manual, str(small / "file"))
+    save(small / "manual" / "mnist_test.npz")
+    line("is not mnist", "mnist", manual, home)
+    (small / "manual" / "mnist_test.npz").unlink()
+    for file in Mnist.files:
+        (small / "manual" / file).write_bytes(b"not what is registered")
+    line("wrong checksum: download https://", "mnist", manual, home)
+
+
+def test_gtsrb_archives(tmp_path, monkeypatch):
+    train, test, answers = Gtsrb.files
+    with zipfile.ZipFile(tmp_path / train, "w") as file:
+        for label in range(43):
+            for track in range(2):
+                path = tmp_path / f"{track:05d}_00029.ppm"
+                Image.fromarray(np.full((40, 36, 3), 5 * label + track, np.uint8)).save(path)
+                file.write(path, f"GTSRB/Final_Training/Images/{label:05d}/{path.name}")
+    with zipfile.ZipFile(tmp_path / test, "w") as file:
+        file.write(path, "GTSRB/Final_Test/Images/00000.ppm")
+    with zipfile.ZipFile(tmp_path / answers, "w") as file:
+        file.writestr("GT-final_test.csv", "Filename;Width;ClassId\r\n00000.ppm;36;42\r\n")
+    with pytest.raises(BadInput, match="wrong checksum; download https://"):
+        datasets.prepare("gtsrb", str(tmp_path), str(tmp_path), quiet=True)
+    monkeypatch.setattr(
+        Gtsrb, "md5", tuple(prepared.hashlib.md5((tmp_path / f).read_bytes()).hexdigest() for f in Gtsrb.files)
+    )
+    datasets.prepare("gtsrb", str(tmp_path), str(tmp_path), quiet=True)
+    data = datasets.load("gtsrb", data_dir=str(tmp_path))
+    assert (
+        data.shape == (32, 32, 3) and counts(data.train) == counts(data.clean) == [1] * 43 and data.test.label == [42]
+    )
+    assert (data.train.image[:, 0, 0, 0] // 5 == data.train.label).all() and data.train.group is not None
+
+
+@real
+def test_prepare_real_files_without_tensorflow(tmp_path):
+    code = f"""if True:
+        import sys
+        from bdjax import datasets
+        from bdjax.datasets.public import FashionMnist
+        whole = FashionMnist.parse
+        def part(*files):  # All is checked and read; a part is written, to be quick.
+            train, test = whole(*files)
+            assert len(train.label) == 60_000 and len(test.label) == 10_000
+            return train[:1000], test[:200]
+        FashionMnist.parse = part
+        datasets.prepare("fashion-mnist", {str(REAL / "fashion_mnist")!r}, {str(tmp_path)!r}, quiet=True)
+        data = datasets.load("fashion-mnist", data_dir={str(tmp_path)!r})
+        assert len(data.train.label) == 900 and len(data.clean.label) == 100 and len(data.test.label) == 200
+        assert not any(name.split(".")[0] in ("tensorflow", "keras") for name in sys.modules)
+        """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_import_needs_no_reader():
+    code = "import sys, bdjax.datasets; assert not {'PIL', 'h5py', 'tensorflow_datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_sources_are_hashable_configurations():
+    from bdjax import registry
+
+    for entry in registry.entries("dataset"):
+        source = entry.cls()
+        assert hash(source) == hash(dataclasses.replace(source)) and all(
+            map(registry.is_static, dataclasses.fields(source))
+        )
