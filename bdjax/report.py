@@ -1,0 +1,728 @@
+"""Rows of results as tables, figures and one self-contained page, the paper's number beside ours.
+
+A row is one finished cell of `results.jsonl`; the rows of a table that share a name are its seeds, shown as mean ±
+sample s.d. Rates are shares in [0, 1] in rows and in `table.csv`, and percentages wherever a person reads them.
+"""
+
+import base64
+import difflib
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import polars as pl
+from matplotlib import figure
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from bdjax import plots
+from bdjax.store import Store, explained, renamed
+from bdjax.types import BadInput
+
+Row = Mapping[str, Any]
+FIELDS = ("dataset", "model", "attack", "defense")
+FIRST = ("acc_train", "acc_test", "asr_all", "asr_nt", "far", "frr")
+"""Metrics that lead a table, in this order; the others follow as they appear."""
+PERCENT = {
+    *("acc", "asr", "ca", "far", "frr", "fnr", "fpr", "tpr", "tnr", "rate", "share", "precision", "recall"),
+    *("infected", "detected", "flagged", "overlap"),
+}
+"""A metric with one of these words in its name is a share."""
+UPPER = {"acc", "asr", "ca", "far", "frr", "fnr", "fpr", "tpr", "tnr", "auroc", "cam"}
+HINTS = {
+    "acc_train": "accuracy on the training images",
+    "acc_test": "accuracy on clean test images",
+    "asr_all": "attack success rate over every stamped test image",
+    "asr_nt": "attack success rate over stamped test images whose own label is not the target",
+    "far": "share of working trojaned inputs that the defense lets through",
+    "frr": "share of clean inputs that the defense rejects",
+    "auroc": "chance that a trojaned item scores as more suspicious than a clean one",
+    "index": "anomaly index: distance from the median in units of 1.4826 · MAD",
+}
+MARKS = {"reproduced": "✓", "partly": "◐", "not": "✗"}
+DPI = 144
+
+
+class Trend(NamedTuple):
+    """A claim of the paper, whether our numbers show it (`reproduced`, `partly` or `not`), and the numbers."""
+
+    claim: str
+    verdict: str
+    numbers: str
+
+
+class Figure(NamedTuple):
+    """A figure of a page: its file's name, heading and caption, and the drawing, as `plots` makes it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: figure.Figure
+
+
+class Picture(NamedTuple):
+    """A figure, drawn."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+
+
+class Section(NamedTuple):
+    """What a results folder brings to a page. `seconds`: by stage; `chosen`: rows shown once more, such as the best."""
+
+    title: str
+    rows: Sequence[Row]
+    pictures: Sequence[Picture] = ()
+    notes: Sequence[str] = ()
+    trends: Sequence[Trend] = ()
+    seconds: Mapping[str, float] = {}
+    command: str | None = None
+    chosen: Sequence[Row] = ()
+
+
+# --- From rows to tables ---
+
+
+def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Tables `{name, metrics, rows}` in order of first appearance, with one row for all the seeds of a name.
+
+    A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, metrics, seconds, oracle,
+    substitute}` and a metric `{n, mean, sd, paper, delta}`; `sd` is None for one seed, `paper` and `delta` where the
+    paper has no number.
+    """
+    rows = list(rows)
+    scales = {row.get("scale") for row in rows}
+    tables: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
+    for row in rows:
+        # Rows of several scales, data sets, nets or methods never share a mean, whatever they are called.
+        name = (row.get("table") or "Results") + (f" ({row.get('scale')})" if len(scales) > 1 else "")
+        key = (row.get("row") or "", *(row.get(field) for field in FIELDS))
+        tables.setdefault(name, {}).setdefault(key, []).append(row)
+    return [_table(name, [_line(key[0], cells) for key, cells in groups.items()]) for name, groups in tables.items()]
+
+
+def _table(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    found = dict.fromkeys(metric for line in lines for metric in line["metrics"])
+    return {
+        "name": name,
+        "metrics": [m for m in FIRST if m in found] + [m for m in found if m not in FIRST],
+        "rows": lines,
+    }
+
+
+def _line(label: str, cells: list[Row]) -> dict[str, Any]:
+    done = [cell for cell in cells if not cell.get("error")]
+    reported: dict[str, Any] = {}
+    for cell in cells:
+        reported = dict(cell.get("reported") or {}) | reported
+    metrics = dict.fromkeys([m for cell in done for m in cell["metrics"]] + list(reported))
+    stats = {m: _stat([cell["metrics"].get(m) for cell in done], reported.get(m)) for m in metrics}
+    return {
+        "row": label,
+        **{f: cells[0].get(f) for f in ("experiment", "scale", *FIELDS)},
+        "n": len(done),
+        "failed": len(cells) - len(done),
+        "errors": _different(cells, "error"),
+        "metrics": {m: stat for m, stat in stats.items() if stat["n"] or stat["paper"] is not None},
+        "seconds": {part: _stat([c["seconds"].get(part) for c in done], None)["mean"] for part in ("compile", "run")},
+        "oracle": any(cell.get("oracle") for cell in cells),
+        "substitute": ", ".join(_different(cells, "substitute")) or None,
+    }
+
+
+def _different(rows: Iterable[Row], field: str) -> list[str]:
+    return list(dict.fromkeys(str(row[field]) for row in rows if row.get(field)))
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
+    known = [float(v) for v in values if _finite(v)]
+    mean = statistics.fmean(known) if known else None
+    paper = float(paper) if _finite(paper) else None
+    return {
+        "n": len(known),
+        "mean": mean,
+        "sd": statistics.stdev(known) if len(known) > 1 else None,
+        "paper": paper,
+        "delta": None if mean is None or paper is None else mean - paper,
+    }
+
+
+# --- How numbers are written ---
+
+
+def is_percent(metric: str) -> bool:
+    """Whether `metric` is a share, printed as a percentage."""
+    return not PERCENT.isdisjoint(re.split(r"[_.]", metric))
+
+
+def label_of(metric: str) -> str:
+    """`asr_nt` as a heading: `ASR nt %`."""
+    words = [word.upper() if word in UPPER else word for word in re.split(r"[_.]", metric)]
+    return " ".join(words) + (" %" if is_percent(metric) else "")
+
+
+def _digits(value: float) -> int:
+    return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+
+
+def _number(value: float, digits: int, sign: bool = False) -> str:
+    if value and abs(value) < 0.5 * 10**-digits and digits == 3:
+        return f"{value:{'+' if sign else ''}.1e}".replace("-", "−")
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+
+
+def _scaled(metric: str, stat: Mapping[str, Any]) -> tuple[float, int]:
+    """The factor and the number of decimals with which `stat` is printed."""
+    if is_percent(metric):
+        return 100.0, 1
+    whole = all(v is None or v == round(v) for v in (stat["mean"], stat["sd"]))
+    return 1.0, 0 if whole else _digits(stat["mean"] if stat["mean"] is not None else 0.0)
+
+
+def ours(metric: str, stat: Mapping[str, Any] | None, n: int) -> str:
+    """`91.2 ± 0.3`; the number of values too, where it is not the row's `n`."""
+    if stat is None or stat["mean"] is None:
+        return "—"
+    factor, digits = _scaled(metric, stat)
+    text = _number(factor * stat["mean"], digits)
+    if stat["sd"] is not None:
+        text += f" ± {_number(factor * stat['sd'], digits)}"
+    return text if stat["n"] == n else f"{text} (n={stat['n']})"
+
+
+def paper(metric: str, stat: Mapping[str, Any] | None) -> str:
+    """The paper's number with the decimals that the paper gave."""
+    if stat is None or stat["paper"] is None:
+        return "—"
+    return f"{100 * stat['paper']:.2f}".rstrip("0").rstrip(".") if is_percent(metric) else f"{stat['paper']:g}"
+
+
+def delta(metric: str, stat: Mapping[str, Any] | None) -> str:
+    """Ours minus the paper's: `−7.8`, in points where the metric is a percentage."""
+    if stat is None or stat["delta"] is None:
+        return "—"
+    factor, digits = _scaled(metric, stat)
+    return _number(factor * stat["delta"], digits, sign=True)
+
+
+def _pair(metric: str, stat: Mapping[str, Any] | None, n: int) -> str:
+    if stat is None or stat["paper"] is None:
+        return ours(metric, stat, n)
+    return f"{paper(metric, stat)} → {ours(metric, stat, n)}" + (f" (Δ {delta(metric, stat)})" if stat["n"] else "")
+
+
+def _seconds(value: float | None) -> str:
+    return "—" if value is None else _number(value, 2 if value < 1 else 1 if value < 100 else 0)
+
+
+def _remarks(line: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reader must know of a row: `(kind, text)`."""
+    found = [("oracle", "oracle")] if line["oracle"] else []
+    if line["substitute"]:
+        found.append(("substitute", f"substitute: {line['substitute']}"))
+    if line["failed"]:
+        found.append(("failed", f"{line['failed']} failed: {'; '.join(line['errors'])}"))
+    return found
+
+
+def _fixed(table: Mapping[str, Any]) -> dict[str, str]:
+    """Fields with one value in the whole table, which need no column."""
+    values = {field: {line[field] for line in table["rows"]} for field in (*FIELDS, "n")}
+    return {field: str(next(iter(v))) for field, v in values.items() if len(v) == 1 and v != {None}}
+
+
+def _caption(table: Mapping[str, Any]) -> str:
+    return " · ".join(f"n = {v}" if k == "n" else f"{k} {v}" for k, v in _fixed(table).items())
+
+
+def _shown(table: Mapping[str, Any]) -> list[str]:
+    """Fields that need a column."""
+    fixed = _fixed(table)
+    return [f for f in (*FIELDS, "n") if f not in fixed and any(line[f] is not None for line in table["rows"])]
+
+
+# --- Files ---
+
+
+def csv(tables: Iterable[Mapping[str, Any]]) -> str:
+    """One line a row, for machines: shares as shares, full precision."""
+    records = []
+    for table in tables:
+        for line in table["rows"]:
+            record = {k: line[k] for k in ("experiment", "scale")} | {"table": table["name"]}
+            record |= {k: line[k] for k in ("row", *FIELDS, "n", "failed")}
+            for metric, stat in line["metrics"].items():
+                record |= {metric: stat["mean"], f"{metric}_sd": stat["sd"], f"{metric}_paper": stat["paper"]}
+            record |= {f"seconds_{k}": v for k, v in line["seconds"].items()}
+            records.append(record | {k: line[k] for k in ("oracle", "substitute")})
+    frame = pl.DataFrame(records, infer_schema_length=None)
+    return frame.select(
+        column for column in frame.columns if frame[column].dtype != pl.Null or column in FIELDS
+    ).write_csv()
+
+
+def _tables(section: Section) -> list[dict[str, Any]]:
+    return aggregate(section.rows) + aggregate(section.chosen)
+
+
+def markdown(sections: Iterable[Section]) -> str:
+    """The tables and trends as Markdown."""
+    parts = []
+    for section in sections:
+        parts.append(f"# {_md(section.title)}")
+        for table in _tables(section):
+            fields, metrics = _shown(table), table["metrics"]
+            remarks = [", ".join(_md(text) for _, text in _remarks(line)) for line in table["rows"]]
+            heads = ["", *fields, *map(label_of, metrics), "compile s", "run s"] + ["remarks"] * any(remarks)
+            align = ["---"] * (1 + len(fields)) + ["---:"] * (len(metrics) + 2) + ["---"] * any(remarks)
+            body = []
+            for line, remark in zip(table["rows"], remarks, strict=True):
+                cells = [line["row"], *("—" if line[f] is None else line[f] for f in fields)]
+                cells += [_pair(m, line["metrics"].get(m), line["n"]) for m in metrics]
+                cells += [_seconds(line["seconds"][part]) for part in ("compile", "run")]
+                body.append([*map(_md, cells), *([remark] if any(remarks) else [])])
+            lines = ["| " + " | ".join(cells) + " |" for cells in (heads, align, *body)]
+            parts += [f"## {_md(table['name'])}", _md(_caption(table)), "\n".join(lines)]
+        if section.notes:
+            parts += ["## Notes", "\n".join(f"- {_md(note)}" for note in section.notes)]
+        if section.trends:
+            trends = (Trend(*trend) for trend in section.trends)
+            parts += ["## Trends", "\n".join(f"- **{t.verdict}**: {_md(t.claim)} ({_md(t.numbers)})" for t in trends)]
+    parts.append("paper → ours: mean ± sample standard deviation over n seeds; Δ = ours − paper.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _md(text: Any) -> str:
+    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    return re.sub(r"([*_`\[\]])", r"\\\1", text)
+
+
+def draw(figures: Iterable[tuple[str, str, str, figure.Figure]]) -> list[Picture]:
+    """Figures as PNGs."""
+    made = []
+    for name, title, caption, drawing in figures:
+        buffer = io.BytesIO()
+        drawing.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        made.append(Picture(name, title, caption, buffer.getvalue()))
+    return made
+
+
+def write(
+    folder: str | Path,
+    rows: Sequence[Row],
+    figures: Iterable[tuple[str, str, str, figure.Figure]] = (),
+    title: str = "Results",
+    notes: Sequence[str] = (),
+    trends: Iterable[tuple[str, str, str]] = (),
+    seconds: Mapping[str, float] | None = None,
+    command: str | None = None,
+) -> Path:
+    """Writes `table.csv`, `table.md`, `index.html` and `figures/*.png` to `folder`, all or none; returns the page.
+
+    `figures`: `Figure`s; `trends`: `Trend`s; `notes`: lines for the page; `seconds`: by stage; `command`: as typed.
+    `report.json` keeps what is not in the rows, for `merge`.
+    """
+    section = Section(
+        title, rows, draw(figures), list(notes), [Trend(*trend) for trend in trends], seconds or {}, command
+    )
+    about = {name: value for name, value in section._asdict().items() if name not in ("rows", "pictures", "chosen")}
+    about["figures"] = [picture[:3] for picture in section.pictures]
+    files = {f"figures/{picture.name}.png": picture.png for picture in section.pictures}
+    files["report.json"] = json.dumps(about, indent=1, ensure_ascii=False).encode()
+    return _save(Path(folder), files | _documents([section], title))
+
+
+def _documents(sections: Sequence[Section], title: str) -> dict[str, bytes]:
+    documents = {
+        "table.csv": csv(table for section in sections for table in aggregate(section.rows)),
+        "table.md": markdown(sections),
+        "index.html": page(sections, title),
+    }
+    return {name: text.encode() for name, text in documents.items()}
+
+
+def _save(folder: Path, files: Mapping[str, bytes]) -> Path:
+    # Everything is written before anything is renamed: a full disk leaves what was there before.
+    with ExitStack() as stack:
+        for name, content in files.items():
+            stack.enter_context(renamed(folder / name)).write_bytes(content)
+    return folder / "index.html"
+
+
+def load(folder: str | Path) -> Section:
+    """A results folder, also one whose run was interrupted before it wrote its page."""
+    folder = Path(folder)
+    if not (folder / "results.jsonl").is_file():
+        raise BadInput(f"{folder} has no results.jsonl: give a folder that `bdjax run` or `bdjax sweep` wrote")
+    rows = Store(folder).rows()
+    if not rows:
+        raise BadInput(f"{folder}/results.jsonl has no finished row yet")
+    section = Section(str(rows[0].get("experiment") or folder.name), rows)
+    if not (folder / "report.json").exists():
+        return section
+    try:
+        about = json.loads((folder / "report.json").read_text())
+        figures = about.pop("figures")
+        section = section._replace(**about | {"trends": [Trend(*trend) for trend in about["trends"]]})
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder}/report.json is damaged: delete it, the rows are in results.jsonl") from error
+    pictures = []
+    for name, title, caption in figures:
+        path = folder / "figures" / f"{name}.png"
+        with explained(path, "read"):
+            pictures.append(Picture(name, title, caption, path.read_bytes()))
+    return section._replace(pictures=pictures)
+
+
+def merge(
+    folders: Sequence[str | Path],
+    out: str | Path | None = None,
+    x: str | None = None,
+    y: str | None = None,
+    metric: str | None = None,
+) -> Path:
+    """One page, CSV and Markdown for several results folders, in `out` (None: the folder itself, `report` for several).
+
+    With `metric` each folder shows the best defense of every victim, with `x` too a pivot over that axis (and `y`).
+    Returns the page.
+    """
+    sections = []
+    for folder in folders:
+        section = load(folder)
+        if metric:
+            section = section._replace(chosen=best(section.rows, metric))
+        if metric and x:
+            section = section._replace(pictures=[*section.pictures, *draw(pivot_figures(section.rows, x, y, metric))])
+        sections.append(section)
+    several = len(sections) > 1
+    out = out or ("report" if several else folders[0])
+    return _save(Path(out), _documents(sections, f"{len(sections)} results" if several else sections[0].title))
+
+
+# --- The page ---
+
+
+class _Cell(NamedTuple):
+    """What is shown, and what it is sorted by: "" where there is nothing."""
+
+    text: str
+    value: Any
+
+
+class _Column(NamedTuple):
+    """`group`: the heading over several columns, "" for none; `kind`: number, text, remarks or a part of a pair."""
+
+    group: str
+    head: str
+    kind: str
+    hint: str
+    cells: list[Any]
+
+
+def _columns(table: Mapping[str, Any]) -> list[_Column]:
+    lines = table["rows"]
+    columns = [_Column("", "row", "name", "", [_Cell(line["row"], line["row"]) for line in lines])]
+    # The numbers come first: on a phone, what stands behind them has to be scrolled to.
+    fields = []
+    for field in _shown(table):
+        cells = [_Cell("—", "") if line[field] is None else _Cell(str(line[field]), line[field]) for line in lines]
+        fields.append(_Column("", field, "number" if field == "n" else "text", "", cells))
+    columns += [column for column in fields if column.head == "n"]
+    for metric in table["metrics"]:
+        stats = [line["metrics"].get(metric) for line in lines]
+        label, hint = label_of(metric), HINTS.get(metric, "")
+
+        def value(name: str, stats=stats) -> list[Any]:
+            return ["" if stat is None or stat[name] is None else stat[name] for stat in stats]
+
+        mine = [_Cell(ours(metric, s, line["n"]), v) for s, line, v in zip(stats, lines, value("mean"))]
+        if not any(stat and stat["paper"] is not None for stat in stats):
+            columns.append(_Column("", label, "number", hint, mine))
+            continue
+        theirs = [_Cell(paper(metric, s), v) for s, v in zip(stats, value("paper"))]
+        gaps = [_Cell(delta(metric, s), v) for s, v in zip(stats, value("delta"))]
+        columns.append(_Column(label, "paper", "number paper", hint, theirs))
+        columns.append(_Column(label, "ours", "number ours", hint, mine))
+        columns.append(_Column(label, "Δ", "number delta", "ours − paper", gaps))
+    for part in ("compile", "run"):
+        cells = [_Cell(_seconds(v), "" if v is None else v) for v in (line["seconds"][part] for line in lines)]
+        columns.append(_Column("seconds", part, "number", "mean over the cells of a row", cells))
+    columns += [column for column in fields if column.head != "n"]
+    if any(map(_remarks, lines)):
+        columns.append(_Column("", "remarks", "remarks", "", [_remarks(line) for line in lines]))
+    return columns
+
+
+def _view(table: Mapping[str, Any], anchor: str) -> dict[str, Any]:
+    columns = _columns(table)
+    heads: list[dict[str, Any]] = []
+    for i, column in enumerate(columns):
+        if column.group and heads and heads[-1]["group"] == column.group:
+            heads[-1]["columns"].append((i, column))
+        else:
+            heads.append({"group": column.group, "hint": column.hint, "columns": [(i, column)]})
+    body = [
+        {"marks": _remarks(line), "cells": [(column, column.cells[i]) for column in columns]}
+        for i, line in enumerate(table["rows"])
+    ]
+    return {"id": anchor, "name": table["name"], "caption": _caption(table), "heads": heads, "body": body}
+
+
+def _facts(section: Section) -> list[tuple[str, str]]:
+    failed = sum(bool(row.get("error")) for row in section.rows)
+    names = ("experiment", "scale", "device", "jax", "commit")
+    facts = [(name, ", ".join(_different(section.rows, name))) for name in names]
+    facts.append(("cells", f"{len(section.rows)}" + (f", {failed} failed" if failed else "")))
+    return [(name, text) for name, text in [*facts, ("command", section.command)] if text]
+
+
+def _stages(section: Section) -> list[tuple[str, str, float]]:
+    """`(stage, seconds as text, share)`. Without a record of stages, the time that the cells ran."""
+    seconds = dict(section.seconds) or {"run": sum(row["seconds"].get("run", 0.0) for row in section.rows)}
+    total = seconds.pop("total", 0.0)
+    shown = [(stage, _seconds(spent), spent) for stage, spent in seconds.items() if spent]
+    return [*shown, ("total", _seconds(total), 0.0)] if total else shown
+
+
+def page(sections: Sequence[Section], title: str) -> str:
+    """One self-contained HTML page: nothing is fetched, sorting and the colour scheme need no library."""
+    views = []
+    for i, section in enumerate(sections):
+        pictures = [
+            {
+                "id": f"s{i}-f{j}",
+                "title": picture.title,
+                "caption": picture.caption,
+                "data": base64.b64encode(picture.png).decode(),
+                # The width in a PNG's header, in CSS pixels.
+                "width": int.from_bytes(picture.png[16:20], "big") * 96 // DPI,
+            }
+            for j, picture in enumerate(section.pictures)
+        ]
+        tables = [_view(table, f"s{i}-t{j}") for j, table in enumerate(_tables(section))]
+        views.append(
+            {
+                "id": f"s{i}",
+                "title": section.title,
+                "facts": _facts(section),
+                "stages": _stages(section),
+                "trends": section.trends,
+                "notes": section.notes,
+                "tables": tables,
+                "pictures": pictures,
+            }
+        )
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("bdjax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(title=title, sections=views, marks=MARKS)
+
+
+# --- The console ---
+
+
+def console_tables(rows: Iterable[Row], width: int = 110) -> Group:
+    """The tables within `width` columns; remarks, and metrics of few rows or beyond the width, stand below."""
+    return Group(*(part for table in aggregate(rows) for part in _console(table, width)))
+
+
+def _console(table: Mapping[str, Any], width: int) -> list[Any]:
+    lines = table["rows"]
+    name = min(max(len(line["row"]) for line in lines), 32)
+    sizes = not _fixed(table).get("n")
+    cells = {m: [_stacked(m, line["metrics"].get(m), line["n"]) for line in lines] for m in table["metrics"]}
+    widths = {m: max(len(text) for text in (label_of(m), *(t for cell in cells[m] for t in cell))) + 2 for m in cells}
+    known = {m: sum(m in line["metrics"] for line in lines) for m in cells}
+    reported = {m: any(cell[1] for cell in cells[m]) for m in cells}
+    # The paper's metrics come first, then those of every table, then the others, as far as there is room.
+    left, chosen = width - name - 11 - 4 * sizes, set()
+    for metric in sorted(cells, key=lambda m: (not reported[m], m not in FIRST)):
+        if widths[metric] <= left and 2 * known[metric] >= len(lines):
+            chosen.add(metric)
+            left -= widths[metric]
+
+    title, caption = Text(table["name"], "bold"), Text(_caption(table), "dim")
+    grid = Table(title=title, caption=caption, box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="",
+                 title_justify="left", caption_justify="left")  # fmt: skip
+    grid.add_column("", min_width=name, max_width=name, overflow="fold")
+    if sizes:
+        grid.add_column(Text("n", "bold"), justify="right")
+    for metric in filter(chosen.__contains__, cells):
+        head = Text(label_of(metric), "bold").append("\npaper, Δ" if reported[metric] else "", "not bold dim")
+        grid.add_column(head, justify="right", no_wrap=True)
+    grid.add_column(Text("seconds", "bold").append("\ncompile", "not bold dim"), justify="right", no_wrap=True)
+    below = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+    below.add_column(min_width=name, max_width=name, overflow="fold")
+    below.add_column(max_width=width - name - 2, overflow="fold")
+    for i, line in enumerate(lines):
+        stacked = [cells[m][i] for m in cells if m in chosen]
+        stacked.append((_seconds(line["seconds"]["run"]), _seconds(line["seconds"]["compile"])))
+        texts = [Text(first).append(f"\n{second}" if second else "", "dim") for first, second in stacked]
+        grid.add_row(Text(line["row"]), *([str(line["n"])] * sizes), *texts)
+        rest = [m for m in cells if m in line["metrics"] and m not in chosen]
+        notes = [f"{label_of(m)} {_pair(m, line['metrics'][m], line['n'])}" for m in rest]
+        if notes := [text for _, text in _remarks(line)] + notes:
+            below.add_row(Text(line["row"], "dim"), Text(" · ".join(notes), "dim"))
+    return [grid, *([Text(), below] if below.row_count else []), Text()]
+
+
+def _stacked(metric: str, stat: Mapping[str, Any] | None, n: int) -> tuple[str, str]:
+    if stat is None or stat["paper"] is None:
+        return ours(metric, stat, n), ""
+    return ours(metric, stat, n), f"{paper(metric, stat)}, {delta(metric, stat)}"
+
+
+def line(row: Row) -> str:
+    """A finished row in one line, for progress."""
+    numbers = [f"{label_of(m)} {_pair(m, _stat([row['metrics'].get(m)], v), 1)}" for m, v in _known(row).items()]
+    text = f"failed: {row['error']}" if row.get("error") else ", ".join(numbers)
+    return f"{row.get('table')}, {row.get('row')}, seed {row.get('seed')}: {text} [{_seconds(row['seconds']['run'])} s]"
+
+
+def _known(row: Row) -> dict[str, Any]:
+    """The metrics that lead a table or that the paper has, with the paper's number."""
+    reported = row.get("reported") or {}
+    return {m: reported.get(m) for m in dict.fromkeys([*FIRST, *reported]) if row["metrics"].get(m) is not None}
+
+
+def print_table(rows: Iterable[Row], console: Console | None = None) -> None:
+    """Prints "paper vs ours": ours above, the paper's and the difference below. Plain text without a terminal."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=max(console.width, 110))
+    console.print(console_tables(rows, min(console.width, 120)))
+
+
+# --- Questions to a sweep ---
+
+
+class Pivot(NamedTuple):
+    """A metric over two axes. `x: [X]`, `y: [Y]`: the values that occur; `mean, sd, n: [Y, X]`: over the rows there."""
+
+    x: list[Any]
+    y: list[Any]
+    mean: np.ndarray
+    sd: np.ndarray
+    n: np.ndarray
+
+
+def lookup(row: Row, path: str) -> Any:
+    """A field of a row (`seed`, `dataset`), or of its configuration by dots (`attack.rate`); None where it has none."""
+    if path in row and not isinstance(row[path], Mapping):
+        return row[path]
+    value: Any = row.get("config")
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return json.dumps(value) if isinstance(value, (list, Mapping)) else value
+
+
+def axes(rows: Iterable[Row]) -> list[str]:
+    """The fields that vary between rows, by dots: what a pivot may ask for."""
+
+    def paths(value: Any, path: str = "") -> Iterable[str]:
+        if isinstance(value, Mapping):
+            for name, inner in value.items():
+                yield from paths(inner, f"{path}.{name}".lstrip("."))
+        else:
+            yield path
+
+    rows = list(rows)
+    found = dict.fromkeys([*FIELDS, "seed", "row", *(path for row in rows for path in paths(row.get("config") or {}))])
+    return [path for path in found if len({lookup(row, path) for row in rows}) > 1]
+
+
+def pivot(rows: Iterable[Row], x: str, y: str | None, metric: str) -> Pivot:
+    """`metric` over the axes `x` and `y` (None: one line); failed rows, and rows that lack an axis, are left out."""
+    rows = [row for row in rows if not row.get("error")]
+    cells: dict[tuple[Any, Any], list[float]] = {}
+    for row in rows:
+        place = (lookup(row, x), "" if y is None else lookup(row, y))
+        if None not in place and _finite(row["metrics"].get(metric)):
+            cells.setdefault(place, []).append(float(row["metrics"][metric]))
+    if not cells:
+        _explain(rows, [axis for axis in (x, y) if axis], metric)
+    xs, ys = (_ordered(place[i] for place in cells) for i in (0, 1))
+    values = [[cells.get((i, j), []) for i in xs] for j in ys]
+    mean = np.array([[np.mean(v) if v else np.nan for v in line] for line in values])
+    sd = np.array([[np.std(v, ddof=1) if len(v) > 1 else np.nan for v in line] for line in values])
+    return Pivot(xs, ys, mean, sd, np.array([[len(v) for v in line] for line in values]))
+
+
+def _ordered(values: Iterable[Any]) -> list[Any]:
+    found = list(dict.fromkeys(values))
+    return sorted(found) if all(isinstance(v, (int, float)) for v in found) else found
+
+
+def _explain(rows: Sequence[Row], asked: Sequence[str], metric: str) -> None:
+    known = sorted({name for row in rows for name in row["metrics"]})
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1, cutoff=0.0)
+        raise BadInput(f"no row has the metric '{metric}'" + (f"; the nearest is '{near[0]}'" if near else ""))
+    raise BadInput(f"no row has {' and '.join(map(repr, asked))}; what varies: {', '.join(axes(rows)) or 'nothing'}")
+
+
+def pivot_figures(rows: Iterable[Row], x: str, y: str | None, metric: str) -> list[Figure]:
+    """The pivot as a line with its spread and, over two axes, as a heat-map."""
+    table = pivot(rows, x, y, metric)
+    percent, label = is_percent(metric), label_of(metric)
+    name = re.sub(r"[^\w-]+", "-", f"{metric}-{x}-{y}" if y else f"{metric}-{x}")
+    title = f"{label.removesuffix(' %')} over {x}" + (f" and {y}" if y else "")
+    n = sorted(set(table.n[table.n > 0].tolist()))
+    counts = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
+    lines = {f"{y} = {value}" if y else label: table.mean[i] for i, value in enumerate(table.y)}
+    spread = {line: table.sd[i] for i, line in enumerate(lines)}
+    curve = plots.curves(table.x, lines, spread, xlabel=x, ylabel=label, percent=percent)
+    made = [Figure(f"{name}-lines", f"{title}: lines", f"Mean and one sample standard deviation, {counts}.", curve)]
+    if y:
+        picture = plots.heat_map(table.mean, table.x, table.y, xlabel=x, ylabel=y, label=label, percent=percent)
+        made.insert(0, Figure(f"{name}-map", f"{title}: map", f"Mean, {counts}; blank: not run.", picture))
+    return made
+
+
+def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str, Any]]:
+    """For each victim the rows of the defense, without oracle, that is best by the mean of `metric` over seeds.
+
+    Low is good for success and error rates, high for all else. A net that cannot classify is no answer: a cell more
+    than `drop` of accuracy below the victim's most accurate defended cell does not count.
+    """
+    rows = [row for row in rows if not row.get("error")]
+    victims: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        if row.get("defense") and not row.get("oracle") and _finite(row["metrics"].get(metric)):
+            config = dict(row.get("config") or {})
+            defense = json.dumps([row["defense"], config.pop("defense", None)])
+            victim = json.dumps([config, *(row.get(field) for field in FIELDS[:3])])
+            victims.setdefault(victim, {}).setdefault(defense, []).append(row)
+    if not victims:
+        _explain(rows, ["a defense without oracle"], metric)
+
+    def mean(cell: Sequence[Row], name: str) -> float:
+        return _stat([row["metrics"].get(name) for row in cell], None)["mean"] or 0.0
+
+    sign = 1 if {"asr", "far", "frr", "fnr", "fpr"}.isdisjoint(re.split(r"[_.]", metric)) else -1
+    varying = [path for path in axes(rows) if path.startswith(("attack.", "recipe.", "model.", "dataset."))]
+    found = []
+    for cells in victims.values():
+        top = max(mean(cell, "acc_test") for cell in cells.values())
+        able = [cell for cell in cells.values() if mean(cell, "acc_test") >= top - drop]
+        winner = max(able, key=lambda cell: sign * mean(cell, metric))
+        setting = [f"{path} {lookup(winner[0], path)}" for path in varying if not path.endswith(".name")]
+        label = ", ".join([*setting, str(winner[0]["row"])])
+        found += [{**row, "table": f"Best defense by {label_of(metric)}", "row": label} for row in winner]
+    return found
