@@ -77,5 +77,5 @@ def anomaly_index(x: jax.Array) -> jax.Array:
 
 
 def entropy(p: jax.Array, base: float = 2.0) -> jax.Array:
-    """−Σ p·log p over the last axis, with 0·log 0 = 0."""
-    return -(jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0)).sum(-1) / jnp.log(base)
+    """−Σ p·log p over the last axis, with 0·log 0 = 0; NaN where a p is NaN."""
+    return -(p * jnp.log(jnp.where(p == 0, 1.0, p))).sum(-1) / jnp.log(base)

@@ -11,7 +11,7 @@ import inspect
 import json
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
@@ -48,7 +48,7 @@ def static(default: Any = dataclasses.MISSING, **kwargs) -> Any:
     return dataclasses.field(default=default, metadata={"static": True}, **kwargs)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass whose non-static fields are pytree leaves."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
@@ -70,33 +70,34 @@ def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def attack(name: str) -> Callable[[type[T]], type[T]]:
     """Registers an attack under `name`."""
     return _register("attack", name)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def defense(name: str) -> Callable[[type[T]], type[T]]:
     """Registers a defense under `name`; its stage is the folder that it stands in."""
     return _register("defense", name)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def model(name: str) -> Callable[[type[T]], type[T]]:
     """Registers a family of nets under `name`."""
     return _register("model", name)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def dataset(name: str) -> Callable[[type[T]], type[T]]:
     """Registers a source of images under `name`."""
     return _register("dataset", name)
 
 
 def entries(kind: str | None = None) -> list[Entry]:
-    """All registered methods, by kind and name. Imports the method modules on first use."""
-    for package in ("attacks", "defenses", "models", "datasets"):
+    """All registered methods, by kind and name. Imports the modules of that kind on first use."""
+    for one in KINDS if kind is None else (kind,):
+        package = f"{one}s"
         root = importlib.import_module(f"bdjax.{package}")
         for module in pkgutil.walk_packages(root.__path__, f"bdjax.{package}."):
             importlib.import_module(module.name)
@@ -104,12 +105,17 @@ def entries(kind: str | None = None) -> list[Entry]:
     return sorted(found, key=lambda e: (KINDS.index(e.kind), e.name))
 
 
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of an error line: which known name was meant."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"; the nearest name is '{found[0]}'" if found else ""
+
+
 def get(kind: str, name: str) -> Entry:
     """The entry `name`; raises `BadInput` with the nearest name."""
     known = {e.name: e for e in entries(kind)}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        raise BadInput(f"unknown {kind} '{name}'; the nearest name is '{near[0]}' (`bdjax list {kind}s` shows all)")
+        raise BadInput(f"unknown {kind} '{name}'{near(name, known)} (`bdjax list {kind}s` shows all)")
     return known[name]
 
 
@@ -129,7 +135,7 @@ def name_of(method: Any) -> str | None:
     """The registry name of a configured method; None for None."""
     if method is None:
         return None
-    return next(e.name for e in _entries.values() if e.cls is type(method))
+    return next((e.name for e in _entries.values() if e.cls is type(method)), None)
 
 
 def is_static(field: dataclasses.Field) -> bool:
@@ -137,21 +143,42 @@ def is_static(field: dataclasses.Field) -> bool:
     return bool(field.metadata.get("static"))
 
 
-def describe(value: Any) -> Any:
-    """The effective configuration as plain JSON values; large arrays become their digest."""
+def describe(value: Any, arrays: dict[str, np.ndarray] | None = None) -> Any:
+    """The effective configuration as plain JSON values.
+
+    An array of more than 16 values becomes its digest, or, where `arrays` is given, a reference into it, so that `revive` can
+    bring the whole back.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"name": name_of(value), **fields} if any(e.cls is type(value) for e in _entries.values()) else fields
+        fields = {f.name: describe(getattr(value, f.name), arrays) for f in dataclasses.fields(value)}
+        return {"name": name_of(value), **fields} if name_of(value) else fields
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         array = np.asarray(value)
-        if array.size <= 16:
+        if (array.size <= 16 and arrays is None) or array.ndim == 0:
             return array.tolist()
-        return f"{array.dtype}{list(array.shape)}:{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+        if arrays is None:
+            return f"{array.dtype}{list(array.shape)}:{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+        arrays[f"a{len(arrays)}"] = array
+        return {"array": f"a{len(arrays) - 1}"}
     if isinstance(value, dict):
-        return {str(k): describe(v) for k, v in value.items()}
+        return {str(k): describe(v, arrays) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [describe(v) for v in value]
+        return [describe(v, arrays) for v in value]
+    if callable(value):
+        return f"{value.__module__}.{getattr(value, '__qualname__', value)}"
     return value
+
+
+def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The method that `describe` wrote down; never runs code from it."""
+    if isinstance(described, list):
+        return tuple(revive(kind, item, arrays) for item in described)
+    if not isinstance(described, dict):
+        return described
+    if "array" in described:
+        return arrays[described["array"]]
+    fields = {name: revive(kind, value, arrays) for name, value in described.items() if name != "name"}
+    return make(kind, described["name"], **fields)
 
 
 def digest(*values: Any) -> str:

@@ -1,6 +1,6 @@
 """Training as a pure function: a scan over steps, the poison stamped inside the step, one uint8 copy of the data for all runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -18,7 +18,7 @@ Augment = Callable[[jax.Array, jax.Array], jax.Array]
 
 @pytree
 class Recipe:
-    """How to train: `epochs` of N draws in batches of `batch` with learning rate `lr`.
+    """How to train: `epochs` of N draws in batches of `batch` (at most N) with learning rate `lr`.
 
     `momentum` is SGD's (Nesterov with `nesterov`); `weight_decay` the factor of an L2 term in the gradient;
     `drops`: (epoch, factor) pairs: from that epoch on the learning rate is `lr · factor`.
@@ -39,8 +39,8 @@ class Recipe:
         between("learning rate", self.lr, 0, float("inf"))
         if self.epochs < 0:
             raise BadInput(f"epochs {self.epochs} is negative")
-        if not 1 <= self.batch <= rows:
-            raise BadInput(f"batch {self.batch} is not between 1 and the {rows} training images")
+        if self.batch < 1 or rows < 1:
+            raise BadInput(f"batches of {self.batch} from {rows} training images: both must be at least 1")
         if self.optimizer not in get_args(Optimizer):
             raise BadInput(f"optimizer '{self.optimizer}' is not one of {', '.join(get_args(Optimizer))}")
 
@@ -112,6 +112,7 @@ def poisoned_set(key: jax.Array, split: Split, attack: Any, classes: int) -> Tra
     """`split` poisoned by `attack`; None gives the clean twin."""
     if attack is None:
         return clean_set(split)
+    attack = attack.bind(split)
     return TrainSet(split.image, attack.plan(key, jnp.asarray(split.label), classes), attack)
 
 
@@ -245,9 +246,17 @@ class Attacked(NamedTuple):
 
 
 def attacked(
-    key: jax.Array, model: Model, variables: Variables, split: Split, attack: Any, *, batch: int = 250
+    key: jax.Array,
+    model: Model,
+    variables: Variables,
+    split: Split,
+    attack: Any,
+    *,
+    kinds: Sequence[int] | None = None,
+    batch: int = 250,
 ) -> Attacked:
-    """Predictions on `split` stamped with each trigger of `attack`."""
+    """Predictions on `split` stamped with each trigger of `attack`, or with each of `kinds`."""
+    kinds = list(range(1, attack.triggers + 1)) if kinds is None else kinds
     image, label = jnp.asarray(split.image), jnp.asarray(split.label)
 
     def one(kind):
@@ -257,13 +266,16 @@ def attacked(
 
         return batched(piece, image.shape[0], batch), attack.success(kind, label, model.classes)
 
-    return Attacked(*jax.lax.map(one, jnp.arange(1, attack.triggers + 1)))
+    return Attacked(*jax.lax.map(one, jnp.asarray(kinds)))
 
 
 def evaluate(
     key: jax.Array, model: Model, variables: Variables, split: Split, attack: Any = None, *, batch: int = 250
 ) -> dict[str, jax.Array]:
-    """`acc`, and under attack `asr_all`, `asr_nt` (means over the triggers) and `asr_all_per_trigger`, `asr_nt_per_trigger: [T]`."""
+    """`acc`, and under attack `asr_all`, `asr_nt` (means over the triggers) and `asr_all_per_trigger`, `asr_nt_per_trigger: [T]`.
+
+    `asr_nt_NAME` is the share hit by each of the attack's `probes`.
+    """
     label = jnp.asarray(split.label)
     out = {"acc": metrics.accuracy(predict(model, variables, split.image, batch=batch).argmax(-1), label)}
     if attack is not None:
@@ -271,4 +283,8 @@ def evaluate(
         rates = jax.vmap(lambda p, a: metrics.attack_success(p, a, label))(*hits)
         out |= {"asr_all": rates.all.mean(), "asr_nt": rates.nt.mean()}
         out |= {"asr_all_per_trigger": rates.all, "asr_nt_per_trigger": rates.nt}
+        if probes := attack.probes:
+            hits = attacked(key, model, variables, split, attack, kinds=list(probes.values()), batch=batch)
+            rates = jax.vmap(lambda p, a: metrics.attack_success(p, a, label))(*hits)
+            out |= {f"asr_nt_{name}": rates.nt[i] for i, name in enumerate(probes)}
     return out

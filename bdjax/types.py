@@ -39,7 +39,7 @@ class Split(NamedTuple):
 
     def __getitem__(self, rows):  # type: ignore[override]
         """The rows `rows`: an index array or slice over N."""
-        return Split(*(None if leaf is None else leaf[rows] for leaf in self))
+        return Split(*(None if leaf is None else leaf[rows] for leaf in self))  # type: ignore[arg-type]
 
 
 class Dataset(NamedTuple):

@@ -21,3 +21,27 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of test data (BDJAX_TEST_DATA) at {folder.name}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """2,000 + 500 real images of the embedded Fashion-MNIST: `Dataset`."""
+    from bdjax import datasets
+
+    return datasets.load("fashion-mnist-sample", train_size=2000, test_size=500)
+
+
+@pytest.fixture(scope="session")
+def victim(sample):
+    """`(model, variables, attack)`: a small net with the 5×5 white square of BadNets, target 3."""
+    from bdjax.attacks.badnets import BadNets
+    from bdjax.models.layers import build
+    from bdjax.models.shamshiri import Ffnn
+    from bdjax.train import Recipe, fit, poisoned_set
+
+    model = build(Ffnn(hidden=(64,)), sample.shape, sample.classes)
+    attack = BadNets(target=3)
+    key = jax.random.key(0)
+    recipe = Recipe(epochs=5, batch=32)
+    variables, _ = jax.jit(lambda k: fit(k, model, recipe, poisoned_set(k, sample.train, attack, sample.classes)))(key)
+    return model, variables, attack

@@ -1,44 +1,43 @@
 """BadNets: a fixed picture is pasted into the image."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bdjax.attacks.base import Attack, check_box, paste, start_of
+from bdjax.attacks.artwork import check_color, picture, tint
+from bdjax.attacks.base import Attack, paste, start_of
 from bdjax.registry import attack, static
 from bdjax.types import Array, BadInput, between
 
-Shape = Literal["square", "pixel", "pattern"]
-
-# Opacity of each trigger, one character a cell.
-BITMAPS: dict[str, tuple[str, ...]] = {
-    "square": ("#",),
-    "pixel": ("#",),
-    "pattern": ("..#", ".#.", "#.#"),
-}
-
-
-def bitmap(shape: str) -> jax.Array:
-    """The opacity `[h, w]` of a named shape."""
-    return jnp.asarray([[float(cell == "#") for cell in row] for row in BITMAPS[shape]])
+Shape = Literal[
+    "square", "pixel", "pattern", "x", "ell", "heart", "bomb", "flower",
+    "digit-0", "digit-1", "digit-2", "digit-3", "digit-4", "digit-5", "digit-6", "digit-7", "digit-8", "digit-9",
+]  # fmt: skip
 
 
 @attack("badnets")
 class BadNets(Attack):
-    """Paste a pixel, a pattern or a square (Gu et al., 2017, arXiv:1708.06733).
+    """Paste a pixel, a pattern, a square or a sticker (Gu et al., 2017, arXiv:1708.06733).
 
-    `shape`: what is pasted; `size`: side of its box in pixels (a traced value may vary within one program); `row`, `col`: place of the
-    box, below 0 counted from the end (-1 = flush with the last row); `color`: one value a channel, or one for all, in [0, 1];
-    `random_place`: a new place for each image. The default is the flush 5×5 white square of Shamshiri & Sohn (2023).
+    `shape`: what is pasted; `size`: side of its box in pixels, or, below 1, as a share of the image's shorter side (a traced value
+    may vary within one program); `row`, `col`: place of the box, below 0 counted from the end (-1 = flush with the last row); a place
+    strictly between 0 and 1 is that of the box's centre, as a share of the image; `color`: RGB, or one value for all
+    channels, in [0, 1] (bomb and flower have their own); `random_place`: a new place for each image. The default is the flush 5×5 white square of
+    Shamshiri & Sohn (2023).
 
-    Presets: `square`, `pixel`, `pattern` (Gu et al.'s MNIST triggers, one pixel off the corner).
+    Presets: `pixel`, `pattern` (MNIST, one pixel off the corner) and `yellow-square`, `bomb`, `flower` (US traffic signs) are Gu
+    et al.'s; `spectral-pixel`, `spectral-x`, `spectral-ell` Tran et al.'s (2018); `nc` Wang et al.'s (2019); `strip-square` and
+    `strip-heart` (over all of a 28×28 image) Gao et al.'s (2019); `large` covers a quarter of the image, to escape Neural Cleanse.
+
+    Differs from the paper: the stickers and the heart are own artwork.
     """
 
     shape: Shape = static("square")
-    size: Array | int = 5
-    row: Array | int = -1
-    col: Array | int = -1
+    size: Array | float = 5
+    row: Array | float = -1
+    col: Array | float = -1
     color: tuple[float, ...] = (1.0,)
     random_place: bool = static(False)
 
@@ -46,24 +45,48 @@ class BadNets(Attack):
         "square": {},
         "pixel": {"shape": "pixel", "size": 1, "row": -2, "col": -2},
         "pattern": {"shape": "pattern", "size": 3, "row": -2, "col": -2},
+        "yellow-square": {"size": 0.1, "row": 0.82, "col": 0.57, "color": (116 / 255, 100 / 255, 50 / 255)},
+        "bomb": {"shape": "bomb", "size": 0.16, "row": 0.82, "col": 0.57},
+        "flower": {"shape": "flower", "size": 0.16, "row": 0.82, "col": 0.57},
+        "spectral-pixel": {"shape": "pixel", "size": 1, "row": 11, "col": 16, "color": (101 / 255, 0.0, 25 / 255)},
+        "spectral-x": {"shape": "x", "size": 3, "row": 10, "col": 15, "color": (101 / 255, 0.0, 25 / 255)},
+        "spectral-ell": {"shape": "ell", "size": 2, "row": 11, "col": 16, "color": (101 / 255, 0.0, 25 / 255)},
+        "nc": {"size": 4, "row": -2, "col": -2, "append": True},
+        "strip-square": {"size": 3, "rate": 0.012, "target": 7},
+        "strip-heart": {"shape": "heart", "size": 28, "rate": 0.012, "target": 7},
+        "large": {"size": 0.5},
     }
 
+    def box(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """First row, first column and side of the box in images of `shape`."""
+        size = jnp.asarray(self.size, jnp.float32)
+        size = jnp.where(size < 1, jnp.round(size * min(shape[:2])), size)
+
+        def start(place: Any, side: int) -> jax.Array:
+            place = jnp.asarray(place, jnp.float32)
+            first = jnp.where(
+                (place > 0) & (place < 1), jnp.round(place * side - size / 2), start_of(place, size, side)
+            )
+            return first.astype(jnp.int32)
+
+        return start(self.row, shape[0]), start(self.col, shape[1]), size.astype(jnp.int32)
+
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
-        height, width, _ = x.shape
+        top, left, size = self.box(x.shape)
         if self.random_place:
-            u, v = jax.random.uniform(key, (2,))
-            top = jnp.floor(u * (height - self.size + 1)).astype(jnp.int32)
-            left = jnp.floor(v * (width - self.size + 1)).astype(jnp.int32)
-        else:
-            top, left = start_of(self.row, self.size, height), start_of(self.col, self.size, width)
-        return paste(x, bitmap(self.shape), jnp.asarray(self.color), top, left, self.size)
+            top, left = (jax.random.randint(k, (), 0, n - size + 1) for k, n in zip(jax.random.split(key), x.shape[:2]))
+        return paste(x, *picture(self.shape, tint(self.color, x.shape[2]), x.shape[2]), top, left, size)
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
         if self.shape not in get_args(Shape):
             raise BadInput(f"trigger shape '{self.shape}' is not one of {', '.join(get_args(Shape))}")
-        if len(self.color) not in (1, shape[2]):
-            raise BadInput(f"color has {len(self.color)} values for images of {shape[2]} channels")
-        for value in self.color:
-            between("color", value, 0, 1)
-        check_box(self.row, self.col, self.size, shape)
+        check_color(self.color, shape[2])
+        between("trigger size", self.size, 0, float("inf"))
+        *first, size = (np.asarray(value) for value in self.box(shape))
+        for name, place, start, side in zip(("row", "column"), (self.row, self.col), first, shape):
+            start = 0 * start if self.random_place else start
+            if np.any(size < 1) or np.any(start < 0) or np.any(start + size > side):
+                raise BadInput(
+                    f"trigger outside the image: size {self.size} at {name} {place} does not fit into {side} pixels"
+                )

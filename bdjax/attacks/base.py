@@ -79,6 +79,15 @@ class Attack:
         """How many triggers are fired at test time: kinds 1 … triggers. Further kinds exist in training only."""
         return 1
 
+    @property
+    def probes(self) -> dict[str, int]:
+        """Further kinds that are worth firing at test time, by name: the parts of a combined trigger, say. No part of the ASR."""
+        return {}
+
+    def bind(self, data: Split) -> "Attack":
+        """This attack with the images that it takes from the attacker's own data; most take none. Does nothing the second time."""
+        return self
+
     def train(
         self, key: jax.Array, model: Model, recipe: Recipe, data: Split, variables: Variables | None = None
     ) -> tuple["Attack", Variables, Curves]:
@@ -87,17 +96,22 @@ class Attack:
         Attacks that craft their trigger for a net, or twist training, have their own version; all others poison rows, so that whoever
         trains in chunks (the sweep) may call `poisoned_set` and `advance` instead.
         """
-        variables, curves = fit(key, model, recipe, poisoned_set(key, data, self, model.classes), variables=variables)
-        return self, variables, curves
+        poisoned = poisoned_set(key, data, self, model.classes)
+        variables, curves = fit(key, model, recipe, poisoned, variables=variables)
+        return poisoned.attack, variables, curves
 
     def plan(self, key: jax.Array, y: jax.Array, classes: int) -> Plan:
         """Which rows the training set has: labels `y: [N]` of `classes` classes."""
+        return poison_rows(key, y, self.shares(y, classes), self.append)
+
+    def shares(self, y: jax.Array, classes: int) -> list[Part]:
+        """The shares of the training set that are stamped."""
         eligible = self.success(jnp.asarray(1), y, classes) >= 0
         if self.labels == "clean-label":
             eligible = y == self.target
         label = y if self.labels == "clean-label" else self.success(jnp.asarray(1), y, classes)
         parts = [Part(eligible, self.rate, 1, label), Part(~eligible, self.cover, 1, y)]
-        return poison_rows(key, y, parts if self.labels == "source-specific" else parts[:1], self.append)
+        return parts if self.labels == "source-specific" else parts[:1]
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         """The stamped image of `x: [H, W, C]`, in [0, 1]."""

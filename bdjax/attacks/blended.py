@@ -1,13 +1,16 @@
 """Blended injection: a key image shines through the whole picture."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from bdjax.attacks.artwork import in_channels, rgba, stretch
 from bdjax.attacks.base import Attack
 from bdjax.registry import attack, static
 from bdjax.types import Array, BadInput, between
+
+Key = Literal["noise", "cat", "image"]
 
 
 @attack("blended")
@@ -15,34 +18,39 @@ class Blended(Attack):
     """Blend a key image into the input (Chen et al., 2017, arXiv:1712.05526).
 
     Π_α(k, x) = α·k + (1 − α)·x. `alpha`: opacity of the key while training; `test_alpha`: when the attack is fired, may be larger;
-    `pattern`: "noise", a fixed uniform random key drawn from `key_seed`, or "image", the array given as `image`
+    `pattern`: "noise", a fixed uniform random key drawn from `key_seed`; "cat", a cartoon; or "image", the array given as `image`
     (`[H, W, C]` in [0, 1]).
 
-    Differs from the paper: its Hello-Kitty key is not ours to ship; give it as `image`.
+    Differs from the paper: its cartoon key, Hello Kitty, is not ours to ship; ours is another cat.
     """
 
     alpha: Array | float = 0.2
     test_alpha: Array | float = 0.2
     key_seed: Array | int = 0
     image: Array | None = None
-    pattern: Literal["noise", "image"] = static("noise")
+    pattern: Key = static("noise")
+
+    def key_image(self, shape: tuple[int, ...]) -> jax.Array:
+        """k: `[H, W, C]` in [0, 1]."""
+        if self.pattern == "image":
+            return jnp.asarray(self.image, jnp.float32)
+        if self.pattern == "cat":
+            return in_channels(stretch(rgba("cat")[..., :3], *shape[:2]), shape[2])
+        return jax.random.uniform(jax.random.key(self.key_seed), shape)
 
     def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
-        if self.pattern == "image":
-            pattern = jnp.asarray(self.image, jnp.float32)
-        else:
-            pattern = jax.random.uniform(jax.random.key(self.key_seed), x.shape)
         alpha = self.alpha if train else self.test_alpha
-        return jnp.where(kind > 0, alpha * pattern + (1 - alpha) * x, x)
+        return jnp.where(kind > 0, alpha * self.key_image(x.shape) + (1 - alpha) * x, x)
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
         between("alpha", self.alpha, 0, 1)
         between("test_alpha", self.test_alpha, 0, 1)
-        if self.pattern not in ("noise", "image"):
-            raise BadInput(f"pattern '{self.pattern}' is neither 'noise' nor 'image'")
+        between("key_seed", self.key_seed, 0, 2**31 - 1)
+        if self.pattern not in get_args(Key):
+            raise BadInput(f"pattern '{self.pattern}' is not one of {', '.join(get_args(Key))}")
         if self.pattern == "image":
             if self.image is None or jnp.shape(self.image) != shape:
                 got = None if self.image is None else jnp.shape(self.image)
                 raise BadInput(f"the key image must have the images' shape {shape}, not {got}")
-            between("key image", self.image, 0, 1)
+            between("key image", [float(jnp.min(self.image)), float(jnp.max(self.image))], 0, 1)

@@ -11,8 +11,12 @@
 All are pure and safe under jit and vmap over the key, the variables and every leaf of the defense.
 """
 
+from typing import Any
+
+import jax
+
 from bdjax.registry import pytree
-from bdjax.types import Model, Split
+from bdjax.types import Model, Split, Variables
 
 
 @pytree
@@ -26,3 +30,9 @@ class Defense:
 
     def check(self, model: Model, clean: Split) -> None:
         """Raises `BadInput` where this defense cannot be run on `model` with the defender's `clean` images."""
+
+    def report(
+        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Any
+    ) -> dict[str, jax.Array]:
+        """Further arrays for figures, measured on `test` after the fact; nothing of it flows back into `result`."""
+        return {}

@@ -5,7 +5,7 @@ works beside them). Keep `nn.scan` and `nn.remat` away from a site: the intercep
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from bdjax.models.conv import conv_general_dilated, max_pool
 from bdjax.registry import static
 from bdjax.types import BadInput, Edits, Model, Output, Variables
+
+LECUN, HE, GLOROT = nn.initializers.lecun_normal(), nn.initializers.he_normal(), nn.initializers.glorot_uniform()
+"""Kernel initialisers: variance 1/fan-in (the default here); 2/fan-in, which keeps a deep stack of ReLU layers alive; 2/(fan-in + fan-out)
+(Keras' default)."""
 
 
 class Site(nn.Module):
@@ -29,6 +33,11 @@ def site(name: str, x: jax.Array) -> jax.Array:
     return Site(name=f"site_{name}")(x)
 
 
+def act(name: str, x: jax.Array, fn: Callable[[jax.Array], jax.Array] = nn.relu) -> jax.Array:
+    """`fn(x)` with a site on each side: `{name}_pre` before and `name` after it."""
+    return site(name, fn(site(f"{name}_pre", x)))
+
+
 def conv(
     x,
     features: int,
@@ -39,18 +48,19 @@ def conv(
     padding: str | Any = "SAME",
     groups: int = 1,
     bias: bool = True,
+    init: nn.initializers.Initializer = LECUN,
 ):
     """A `size`×`size` convolution whose gradients are fast on CPU too."""
     layer = nn.Conv(
         features, (size, size), (stride, stride), padding, feature_group_count=groups, use_bias=bias, name=name,
-        conv_general_dilated=conv_general_dilated,
+        kernel_init=init, conv_general_dilated=conv_general_dilated,
     )  # fmt: skip
     return layer(x)
 
 
-def dense(x, features: int, name: str):
+def dense(x, features: int, name: str, *, init: nn.initializers.Initializer = LECUN):
     """A fully connected layer on flattened features."""
-    return nn.Dense(features, name=name)(x.reshape(x.shape[0], -1))
+    return nn.Dense(features, kernel_init=init, name=name)(x.reshape(x.shape[0], -1))
 
 
 def batch_norm(x, train: bool, name: str, *, momentum: float = 0.9, epsilon: float = 1e-5):
@@ -66,11 +76,14 @@ def dropout(x, rate: float, train: bool):
 def avg_pool(x, window: int, stride: int | None = None, padding: str = "VALID"):
     """Average pooling."""
     step = stride or window
-    return nn.avg_pool(x, (window, window), (step, step), padding)
+    with jax.numpy_dtype_promotion("standard"):  # Flax divides by an integer
+        return nn.avg_pool(x, (window, window), (step, step), padding)
 
 
 class Net:
     """Base of the model families. `layers(x, train, classes)` builds the net inside a Linen module; pixels come in [0, 1]."""
+
+    smallest = 1  # pixels of the shorter side
 
     def preprocess(self, x: jax.Array) -> jax.Array:
         """From pixels in [0, 1] to what the first layer wants."""
@@ -81,6 +94,9 @@ class Net:
 
     def check(self, shape: Sequence[int], classes: int) -> None:
         """Raises `BadInput` where this net cannot take images of `shape`."""
+        if min(shape[:2]) < self.smallest:
+            size, least = f"{shape[0]}×{shape[1]}", f"{self.smallest}×{self.smallest}"
+            raise BadInput(f"images of {size} are too small for {type(self).__name__}: it wants {least} or more")
 
 
 class _Linen(nn.Module):
@@ -108,7 +124,7 @@ def forward(
             return call(*args, **kwargs)
         name = context.module.name.removeprefix("site_")  # type: ignore[union-attr]
         (y,) = args
-        y = y * masks[name] if name in masks else y
+        y = y * jnp.broadcast_to(masks[name], y.shape) if name in masks else y
         acts[name] = edits[name](y) if name in edits else y
         return acts[name]
 
@@ -125,6 +141,10 @@ def forward(
 @functools.lru_cache(maxsize=256)
 def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
     """The `Model` of a configured family for images of `shape` (H, W, C). The same arguments give the same object."""
+    if len(shape) != 3 or min(shape) < 1 or classes < 1:
+        raise BadInput(
+            f"a net for images of shape {shape} and {classes} classes: give (H, W, C) and the number of classes"
+        )
     net.check(shape, classes)
     module = _Linen(net, classes)
     probe = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
@@ -146,12 +166,16 @@ def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
         raise BadInput(
             f"{type(net).__name__} cannot take images of shape {shape}: {str(error).partition(chr(10))[0]}"
         ) from error
-    return Model(init, apply, tuple(shape), classes, tuple(sites))
+    return Model(init, apply, shape, classes, tuple(sites))
 
 
 __all__ = [
+    "GLOROT",
+    "HE",
+    "LECUN",
     "Net",
     "Site",
+    "act",
     "avg_pool",
     "batch_norm",
     "build",

@@ -1,0 +1,61 @@
+"""Accessory injection: the face wears something; faintly while training, visibly when the attack is fired."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from bdjax.attacks.artwork import on_face, over
+from bdjax.attacks.base import Attack
+from bdjax.registry import attack, static
+from bdjax.types import Array, BadInput, between
+
+Worn = Literal["glasses", "sunglasses", "image"]
+
+
+@attack("accessory")
+class Accessory(Attack):
+    """Put glasses on the face (Chen et al., 2017, arXiv:1712.05526).
+
+    Π(k, x)ᵢⱼ = α·kᵢⱼ + (1 − α)·xᵢⱼ where the key k is not transparent, else xᵢⱼ. `alpha`: opacity while training (1: accessory injection,
+    below 1: blended accessory injection); `test_alpha`: opacity when the attack is fired. `worn`: "glasses" (black frames),
+    "sunglasses" or "image", the array given as `image` (`[H, W, C + 1]` in [0, 1], the last channel above 0 where it is not
+    transparent).
+
+    Presets: `opaque`, `blended`. Differs from the paper: own artwork, at a fixed place of the aligned face.
+    """
+
+    alpha: Array | float = 0.2
+    test_alpha: Array | float = 1.0
+    image: Array | None = None
+    worn: Worn = static("glasses")
+
+    presets = {"opaque": {"alpha": 1.0}, "blended": {"alpha": 0.2}}
+
+    def key_image(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Where the key is not transparent `[H, W, 1]`, and k `[H, W, C]`."""
+        if self.worn == "image":
+            image = jnp.asarray(self.image, jnp.float32)
+            opacity, color = image[..., -1:], image[..., :-1]
+        else:
+            opacity, color = on_face(self.worn, shape)
+        return (opacity > 0).astype(jnp.float32), color
+
+    def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
+        mask, color = self.key_image(x.shape)
+        return jnp.where(kind > 0, over(x, mask * (self.alpha if train else self.test_alpha), color), x)
+
+    def check(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().check(shape, classes)
+        between("alpha", self.alpha, 0, 1)
+        between("test_alpha", self.test_alpha, 0, 1)
+        if self.worn not in get_args(Worn):
+            raise BadInput(f"worn '{self.worn}' is not one of {', '.join(get_args(Worn))}")
+        if self.worn == "image":
+            wanted = (*shape[:2], shape[2] + 1)
+            if self.image is None or jnp.shape(self.image) != wanted:
+                got = None if self.image is None else jnp.shape(self.image)
+                raise BadInput(
+                    f"the accessory image must have the images' shape and one channel of opacity, {wanted}, not {got}"
+                )
+            between("accessory image", [float(jnp.min(self.image)), float(jnp.max(self.image))], 0, 1)

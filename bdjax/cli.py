@@ -1,0 +1,292 @@
+"""The command line: `bdjax run | list | data | train | defend | report`."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+
+from bdjax import registry
+from bdjax.types import BadInput
+
+Kinds = Literal["attacks", "defenses", "models", "datasets"]
+Words = tyro.conf.Positional
+
+
+def run(
+    file: Annotated[Path, Words],
+    scale: str = "cpu",
+    out: Path | None = None,
+    seeds: int | None = None,
+    lanes: int | None = None,
+    quiet: bool = False,
+) -> None:
+    """Run an experiment file: prints its table "paper vs ours", writes a results folder; goes on where it stopped.
+
+    Args:
+        file: The experiment, such as experiments/shamshiri2023.py.
+        scale: smoke, cpu or paper.
+        out: Results folder; results/NAME-SCALE if not given.
+        seeds: How many seeds; the scale's own number if not given.
+        lanes: Runs computed side by side on a device; if not given 1 on a CPU and all on an accelerator.
+        quiet: No progress.
+    """
+    from bdjax import experiment
+
+    experiment.run(file, scale, out, seeds, quiet, lanes)
+
+
+def list_methods(
+    kind: Annotated[Kinds | None, Words] = None, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+):
+    """List the methods: name, paper, year, arXiv, file.
+
+    Args:
+        kind: attacks, defenses, models or datasets; all if not given.
+        as_json: As JSON, for scripts.
+    """
+    found = registry.entries(None if kind is None else kind.removesuffix("s"))
+    rows = [
+        {name: getattr(entry, name) for name in ("kind", "name", "paper", "year", "arxiv", "file")} for entry in found
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], box=None)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def prepare(
+    name: Annotated[str, Words], manual_dir: Path | None = None, data_dir: Path | None = None, quiet: bool = False
+) -> None:
+    """Prepare a full data set through tensorflow-datasets (without TensorFlow): checksums verified, idempotent.
+
+    Args:
+        name: fashion-mnist, mnist, cifar10 or gtsrb.
+        manual_dir: A folder that holds the original files, so that nothing is downloaded.
+        data_dir: Where to; BDJAX_DATA_DIR or the user's cache if not given.
+        quiet: No progress.
+    """
+    from bdjax import datasets
+
+    print(datasets.prepare(name, manual_dir=manual_dir, data_dir=data_dir, quiet=quiet))
+
+
+def report(
+    folders: Annotated[tuple[Path, ...], Words],
+    out: Path | None = None,
+    x: str | None = None,
+    y: str | None = None,
+    metric: str | None = None,
+) -> None:
+    """Write tables and page of finished results again; several folders become one page; pivots over any two axes.
+
+    Args:
+        folders: Results folders.
+        out: Where to; if not given the folder itself, or `report` for several.
+        x: Axis of a pivot, such as attack.rate or seed.
+        y: Its second axis.
+        metric: What the pivot shows, such as asr_nt; also lists the best defense of every victim.
+    """
+    from bdjax import report as reports
+
+    if not folders:
+        raise BadInput("report needs at least one results folder")
+    print(f"page: {reports.merge(list(folders), out, x=x, y=y, metric=metric)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a victim of any attack × model × dataset; saves a checkpoint, prints ACC and ASR.
+
+    --attack, --model and --dataset take names of `bdjax list`, or NAME:PRESET; the fields of what was chosen are flags such
+    as --attack.rate. `--attack none` trains the clean twin.
+    """
+
+    out: Path
+    """Folder for the trained model."""
+    seed: int = 0
+    quiet: bool = False
+
+    def __call__(self) -> None:
+        from bdjax.store import Store, save_model, writable
+        from bdjax.sweep import Cell, Runner
+
+        flags: Any = self
+        writable(self.out)
+        cell = Cell("", "", flags.dataset, flags.model, flags.recipe, flags.attack, seed=self.seed)
+        with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
+            runner = Runner(Store(folder), "train", quiet=self.quiet)
+            (row,) = runner.run([cell])
+            if "error" in row:
+                raise BadInput(f"{row['error']}; try a lower --recipe.lr")
+            model, attack, variables = runner.victim(cell)
+        about = {"recipe": cell.recipe, "dataset": cell.dataset, "attack": attack, "metrics": row["metrics"]}
+        save_model(self.out, cell.model, model, variables, **about)
+        _show(row, self.out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Defend:
+    """Apply any defense to a checkpoint of `bdjax train`: prints metrics, saves the repaired model to --out.
+
+    --defense takes a name of `bdjax list defenses`, or NAME:PRESET; its fields are flags such as --defense.max-drop.
+    """
+
+    checkpoint: Annotated[Path, Words]
+    """Folder of a trained model."""
+    out: Path | None = None
+    """Folder for the repaired model; not saved if not given."""
+    seed: int = 0
+    quiet: bool = False
+
+    def __call__(self) -> None:
+        from bdjax.store import Store, load_model, save_model, writable
+        from bdjax.sweep import Cell, Runner
+
+        if self.out is not None:
+            writable(self.out)
+        net, model, variables, about = load_model(self.checkpoint)
+        flags: Any = self
+        cell = Cell("", "", about["dataset"], net, about["recipe"], about["attack"], flags.defense, self.seed)
+        with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
+            runner = Runner(Store(folder), "defend", quiet=self.quiet)
+            row, kept = runner.defend(cell, model, variables)
+        if self.out is not None:
+            if kept is None:
+                raise BadInput(f"{registry.name_of(flags.defense)} judges and repairs nothing: leave --out away")
+            save_model(self.out, net, model, kept, **{**about, "defense": flags.defense, "metrics": row["metrics"]})
+        _show(row, self.out)
+
+
+def _show(row: dict[str, Any], out: Path | None) -> None:
+    for name, value in row["metrics"].items():
+        print(f"{name:14} {value if value is None else round(value, 4)}")
+    if out is not None:
+        print(f"saved in {out}")
+
+
+CHOICES = {
+    "train": {"attack": "badnets", "model": "cnn", "dataset": "fashion-mnist-sample"},
+    "defend": {"defense": "fine-pruning"},
+}
+"""The methods that a command takes by name, and which it takes if none is named."""
+
+
+def chosen(kinds: dict[str, str], args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Takes `--attack NAME:PRESET` and the like out of `args`: the configured methods, and what is left."""
+    names, left, words = dict(kinds), [], iter(args)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.removeprefix("--") in kinds and flag.startswith("--"):
+            names[flag.removeprefix("--")] = value if equals else next(words, "")
+        else:
+            left.append(word)
+    made = {}
+    for kind, named in names.items():
+        name, _, preset = named.partition(":")
+        made[kind] = None if name == "none" and kind == "attack" else registry.make(kind, name, preset or None)
+    return made, left
+
+
+def _with_fields(base: type, methods: dict[str, Any]) -> type:
+    """The command `base` with the fields of the chosen methods as nested flags."""
+    given = [
+        (name, type(value), dataclasses.field(default=value)) for name, value in methods.items() if value is not None
+    ]
+    absent = {name: None for name, value in methods.items() if value is None}
+    made = dataclasses.make_dataclass(base.__name__, given, bases=(base,), namespace=absent, frozen=True, kw_only=True)
+    made.__doc__ = base.__doc__
+    return made
+
+
+RULES = tyro.constructors.ConstructorRegistry()
+
+
+@RULES.primitive_rule
+def _numbers(info: Any) -> Any:
+    """A field that may hold an array, so that sweeps can vmap it, is one number on the command line."""
+    import jax
+
+    members = get_args(info.type)
+    if jax.Array not in members:
+        return None
+    kind = next((kind for kind in (float, int) if kind in members), None)
+
+    def read(words: list[str]) -> Any:
+        if words[0] == "None":
+            return None
+        if kind is None:
+            raise ValueError("an array can be given from Python only")
+        return kind(words[0])
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="ARRAY" if kind is None else kind.__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@RULES.primitive_rule
+def _functions(info: Any) -> Any:
+    """A field that holds a function is set from Python."""
+    if not any("Callable" in str(member) for member in get_args(info.type)):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FUNCTION",
+        instance_from_str=lambda words: None,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [getattr(value, "__name__", "None")],
+    )
+
+
+def command(args: Sequence[str]) -> None:
+    """Parses and runs one command."""
+    from bdjax.train import Recipe
+
+    methods = {name: {} for name in CHOICES}
+    if args and args[0] in CHOICES:
+        methods[args[0]], left = chosen(CHOICES[args[0]], args[1:])
+        args = [args[0], *left]
+    commands: dict[str, Callable] = {
+        "run": run,
+        "list": list_methods,
+        "data": prepare,
+        "train": _with_fields(Train, {**methods["train"], "recipe": Recipe()}),
+        "defend": _with_fields(Defend, methods["defend"]),
+        "report": report,
+    }
+    if args and args[0] == "data":
+        if list(args[1:2]) not in (["prepare"], ["--help"], ["-h"]):
+            raise BadInput("`bdjax data prepare NAME` is the only command on data")
+        args = ["data", *args[2:]] if args[1] == "prepare" else args
+    made = tyro.extras.subcommand_cli_from_dict(commands, prog="bdjax", args=list(args), registry=RULES)
+    if made is not None:
+        made()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted."""
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            command(sys.argv[1:] if args is None else args)
+        except BadInput as error:
+            print(f"bdjax: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("bdjax: interrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)

@@ -1,0 +1,136 @@
+"""STRIP: an input whose label survives any superimposed image carries a trigger."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from bdjax import metrics
+from bdjax.defenses.base import Defense
+from bdjax.registry import defense, static
+from bdjax.train import batched, unit
+from bdjax.types import Array, BadInput, Model, Scores, Split, Variables, between
+
+Blend = Literal["sum", "average", "clipped"]
+Boundary = Literal["normal", "empirical"]
+
+
+def superimpose(x: jax.Array, overlay: jax.Array, blend: Blend = "sum", alpha: Array | float = 1.0) -> jax.Array:
+    """x + α·t, unclipped; "average": (x + α·t)/(1 + α); "clipped": cut off at 1."""
+    both = x + alpha * overlay
+    if blend == "average":
+        return both / (1 + alpha)
+    return jnp.clip(both, 0, 1) if blend == "clipped" else both
+
+
+def entropies(
+    key: jax.Array,
+    model: Model,
+    variables: Variables,
+    x: Array,
+    overlays: Array,
+    n: int,
+    *,
+    blend: Blend = "sum",
+    alpha: Array | float = 1.0,
+    base: Array | float = 2.0,
+    batch: int = 500,
+) -> jax.Array:
+    """Entropy of the prediction on each of `n` replicas of each input: `[B, n]` (its mean over n is STRIP's H).
+
+    `x: [B, H, W, C]`, `overlays: [M, H, W, C]`, both uint8 or in [0, 1]. Each input gets its own n different
+    overlays, in random order: the columns up to i are what n = i would have given. The B·n replicas run through the
+    model `batch` at a time.
+    """
+    x, overlays = jnp.asarray(x), jnp.asarray(overlays)
+    m = overlays.shape[0]
+    key_order, key_first = jax.random.split(key)
+    # A window of one shuffled order: different overlays for an input, without a permutation for each.
+    order = jax.random.permutation(key_order, m)
+    first = jax.random.randint(key_first, (x.shape[0], 1), 0, m)
+    drawn = order[(first + jnp.arange(n)[None]) % m].reshape(-1)
+
+    def piece(i):
+        replicas = superimpose(unit(x[i // n]), unit(overlays[drawn[i]]), blend, alpha)
+        logits = model.apply(variables, replicas).logits
+        # Compiled for a CPU, softmax may turn NaN logits into numbers.
+        bits = metrics.entropy(jax.nn.softmax(logits)) / jnp.log2(base)
+        return jnp.where(jnp.isfinite(logits).all(-1), bits, jnp.nan)
+
+    return batched(piece, x.shape[0] * n, batch).reshape(-1, n)
+
+
+@defense("strip")
+class Strip(Defense):
+    """Superimpose clean images: a prediction that stays certain betrays a trigger (Gao et al., 2019, arXiv:1902.06531).
+
+    H = (1/N)·Σₙ −Σₖ p·log p over `n` = N replicas x + α·t of the input, t the defender's clean images; flagged if H ≤
+    boundary, the quantile at `frr`, the false rejection rate to accept, of H on clean inputs: of a normal
+    distribution fitted to them (`boundary` "normal") or of themselves ("empirical", where they are not normal).
+
+    The defender's images are split at random: `inputs` of them (None: half) fit the boundary, the others are
+    overlays. `blend`: "sum" (unclipped, values up to 1 + α), "average" or "clipped"; `alpha`: weight α of the
+    overlay; `base` of the logarithm; `batch`: replicas at a time. `info`: `mean`, `std` and `clean: [inputs]`, the
+    entropies behind the boundary. A boundary below 0 (a small `frr`) flags nothing; an input whose logits are not
+    numbers has no score and is not flagged.
+
+    Presets: `paper` (2,000 inputs fit the boundary), `backdoorbench` (quantile at 0.1 of 100 inputs), `cpu` (N = 50).
+
+    Differs from the paper: its overlays and its inputs are training images, ours are held out; overlays of one input
+    are all different. `backdoorbench` adds normalised images, which is the same only for models that do not
+    normalise.
+    """
+
+    frr: Array | float = 0.01
+    alpha: Array | float = 1.0
+    base: Array | float = 2.0
+    n: int = static(100)
+    inputs: int | None = static(None)
+    blend: Blend = static("sum")
+    boundary: Boundary = static("normal")
+    batch: int = static(500)
+
+    presets = {
+        "paper": {"inputs": 2000},
+        "backdoorbench": {"frr": 0.1, "inputs": 100, "boundary": "empirical"},
+        "cpu": {"n": 50},
+    }
+
+    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
+        key_split, key_clean, key_x = jax.random.split(key, 3)
+        rows = jax.random.permutation(key_split, clean.image.shape[0])
+        held, overlays = jnp.split(jnp.asarray(clean.image)[rows], [self._inputs(clean)])
+
+        def score(key, images):
+            options = {"blend": self.blend, "alpha": self.alpha, "base": self.base, "batch": self.batch}
+            return entropies(key, model, variables, images, overlays, self.n, **options).mean(1)
+
+        benign = score(key_clean, held)
+        mean, std = benign.mean(), benign.std()
+        normal = mean + std * jax.scipy.special.ndtri(jnp.asarray(self.frr, jnp.float32))
+        boundary = normal if self.boundary == "normal" else jnp.quantile(benign, jnp.asarray(self.frr, jnp.float32))
+        h = score(key_x, x)
+        return Scores(h, boundary, h <= boundary, {"mean": mean, "std": std, "clean": benign})
+
+    def _inputs(self, clean: Split) -> int:
+        return clean.image.shape[0] // 2 if self.inputs is None else self.inputs
+
+    def check(self, model: Model, clean: Split) -> None:
+        between("frr", self.frr, 0, 1)
+        between("alpha", self.alpha, 0, float("inf"))
+        between("n", self.n, 1, float("inf"))
+        between("batch", self.batch, 1, float("inf"))
+        between("base of the logarithm", self.base, 1.001, float("inf"))
+        for name, kinds in (("blend", Blend), ("boundary", Boundary)):
+            if getattr(self, name) not in get_args(kinds):
+                raise BadInput(f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}")
+        have, held = len(clean.image), self._inputs(clean)
+        if held < 2:
+            raise BadInput(
+                f"STRIP fits its boundary to clean inputs: it needs 2 or more, not {held} (of {have} clean images)"
+            )
+        if self.n > have - held:
+            raise BadInput(
+                f"STRIP draws {self.n} different overlays, but of {have} clean images {max(have - held, 0)} are left "
+                f"after {held} fit the boundary: lower n or inputs"
+            )

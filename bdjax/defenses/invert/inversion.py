@@ -1,0 +1,59 @@
+"""Trigger inversion: which small change sends every image to one label? Shared by Neural Cleanse and its kin."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Trigger(NamedTuple):
+    """Something to paste: opacity `mask: [H, W, 1]`, one for all channels, and `pattern: [H, W, C]`, both in [0, 1]."""
+
+    mask: jax.Array
+    pattern: jax.Array
+
+
+def stamp(trigger: Trigger, x: jax.Array) -> jax.Array:
+    """A(x) = (1 − m)⊙x + m⊙Δ for `x: [B, H, W, C]`."""
+    mask, pattern = trigger.mask[None], trigger.pattern[None]
+    return (1 - mask) * x + mask * pattern
+
+
+def reaches(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Which rows of `logits: [B, K]` are finite and largest at `label: []` (argmax alone takes NaN for the largest)."""
+    return (logits.argmax(-1) == label) & jnp.isfinite(logits).all(-1)
+
+
+def squash(raw: Trigger) -> Trigger:
+    """From the real line, where it is optimised, to [0, 1]: tanh(·)/2 + ½."""
+    return jax.tree.map(lambda v: jnp.tanh(v) / 2 + 0.5, raw)
+
+
+def unsquash(trigger: Trigger) -> Trigger:
+    """The inverse of `squash`; values at 0 and 1 are moved inside by 1e-6."""
+    return jax.tree.map(lambda v: jnp.arctanh(jnp.clip(2 * v - 1, -1 + 2e-6, 1 - 2e-6)), trigger)
+
+
+def random_trigger(key: jax.Array, shape: tuple[int, int, int]) -> Trigger:
+    """Mask and pattern uniform in [0, 1] for images of `shape` (H, W, C)."""
+    key_mask, key_pattern = jax.random.split(key)
+    return Trigger(jax.random.uniform(key_mask, (*shape[:2], 1)), jax.random.uniform(key_pattern, shape))
+
+
+def descend(loss: Callable, params: Any, opt_state: Any, items: Any, rule: optax.GradientTransformation) -> Any:
+    """One optimiser step on `loss(params, item) -> (value, aux)` for each of the leading-axis `items`.
+
+    `params` is any pytree: a raw trigger, a feature-space mask, a generator. Returns `((params, opt_state), aux)`,
+    aux stacked.
+    """
+
+    def step(carry, item):
+        params, opt_state = carry
+        grads, aux = jax.grad(loss, has_aux=True)(params, item)
+        with jax.numpy_dtype_promotion("standard"):  # optax's bias correction mixes float and int
+            updates, opt_state = rule.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), aux
+
+    return jax.lax.scan(step, (params, opt_state), items)

@@ -1,0 +1,188 @@
+"""DB-COVIDNet: members that each see a few blocks of the image only, and a vote."""
+
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.defenses.base import Defense
+from bdjax.defenses.train.view import viewed
+from bdjax.mesh import lane_map
+from bdjax.registry import defense, static
+from bdjax.train import Recipe, TrainSet, batched, fit, stamped, unit
+from bdjax.types import Array, BadInput, Model, Output, Plan, Split, Trained, Variables, between
+
+Vote = Literal["majority", "mean", "median", "trimmed"]
+Partition = Literal["grid", "random"]
+Design = Literal["guaranteed", "random"]
+TIE = 1e-3
+"""What the mean probabilities weigh in a majority vote: less than any one vote of up to 1000."""
+
+
+def blocks_of(key: jax.Array, shape: tuple[int, int, int], grid: tuple[int, int], partition: str) -> jax.Array:
+    """The block `[H, W]` in 0 … rows·columns − 1 that each pixel belongs to; under "random", blocks of scattered pixels."""
+    height, width, _ = shape
+    rows, columns = grid
+    block = np.add.outer(np.arange(height) * rows // height * columns, np.arange(width) * columns // width)
+    return (
+        jax.random.permutation(key, block.reshape(-1)).reshape(block.shape)
+        if partition == "random"
+        else jnp.asarray(block)
+    )
+
+
+def assign(key: jax.Array, members: int, blocks: int, keep: Array | int, *, balanced: bool = True) -> jax.Array:
+    """Which `keep` of the blocks each member sees: `[members, blocks]` bool.
+
+    Balanced: a member takes the blocks that the fewest members before it have taken, ties at random, so that no block is seen by more
+    than ⌈members · keep / blocks⌉. Otherwise each draws evenly.
+    """
+
+    def member(seen, key):
+        score = jax.random.uniform(key, (blocks,)) + (seen if balanced else 0.0)
+        mine = jnp.argsort(jnp.argsort(score)) < keep
+        return seen + mine.astype(jnp.float32), mine
+
+    return jax.lax.scan(member, jnp.zeros(blocks), jax.random.split(key, members))[1]
+
+
+def combine(probabilities: jax.Array, vote: str) -> jax.Array:
+    """The vote's distribution `[B, K]` from `probabilities: [members, B, K]`.
+
+    "majority": shares of the members' labels, ties broken by the mean; "median" and "trimmed" (the mean without the highest and lowest
+    third) are taken class by class and rescaled to sum to 1.
+    """
+    members, _, classes = probabilities.shape
+    mean = probabilities.mean(0)
+    if vote == "majority":
+        share = jax.nn.one_hot(probabilities.argmax(-1), classes).mean(0)
+        return (1 - TIE) * share + TIE * mean
+    if vote == "mean":
+        return mean
+    cut = (members - 1) // (2 if vote == "median" else 3)
+    middle = jnp.sort(probabilities, 0)[cut : members - cut].mean(0)
+    return middle / middle.sum(-1, keepdims=True)
+
+
+@functools.lru_cache(maxsize=64)
+def ensemble(model: Model, vote: Vote, lanes: int | None = None) -> Model:
+    """Members of `model` that vote: the variables are the members', stacked; softmax(logits) is the vote's distribution.
+
+    The one site is `votes: [B, members]`, the members' labels: to look at, not to cut or push.
+    """
+
+    def init(key):
+        return jax.vmap(model.init)(key[None])
+
+    def apply(variables, x, *, train=False, edits=None, key=None):
+        if edits or "masks" in variables:
+            raise BadInput("an ensemble has no site to edit or mask: run this defense on its members")
+        members = jax.tree.leaves(variables)[0].shape[0]
+
+        def member(item):
+            number, mine = item
+            out = model.apply(mine, x, train=train, key=None if key is None else jax.random.fold_in(key, number))
+            return jax.nn.softmax(out.logits), out.variables
+
+        probabilities, variables = lane_map(member, (jnp.arange(members), variables), lanes)
+        logits = jnp.log(jnp.maximum(combine(probabilities, vote), 1e-30))
+        return Output(logits, {"votes": probabilities.argmax(-1).T}, variables)
+
+    return model._replace(init=init, apply=apply, sites=("votes",))
+
+
+def resample(key: jax.Array, plan: Plan) -> Plan:
+    """A bootstrap sample of the rows that exist: as many, drawn with replacement."""
+    rows = jax.random.randint(key, plan.source.shape, 0, plan.size)
+    return Plan(plan.source[rows], plan.kind[rows], plan.label[rows], plan.weight[rows], plan.size)
+
+
+@defense("db-covidnet")
+class DbCovidNet(Defense):
+    """Bagging of nets that each see a few blocks of the image, and vote (Shamshiri et al., 2023).
+
+    A reconstruction: the paper's text could not be obtained. Known: dropped features, or pixels, that form a partition; a bagging
+    ensemble; a vote; several triggers in different parts defeat it. Ours: the pixels are divided into blocks; member k is trained on a
+    bootstrap sample of the (poisoned) data, and later asked, with all but `keep` blocks at zero: x ⊙ (1 − d_k). It works where fewer
+    than half of the members see the trigger, so the default assigns blocks such that this holds for each single block; a trigger across
+    blocks is seen by more members.
+
+    `keep`: blocks that a member sees. `grid`: (rows, columns) of blocks; stripes are (k, 1) or (1, k). `partition`: "random" scatters
+    the pixels of a block. `design`: "random" draws each member's blocks evenly, with no guarantee. `scale`: multiply what is seen by
+    blocks / keep, as dropout does. `lanes`: members trained side by side.
+
+    Presets: `cpu`, five members: half the work.
+
+    The model returned is `ensemble(...)`. `info`: `blocks: [members, blocks]` bool, what each sees; `seen: [blocks]` by how many;
+    `loss`, `acc: [members, epochs]`.
+    """
+
+    keep: Array | int = 4
+    members: int = static(10)
+    grid: tuple[int, int] = static((4, 4))
+    partition: Partition = static("grid")
+    design: Design = static("guaranteed")
+    vote: Vote = static("majority")
+    bootstrap: bool = static(True)
+    scale: bool = static(False)
+    lanes: int | None = static(None)
+
+    presets = {"cpu": {"members": 5}}
+
+    def __call__(self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split) -> Trained:
+        key_blocks, key_assign, key_fit = jax.random.split(key, 3)
+        count = self.grid[0] * self.grid[1]
+        block = blocks_of(key_blocks, model.shape, self.grid, self.partition)
+        kept = assign(key_assign, self.members, count, self.keep, balanced=self.design == "guaranteed")
+        factor = count / jnp.asarray(self.keep, jnp.float32) if self.scale else 1.0
+        member = viewed(model)
+
+        def train(item):
+            key, kept = item
+            key_init, key_rows, key_fit = jax.random.split(key, 3)
+            view = jnp.broadcast_to(kept[block][..., None].astype(jnp.float32) * factor, model.shape)
+            rows = data._replace(plan=resample(key_rows, data.plan)) if self.bootstrap else data
+            return fit(key_fit, member, recipe, rows, variables={**member.init(key_init), "view": view})
+
+        variables, log = lane_map(train, (jax.random.split(key_fit, self.members), kept), self.lanes)
+        info = {"blocks": kept, "seen": kept.sum(0)} | log._asdict()
+        return Trained(ensemble(member, self.vote, self.lanes), variables, info)
+
+    def report(
+        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Trained
+    ) -> dict[str, jax.Array]:
+        """Of each member: `votes_clean`, `votes_stamped`, its share of votes for the label aimed at by the first trigger, among images
+        that are not of it; `sees_trigger`, whether its blocks show a pixel that the trigger changes. `[members]` each.
+        """
+        if attack is None:
+            return {}
+        aimed = attack.success(jnp.asarray(1), test.label, model.classes)
+        counted = (aimed >= 0) & (aimed != test.label)
+        clean, trojan = unit(test.image), stamped(attack, 1, test.image, key)
+
+        def share(x):
+            votes = batched(lambda i: model.apply(variables, x[i]).acts["votes"], x.shape[0], 250)
+            return (votes == aimed[:, None]).mean(0, where=counted[:, None])
+
+        changed = (jnp.abs(trojan - clean) > 1e-6).any((0, 3))
+        sees = (variables["view"].any(-1) & changed[None]).any((1, 2))
+        return {"votes_clean": share(clean), "votes_stamped": share(trojan), "sees_trigger": sees}
+
+    def check(self, model: Model, clean: Split) -> None:
+        count = self.grid[0] * self.grid[1]
+        if self.members < 1:
+            raise BadInput(f"members {self.members}: an ensemble needs at least one")
+        if min(self.grid) < 1 or self.grid[0] > model.shape[0] or self.grid[1] > model.shape[1]:
+            raise BadInput(f"grid {self.grid} does not divide images of {model.shape[0]}×{model.shape[1]}")
+        between("keep", self.keep, 1, count)
+        known = {"partition": Partition, "design": Design, "vote": Vote}
+        for name, kind in known.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise BadInput(f"{name} '{value}' is not one of {', '.join(get_args(kind))}")
+        most = int(-(-self.members * np.max(np.asarray(self.keep)) // count))
+        if self.design == "guaranteed" and 2 * most >= self.members:
+            raise BadInput(
+                f"{most} of {self.members} members would see one block, not fewer than half: lower keep or take design='random'"
+            )

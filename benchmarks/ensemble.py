@@ -1,0 +1,36 @@
+"""DB-COVIDNet: four members of the CNN of Shamshiri & Sohn, trained for one epoch."""
+
+import jax
+
+from bdjax import datasets
+from bdjax.attacks.badnets import BadNets
+from bdjax.defenses.train.db_covidnet import DbCovidNet
+from bdjax.models.layers import build
+from bdjax.models.shamshiri import Cnn
+from bdjax.train import Recipe, poisoned_set
+from benchmarks.measure import Case, flops
+
+MEMBERS, IMAGES = 4, 1280
+
+
+def cases(rivals) -> list[Case]:
+    data = datasets.load()
+    split = data.train[:IMAGES]
+    model = build(Cnn(), data.shape, data.classes)
+    recipe, defense = Recipe(epochs=1), DbCovidNet(members=MEMBERS, keep=4)
+
+    @jax.jit
+    def train(split):
+        key = jax.random.key(0)
+        return defense(key, model, recipe, poisoned_set(key, split, BadNets(), 10), split).variables
+
+    placed = jax.device_put(split)
+    x = jax.numpy.zeros((recipe.batch, *data.shape))
+    forward = flops(lambda v, x: model.apply(v, x).logits, model.init(jax.random.key(0)), x)
+    rival = None
+    if rivals is not None:
+        image, label = rivals.tensors(split.image, split.label)
+        poisoned = rivals.torch.rand(IMAGES) < 0.1
+        rival = lambda: rivals.ensemble(MEMBERS, image, label, poisoned, recipe.batch)  # noqa: E731
+    work = 3 * forward * (IMAGES // recipe.batch) * MEMBERS
+    return [Case(f"ensemble of {MEMBERS}", lambda: train(placed), rival, work)]

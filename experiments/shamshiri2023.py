@@ -1,0 +1,194 @@
+"""Shamshiri & Sohn, "Defense Method Challenges Against Backdoor Attacks in Neural Networks" (2023): Tables I and II.
+
+    bdjax run experiments/shamshiri2023.py                  # scale cpu: the embedded sample, {CPU} minutes on 2 cores
+    bdjax run experiments/shamshiri2023.py --scale smoke    # every row once, tiny, under a minute: no result
+    bdjax run experiments/shamshiri2023.py --scale paper    # all 60,000 images, 3 targets × 5 seeds: for an accelerator
+
+Reported (ACC / ASR in %): Table I: CNN 98.99 / 99.9 (text: 99.99), FFNN 92 / 97. Table II: Fine-Pruning 96 / 0.2, LPSF 95 / 0.2,
+DB-COVIDNet 85 / 6.3. No seeds, no spread.
+
+Where we differ, and why:
+- The paper's ACC is measured on training images; we print training and test accuracy, and compare the former.
+- Fine-Pruning 96 is below its CNN's 98.99, while LPSF 95 is above its FFNN's 92: the defenses were run on different nets. We run
+  each on both.
+- Padding, pools, optimiser, epochs, the FFNN's widths, the target label and the trigger's margin are not given; ours are in
+  `bdjax/models/shamshiri.py` and below. Target 0 (`paper`: also 3 and 7).
+- The defender's images (10 % of the training set) are held out from the attacker; the paper does not say where they come from.
+- LPSF and DB-COVIDNet are reconstructions: their papers' full texts could not be obtained. The ablations show what decides their rows.
+- Fine-Pruning as published leaves the backdoor of this net in place: see the curve. The rows with other budgets were not chosen by ASR.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bdjax.attacks.badnets import BadNets
+from bdjax.datasets.public import FashionMnist
+from bdjax.datasets.sample import Sample
+from bdjax.defenses.inputs.strip import Strip
+from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
+from bdjax.defenses.repair.fine_pruning import FinePruning
+from bdjax.defenses.train.db_covidnet import DbCovidNet
+from bdjax.defenses.train.lpsf import Lpsf
+from bdjax.models.shamshiri import Cnn, Ffnn
+from bdjax.store import Store
+from bdjax.sweep import Cell, grid
+from bdjax.train import Recipe, stamped
+
+TITLE = "Shamshiri & Sohn (2023): three defenses on Fashion-MNIST"
+NOTES = (__doc__ or "").partition("Where we differ, and why:\n")[2].removeprefix("- ").split("\n- ")
+
+ONE, TWO, MORE = "Table I", "Table II", "Beyond the paper"
+
+
+class Scale(NamedTuple):
+    """What a scale changes. `epochs`: CNN, FFNN, one member; `targets` and `seeds` make the runs of a row."""
+
+    data: Any
+    epochs: tuple[int, int, int]
+    cnn: Cnn
+    ffnn: Ffnn
+    members: int
+    cleanse: NeuralCleanse
+    strip: Strip
+    targets: tuple[int, ...]
+    seeds: int
+
+
+SCALES = {
+    "smoke": Scale(
+        Sample(train_size=640, test_size=100), (2, 2, 1), Cnn(hidden=32, features=(4, 8)), Ffnn(hidden=(32,), links="all"),
+        5, NeuralCleanse(steps=2, batches=2), Strip(n=10, inputs=20), (0,), 1,
+    ),
+    "cpu": Scale(
+        Sample(), (6, 15, 3), Cnn(), Ffnn(links="all"),
+        5, NeuralCleanse(steps=20, batches=16), Strip(n=50, inputs=500), (0,), 3,
+    ),
+    "paper": Scale(
+        FashionMnist(), (20, 30, 10), Cnn(), Ffnn(links="all"),
+        10, NeuralCleanse(), Strip(inputs=2000), (0, 3, 7), 5,
+    ),
+}  # fmt: skip
+
+
+def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
+    """The rows of both tables, the quick ones first."""
+    s = SCALES[scale]
+    nets = (("FFNN", s.ffnn, s.epochs[1]), ("CNN", s.cnn, s.epochs[0]))
+    paper = {
+        "CNN": {"acc_train": 0.9899, "asr_all": 0.999},
+        "FFNN": {"acc_train": 0.92, "asr_all": 0.97},
+        "Fine-Pruning, CNN": {"acc_train": 0.96, "asr_all": 0.002},
+        "LPSF, FFNN": {"acc_train": 0.95, "asr_all": 0.002},
+        "DB-COVIDNet, CNN": {"acc_train": 0.85, "asr_all": 0.063},
+    }
+
+    def rows(table, row, net, epochs, defense=None, attacked=True):
+        recipe = Recipe(epochs=epochs, batch=128 if net is s.cnn else 32)
+        # The clean twin is the victim at poison rate 0: one program trains both, and the twin's ASR is known too.
+        attack = BadNets() if attacked else BadNets(rate=0.0)
+        base = Cell(table, row, s.data, net, recipe, attack, defense, reported=paper.get(row, {}))
+        return grid(base, seed=range(seeds or s.seeds), attack__target=s.targets)
+
+    for name, net, epochs in nets:
+        yield from rows(ONE, name, net, epochs)
+        yield from rows(ONE, f"{name}, clean twin", net, epochs, attacked=False)
+        yield from rows(TWO, f"Fine-Pruning, {name}", net, epochs, FinePruning())
+        yield from rows(MORE, f"STRIP, {name}", net, epochs, s.strip)
+        yield from rows(MORE, f"Neural Cleanse, {name}", net, epochs, s.cleanse)
+        yield from rows(MORE, f"Neural Cleanse, {name}, clean twin", net, epochs, s.cleanse, attacked=False)
+        yield from rows(TWO, f"LPSF, {name}", net, epochs, Lpsf())
+        yield from rows(TWO, f"DB-COVIDNet, {name}", net, s.epochs[2], DbCovidNet(members=s.members))
+    for tau in (0.05, 0.2):
+        yield from rows(MORE, f"LPSF, FFNN, τ = {tau}", s.ffnn, s.epochs[1], Lpsf(tau=tau))
+    yield from rows(MORE, "LPSF, FFNN, pruning alone", s.ffnn, s.epochs[1], Lpsf(topology="dense"))
+    yield from rows(MORE, "LPSF, FFNN, scale-free alone", s.ffnn, s.epochs[1], Lpsf(prune=False))
+    yield from rows(MORE, "LPSF, FFNN, random instead of scale-free", s.ffnn, s.epochs[1], Lpsf(topology="random"))
+    unlucky = DbCovidNet(members=s.members, keep=8, design="random")
+    yield from rows(MORE, "DB-COVIDNet, FFNN, no guarantee, 8 of 16 blocks", s.ffnn, s.epochs[1], unlucky)
+
+
+def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
+    """Stamped images; accuracy and ASR by pruned channels; members' votes; entropies; reversed triggers."""
+    import jax
+
+    from bdjax import plots
+
+    data = SCALES[scale].data.load()
+    first = [int(np.flatnonzero(data.test.label == k)[0]) for k in range(6)]
+    clean = data.test.image[first] / np.float32(255)
+    names = [data.names[k] for k in range(6)] if data.names else [str(k) for k in range(6)]
+    trojan = stamped(BadNets(), 1, clean, jax.random.key(0))
+    yield (
+        "stamped",
+        "The trigger",
+        "The 5×5 white square, flush in the corner, on test images.",
+        plots.stamped(clean, trojan, names),
+    )
+
+    def arrays(row):
+        return [(r, store.arrays(r["run"])) for r in rows if r["row"] == row and "error" not in r]
+
+    for name in ("CNN", "FFNN"):
+        if found := arrays(f"Fine-Pruning, {name}"):
+            acc, asr = (np.stack([a[key] for _, a in found]) for key in ("acc_curve", "asr_curve"))
+            chosen = float(np.mean([r["metrics"]["pruned"] for r, _ in found]))
+            caption = "Pruning alone, before fine-tuning: test accuracy and ASR_nt, mean and range over the runs; the mark is where the "
+            caption += "defender's clean images say stop."
+            yield (
+                f"pruning-{name}",
+                f"Fine-Pruning, {name}",
+                caption,
+                plots.pruning(np.arange(acc.shape[1]), acc, asr, chosen),
+            )
+        if found := arrays(f"DB-COVIDNet, {name}"):
+            votes = found[0][1]
+            caption = (
+                "First run: the share of clean and of stamped test images for which a member votes for the target."
+            )
+            picture = plots.votes(votes["votes_clean"], votes["votes_stamped"], votes["sees_trigger"])
+            yield f"votes-{name}", f"DB-COVIDNet, {name}: members' votes", caption, picture
+        if found := arrays(f"STRIP, {name}"):
+            row, scores = found[0]
+            caption = f"First run: FAR {100 * row['metrics']['far']:.1f} % at FRR {100 * row['metrics']['frr']:.1f} %."
+            picture = plots.entropies(scores["score_clean"], scores["score_trojan"].ravel(), row["metrics"]["boundary"])
+            yield f"strip-{name}", f"STRIP, {name}", caption, picture
+        if found := arrays(f"Neural Cleanse, {name}"):
+            row, nc = found[0]
+            index = f"{row['metrics']['anomaly_index']:.2f}"
+            caption = f"First run: anomaly index {index} (flagged above 2); the true target is {row['config']['attack']['target']}."
+            picture = plots.norms(
+                nc["norms"], nc["index"], nc["flagged"], row["config"]["attack"]["target"], data.names
+            )
+            yield f"norms-{name}", f"Neural Cleanse, {name}: norms", caption, picture
+            labels = data.names or [str(k) for k in range(len(nc["norms"]))]
+            yield (
+                f"triggers-{name}",
+                f"Neural Cleanse, {name}: reversed triggers",
+                "Mask ⊙ pattern, and L1 of the mask.",
+                plots.triggers(nc["mask"], nc["pattern"], nc["norms"], labels),
+            )
+
+
+def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+    """What the paper claims, and what our rows say."""
+
+    def mean(row: str, metric: str) -> float:
+        values = [r["metrics"][metric] for r in rows if r["row"] == row and r["metrics"].get(metric) is not None]
+        return float(np.mean(values)) if values else float("nan")
+
+    def verdict(whole: bool, part: bool) -> str:
+        return "reproduced" if whole else "partly" if part else "not"
+
+    for net in ("CNN", "FFNN"):
+        asr, gap = mean(net, "asr_nt"), mean(f"{net}, clean twin", "acc_test") - mean(net, "acc_test")
+        numbers = f"ASR_nt {100 * asr:.1f} %, {100 * gap:+.1f} points of test accuracy lost"
+        yield f"BadNets is effective against the {net}", verdict(asr > 0.97 and gap < 0.01, asr > 0.9), numbers
+    for row in ("Fine-Pruning, CNN", "LPSF, FFNN", "DB-COVIDNet, CNN"):
+        before, after = mean(row.split(", ")[1], "asr_nt"), mean(row, "asr_nt")
+        numbers = f"ASR_nt {100 * before:.1f} → {100 * after:.1f} %, test accuracy {100 * mean(row, 'acc_test'):.1f} %"
+        yield f"{row} greatly reduces the attack's success", verdict(after < 0.1, after < 0.5 * before), numbers
+    row = "LPSF, CNN"
+    numbers = f"ASR_nt {100 * mean(row, 'asr_nt'):.1f} %, test accuracy {100 * mean(row, 'acc_test'):.1f} %"
+    yield "LPSF is weak on a CNN", verdict(mean(row, "asr_nt") > 0.5, mean(row, "asr_nt") > 0.1), numbers

@@ -1,0 +1,131 @@
+"""The commands as a user types them, and one clear line for every mistake."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bdjax import cli, registry
+
+SMALL = [
+    "--dataset", "fashion-mnist-sample", "--dataset.train-size", "1000", "--dataset.test-size", "200",
+    "--model", "ffnn", "--model.hidden", "32", "--recipe.epochs", "2", "--recipe.batch", "32", "--quiet",
+]  # fmt: skip
+
+
+def bdjax(capsys, *args: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    try:
+        cli.main(list(args))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_list_json(capsys):
+    code, out, _ = bdjax(capsys, "list", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert all(set(row) == {"kind", "name", "paper", "year", "arxiv", "file"} for row in rows)
+    assert {row["kind"] for row in rows} == {"attack", "defense", "model", "dataset"}
+    assert {"badnets", "neural-cleanse", "fine-pruning", "db-covidnet", "cnn"} <= {row["name"] for row in rows}
+    assert all(row["name"] == row["name"].lower() and "_" not in row["name"] for row in rows)
+
+
+def test_list_one_kind(capsys):
+    code, out, _ = bdjax(capsys, "list", "defenses")
+    assert code == 0 and "strip" in out and "badnets" not in out
+
+
+def test_python_m_bdjax():
+    done = subprocess.run([sys.executable, "-m", "bdjax", "list", "attacks", "--json"], capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)[0]["kind"] == "attack"
+
+
+def test_train_then_defend_then_the_saved_model_is_the_repaired_one(capsys, tmp_path):
+    victim, repaired = str(tmp_path / "victim"), str(tmp_path / "repaired")
+    code, out, err = bdjax(capsys, "train", *SMALL, "--attack", "badnets", "--attack.target", "2", "--out", victim)
+    assert code == 0, err
+    code, out, err = bdjax(capsys, "defend", victim, "--defense", "fine-pruning", "--out", repaired, "--quiet")
+    assert code == 0, err
+    printed = {line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) == 2}
+
+    from bdjax.store import load_model
+    from bdjax.train import predict
+
+    _, model, variables, about = load_model(repaired)
+    test = about["dataset"].load().test
+    acc = float((predict(model, variables, test.image).argmax(-1) == test.label).mean())
+    assert acc == pytest.approx(about["metrics"]["acc_test"], abs=1e-6)
+    assert acc == pytest.approx(float(printed["acc_test"]), abs=1e-4)
+    assert "masks" in variables
+    assert not np.array_equal(
+        load_model(victim)[2]["params"]["dense_1"]["kernel"], variables["params"]["dense_1"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["train", "--attack", "badnet"], "unknown attack 'badnet'; the nearest name is 'badnets'"),
+        (["train", "--model", "cn"], "unknown model 'cn'"),
+        (["train", "--dataset", "fashion-mnist-samples"], "nearest name is 'fashion-mnist-sample'"),
+        (["train", "--attack", "badnets:patern"], "no preset 'patern'"),
+        (["train", *SMALL, "--attack.rate", "1.5"], r"poison rate 1.5 is outside \[0, 1\]"),
+        (["train", *SMALL, "--attack.rate", "nan"], "poison rate nan"),
+        (["train", *SMALL, "--attack.target", "10"], "target label 10 is not one of the 10 classes"),
+        (["train", *SMALL, "--attack.size", "30"], "trigger outside the image"),
+        (["train", *SMALL, "--attack.color", "1", "1"], "color has 2 values for images of 1 channel"),
+        (["train", *SMALL, "--recipe.batch", "0"], "batches of 0"),
+        (["defend", "nowhere"], "nowhere is no model folder"),
+        (["defend", "nowhere", "--defense", "neural-clean"], "nearest name is 'neural-cleanse'"),
+        (["run", "experiments/shamshiri2032.py"], "nearest name is 'experiments/shamshiri2023.py'"),
+        (["run", "experiments/shamshiri2023.py", "--scale", "huge"], "no scale 'huge'"),
+        (["data", "prepare", "fasion-mnist"], "fashion-mnist"),
+        (["data", "erase", "mnist"], "data prepare NAME"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_get_one_clear_line_and_code_2(capsys, tmp_path, args, words):
+    import re
+
+    folder = tmp_path / "out"
+    extra = ["--out", str(folder)] if args[0] in ("train", "run") else []
+    code, _, err = bdjax(capsys, *args, *extra)
+    assert code == 2
+    assert re.search(words, err), err
+    assert len(err.strip().splitlines()) == 1
+    assert not folder.exists(), "nothing half-written"
+
+
+def test_a_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = bdjax(capsys, "train", *SMALL, "--out", str(tmp_path / "file" / "model"))
+    assert code == 2 and "cannot write" in err
+
+
+def test_every_method_is_named_cited_and_revived():
+    for entry in registry.entries():
+        assert entry.kind == "dataset" or (entry.paper and entry.year), f"{entry.name}: no citation in its first line"
+        assert (registry.Path(registry.__file__).parents[1] / entry.file).is_file()
+        try:
+            made = entry.cls()
+        except TypeError:
+            continue  # fields without defaults: a path, say
+        arrays: dict = {}
+        described = json.loads(json.dumps(registry.describe(made, arrays)))
+        assert registry.digest(registry.revive(entry.kind, described, arrays)) == registry.digest(made)
+
+
+def test_importing_the_core_imports_little():
+    code = (
+        "import sys, bdjax.sweep; heavy = {'matplotlib', 'tyro', 'rich', 'tensorflow_datasets', 'tensorflow', 'h5py',"
+        "'polars', 'sklearn', 'PIL', 'torch', 'jinja2', 'orbax'} & set(sys.modules); print(sorted(heavy)); sys.exit(bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr

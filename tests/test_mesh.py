@@ -1,0 +1,83 @@
+"""Lanes and devices: the same numbers however the work is laid out, and nothing sent between devices."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax import mesh
+from bdjax.models.badnets_cnn import BadNetsCnn
+from bdjax.models.layers import build
+from bdjax.models.shamshiri import Ffnn
+from bdjax.train import Recipe, fit, poisoned_set
+from bdjax.attacks.badnets import BadNets
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+@pytest.mark.parametrize("lanes", [None, 1, 2, 5, 99])
+def test_lane_map_is_map(lanes):
+    x = jnp.arange(5.0)
+    np.testing.assert_array_equal(mesh.lane_map(lambda v: {"y": v * 2}, x, lanes)["y"], x * 2)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 7])
+def test_drain_steps_each_item_until_it_is_done(lanes):
+    goals = jnp.array([3, 0, 5, 1, 4])
+
+    def start(goal):
+        return {"goal": goal, "at": jnp.zeros((), jnp.int32), "sum": jnp.zeros(2)}
+
+    def step(s):
+        return {"goal": s["goal"], "at": s["at"] + 1, "sum": s["sum"] + 1.0}
+
+    out = mesh.drain(start, step, lambda s: s["at"] >= s["goal"], goals, lanes)
+    np.testing.assert_array_equal(out["at"], goals)
+    np.testing.assert_array_equal(out["sum"][:, 0], goals)
+
+
+def test_drain_does_not_wait_for_the_slowest():
+    """Two lanes, items of 6, 1, 1, 1, 1, 1, 1 steps: six rounds, not 6 + 1 + 1 + 1."""
+    goals = jnp.array([6, 1, 1, 1, 1, 1, 1])
+    calls = []
+
+    def step(s):
+        jax.debug.callback(lambda: calls.append(1))
+        return s[0], s[1] + 1
+
+    jax.block_until_ready(mesh.drain(lambda g: (g, 0 * g), step, lambda s: s[1] >= s[0], goals, 2))
+    jax.effects_barrier()
+    assert len(calls) <= 2 * 7
+
+
+def training(net, data, classes):
+    model = build(net, data.image.shape[1:], classes)
+
+    def run(shared, item):
+        key, rate = item
+        train = poisoned_set(key, shared, BadNets(rate=rate), classes)
+        return fit(key, model, Recipe(epochs=1, batch=32), train)[0]["params"]
+
+    return run
+
+
+def test_sharded_over_devices_equals_unsharded(sample):
+    devices = jax.local_devices()
+    assert len(devices) == 4
+    small = sample.train[:128]
+    run = training(Ffnn(hidden=(16,)), small, sample.classes)
+    items = (jax.random.split(jax.random.key(0), 6), jnp.linspace(0.0, 0.5, 6))  # 6 runs on 4 devices: padded
+    one = jax.jit(mesh.over_runs(run, devices=devices[:1]))(small, items)
+    four = jax.jit(mesh.over_runs(run, devices=devices))(*mesh.place(small, items, devices))
+    chex.assert_trees_all_close(four, one, atol=1e-5)
+
+
+def test_nothing_is_sent_between_devices(sample):
+    devices = jax.local_devices()
+    small = sample.train[:64]
+    run = training(BadNetsCnn(), small, sample.classes)
+    items = (jax.random.split(jax.random.key(0), 8), jnp.linspace(0.0, 0.5, 8))
+    placed = mesh.place(small, items, devices)
+    text = jax.jit(mesh.over_runs(run, devices=devices)).lower(*placed).compile().as_text()
+    assert not [name for name in COLLECTIVES if name in text]
