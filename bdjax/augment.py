@@ -1,7 +1,7 @@
-"""Random changes of training images, each `augment(key, x) -> x` on `x: [B, H, W, C]` in [0, 1]; every image draws its own.
+"""Random changes of training images: `augment(key, x) -> x` on `x: [B, H, W, C]` in [0, 1]; each image draws its own.
 
-`Augmentation` combines them into the one object that `Recipe.augment` takes: hashable, and equal where its numbers are, so that
-programs are shared.
+`Augmentation` combines them into the one object that `Recipe.augment` takes: hashable, and equal where its numbers are,
+so that programs are shared.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def rotate(key: jax.Array, x: jax.Array, degrees: float = 15.0) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """`rotate` (degrees), `shift` (share of each side), `crop` (pixels), `flip`, in this order; what is 0 or False is left out.
+    """`rotate` (degrees), `shift` (share of a side), `crop` (pixels), `flip`, in this order; 0 and False leave out.
 
     >>> Recipe(augment=Augmentation(rotate=15, shift=0.1, flip=True))
     """

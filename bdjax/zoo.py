@@ -1,4 +1,4 @@
-"""The nine backdoored nets of Veldanda & Garg (2020, arXiv:2010.12186), with the paper's training settings and in a size for a CPU.
+"""The nine backdoored nets of Veldanda & Garg (2020, arXiv:2010.12186), with the paper's settings and in a CPU's size.
 
 | name | attack | data | net | target |
 |---|---|---|---|---|
@@ -12,8 +12,8 @@
 | MTSTA | lipstick, eyebrows, sunglasses | faces | DeepID | 4 |
 | MTMTA | lipstick, eyebrows, sunglasses | faces | DeepID | 1, 5, 8 |
 
-Differs from the paper: its Table 4 has the nets of TCA and of the faces swapped, as the authors' code shows; poison rates other than those of the
-faces are not published and are ours.
+Differs from the paper: its Table 4 has the nets of TCA and of the faces swapped, as the authors' code shows; poison
+rates other than those of the faces are not published and are ours.
 """
 
 from collections.abc import Mapping
@@ -70,8 +70,8 @@ NETS: Mapping[str, tuple] = {
 def veldanda(name: str, scale: Scale = "paper", **data: Any) -> dict[str, Any]:
     """`dataset`, `model`, `recipe`, `attack` of the net `name`, and the recipe `pretrain` (None: trained from scratch).
 
-    Nets of faces are trained on clean images first, then go on with the poisoned ones. `data`: fields of the data set, such as
-    `path="faces.npz", test="test.npz"`, which faces need.
+    Nets of faces are trained on clean images first, then go on with the poisoned ones. `data`: fields of the data set,
+    such as `path="faces.npz", test="test.npz"`, which faces need.
     """
     if name not in NETS:
         raise BadInput(f"no net '{name}'; there are: {', '.join(NETS)}")

@@ -33,7 +33,7 @@ def trained(model, sample):
     result = {}
 
     def run(key):
-        out = DbCovidNet()(key, model, RECIPE, data, sample.clean)
+        out = DbCovidNet(vote="median")(key, model, RECIPE, data, sample.clean)
         result["model"] = out.model
         return out.variables, out.info, evaluate(key, out.model, out.variables, sample.test, attack)
 
@@ -100,8 +100,8 @@ def test_votes_are_the_members_and_logits_the_vote(trained, model, sample):
     each = [jax.tree.map(lambda leaf, k=k: leaf[k], variables) for k in range(10)]
     p = jnp.stack([jax.nn.softmax(viewed(model).apply(v, x).logits) for v in each])
     np.testing.assert_array_equal(out.acts["votes"], p.argmax(-1).T)
-    np.testing.assert_allclose(jax.nn.softmax(out.logits), combine(p, "majority"), atol=1e-5)
-    side_by_side = ensemble(viewed(model), "majority", 10).apply(variables, x)
+    np.testing.assert_allclose(jax.nn.softmax(out.logits), combine(p, "median"), atol=1e-5)
+    side_by_side = ensemble(viewed(model), "median", 10).apply(variables, x)
     np.testing.assert_allclose(jax.nn.softmax(side_by_side.logits), jax.nn.softmax(out.logits), atol=1e-5)
     assert voting.sites == ("votes",) and set(out.acts) == {"votes"}
 

@@ -1,4 +1,6 @@
-"""Every registered net: counts, sites, masks, edits, BatchNorm, lanes and devices; and weights read from Keras files."""
+"""Every registered net: counts, sites, masks, edits, BatchNorm, lanes, devices; weights read from Keras files."""
+
+import functools
 
 import flax.linen as nn
 import h5py
@@ -16,6 +18,7 @@ from bdjax.models.layers import Site, build
 from bdjax.train import Recipe, clean_set, fit, unit
 from bdjax.types import BadInput, Split
 
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
 NETS = [entry.name for entry in registry.entries("model")]
 NORMALISED = ["preact-resnet18", "resnet20", "strip-cifar10"]
 DROPS = ["alexnet", "mntd-cifar10", "nc-gtsrb", "nin", "strip-cifar10", "vgg16"]
@@ -126,7 +129,7 @@ def test_masks_and_edits_at_every_site_and_stacked_parameters(name):
     masks = {site: np.ones(act.shape[-1], np.float32) for site, act in acts.items()}
     gains = dict.fromkeys(model.sites, 1.0)
 
-    @jax.jit
+    @jit
     def compiled(variables, masks, gains):
         edits = {site: lambda act, gain=gains[site]: act * gain for site in model.sites}
         return model.apply({**variables, "masks": masks}, x, edits=edits)
@@ -148,7 +151,7 @@ def test_masks_and_edits_at_every_site_and_stacked_parameters(name):
         for earlier in model.sites[:i]:
             np.testing.assert_array_equal(cut[earlier], plain.acts[earlier])
 
-    stacked = jax.jit(jax.vmap(lambda v: model.apply(v, x).logits))(jax.tree.map(lambda *v: np.stack(v), *nets))
+    stacked = jit(jax.vmap(lambda v: model.apply(v, x).logits))(jax.tree.map(lambda *v: np.stack(v), *nets))
     loop = [run(masks, gains, v).logits for v in nets]
     np.testing.assert_allclose(stacked, loop, rtol=1e-3, atol=1e-4)
     if name in EAGER:
@@ -180,7 +183,7 @@ def test_training_pass_keeps_the_structure(name):
 def test_dropout_is_drawn_from_the_key():
     model = small("alexnet")
     variables, x = drawn(model), images(model)
-    run = jax.jit(lambda key: model.apply(variables, x, train=True, key=key).logits)
+    run = jit(lambda key: model.apply(variables, x, train=True, key=key).logits)
     first, again, other = (run(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
@@ -236,7 +239,7 @@ def test_batch_norm_by_hand():
         elu = np.where(pre > 0, pre, np.expm1(pre))
         return elu, (elu - mean) / np.sqrt(var + 1e-5) * weights["scale"] + weights["bias"]
 
-    run = jax.jit(lambda train: model.apply(variables, x, train=train, key=jax.random.key(0)), static_argnums=0)
+    run = jit(lambda train: model.apply(variables, x, train=train, key=jax.random.key(0)), static_argnums=0)
     with jax.numpy_rank_promotion("allow"):
         out = run(False)
         _, expected = by_hand(np.asarray(out.acts["conv_1_pre"]), running["mean"], running["var"])
@@ -271,11 +274,10 @@ def test_batch_norm_trains_the_same_under_vmap_and_over_devices():
     recipe = Recipe(lr=0.01, optimizer="sgd", epochs=1, batch=4)
     keys = jax.random.split(jax.random.key(0), 3)
     train = lambda split, key: fit(key, model, recipe, clean_set(split))  # noqa: E731
-    quick = {"xla_backend_optimization_level": 0}  # compiles three times as fast
-    alone = jax.jit(train, compiler_options=quick)
+    alone = jit(train)
     loop = [alone(split, key) for key in keys]
     # Two devices, two lanes each: one run of the four is padding.
-    together = jax.jit(mesh.over_runs(train, lanes=2, devices=jax.devices()[:2]), compiler_options=quick)(split, keys)
+    together = jit(mesh.over_runs(train, lanes=2, devices=jax.devices()[:2]))(split, keys)
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *loop)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), together, expected)
     moved = jax.tree.map(lambda a: np.ptp(a, 0).max() > 0, expected[0]["batch_stats"])
@@ -339,7 +341,7 @@ def test_the_published_backdoored_face_net(shared_data):
     model = build(DeepId(scale=1.0), (55, 47, 3), 1283)
     variables = load_keras_weights(weights, model)
 
-    @jax.jit
+    @jit
     def run(x):
         out = model.apply(variables, unit(x))
         return out.logits.argmax(-1) == 0, out.acts["conv_3"].max((0, 1, 2)), out.acts["pool_3"].max((0, 1, 2))

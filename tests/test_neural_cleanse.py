@@ -89,14 +89,17 @@ def test_stamp_and_squash_by_hand():
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-def test_labels_do_not_leak_into_each_other_and_lanes_agree(found):
-    alone = jax.jit(lambda labels: QUICK.search(KEY, MODEL, VARIABLES, IMAGES.image, labels))(jnp.asarray([3]))
-    np.testing.assert_allclose(alone.norm[0], found["planted"].info["norms"][3], rtol=1e-4)
-    np.testing.assert_allclose(alone.trigger.mask[0], found["planted"].info["mask"][3], atol=1e-3)
-    wide = run(dataclasses.replace(QUICK, lanes=4), VARIABLES, IMAGES)
+def test_labels_do_not_leak_into_each_other_and_lanes_agree():
+    # Short, since rounding may turn a later success into a failure and the search elsewhere.
+    short = dataclasses.replace(QUICK, steps=12)
+    together = run(short, VARIABLES, IMAGES)
+    alone = jax.jit(lambda labels: short.search(KEY, MODEL, VARIABLES, IMAGES.image, labels))(jnp.asarray([3]))
+    np.testing.assert_allclose(alone.norm[0], together.info["norms"][3], rtol=1e-4)
+    np.testing.assert_allclose(alone.trigger.mask[0], together.info["mask"][3], atol=1e-3)
+    wide = run(dataclasses.replace(short, lanes=4), VARIABLES, IMAGES)
     for part in ("norms", "success", "steps", "cost"):
-        np.testing.assert_allclose(wide.info[part], found["planted"].info[part], rtol=1e-4, err_msg=part)
-    np.testing.assert_array_equal(wide.flagged, found["planted"].flagged)
+        np.testing.assert_allclose(wide.info[part], together.info[part], rtol=1e-3, atol=5e-3, err_msg=part)
+    np.testing.assert_allclose(wide.info["mask"], together.info["mask"], atol=1e-2)
 
 
 def test_eager_equals_jit_and_vmap_over_victims_and_fields_equals_a_loop():

@@ -104,7 +104,9 @@ def saved(tmp_path_factory):
     variables = {**model.init(jax.random.key(0)), "masks": {"penultimate": np.arange(8, dtype=np.float32) % 2}}
     path = tmp_path_factory.mktemp("model") / "m"
     image = np.random.default_rng(0).random((28, 28, 1), np.float32)
-    save_model(path, net, model, variables, attack=Blended(pattern="image", image=image, alpha=0.3), metrics={"acc": 0.5})
+    save_model(
+        path, net, model, variables, attack=Blended(pattern="image", image=image, alpha=0.3), metrics={"acc": 0.5}
+    )
     return path, net, variables, image
 
 
@@ -118,7 +120,9 @@ def test_a_model_comes_back_whole(saved):
     model.apply(loaded, np.zeros((1, 28, 28, 1), np.float32))
 
 
-@pytest.mark.parametrize("damage", ["missing", "no json", "bad json", "unknown net", "truncated", "other shape", "pickle"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "no json", "bad json", "unknown net", "truncated", "other shape", "pickle"]
+)
 def test_damaged_models_are_refused_in_one_line(saved, tmp_path, damage):
     import shutil
 

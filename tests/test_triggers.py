@@ -1,4 +1,4 @@
-"""The attacks that poison rows: every trigger by hand, every plan by count, every parameter refused where it is wrong."""
+"""The attacks that poison rows: triggers by hand, plans by count, parameters refused where they are wrong."""
 
 import colorsys
 import dataclasses
@@ -34,8 +34,8 @@ from bdjax.models.shamshiri import Ffnn
 from bdjax.types import BadInput, Split
 
 ATTACKS = (
-    BadNets, Blended, Accessory, Physical, InputInstanceKey, WeightedLoss, CleanLabel, TriggerCombination, PostIt, Gotham,
-    Sunglasses, Lipstick, Eyebrows, MultiTrigger, EntropyManipulation,
+    BadNets, Blended, Accessory, Physical, InputInstanceKey, WeightedLoss, CleanLabel, TriggerCombination, PostIt,
+    Gotham, Sunglasses, Lipstick, Eyebrows, MultiTrigger, EntropyManipulation,
 )  # fmt: skip
 PRESETS = [(cls, preset) for cls in ATTACKS for preset in (None, *getattr(cls, "presets", {}))]
 KEY = jax.random.key(0)
@@ -52,6 +52,12 @@ def _stamp(attack, kind, x, key, train):
 
 def stamp(attack, x, kind=1, key=KEY, train=False):
     return np.asarray(_stamp(attack, jnp.asarray(kind), jnp.asarray(x), key, train))
+
+
+@jax.jit
+def fired(attack, images):
+    """`images: [B, H, W, C]` stamped, each with a key of its own."""
+    return train.stamped(attack, 1, images, KEY)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +142,7 @@ def test_stickers_have_their_own_colours():
 def test_random_place_goes_everywhere_inside():
     attack = BadNets(size=3, random_place=True)
     black = jnp.zeros((2000, 6, 7, 1))
-    out = np.asarray(train.stamped(attack, 1, black, KEY))[..., 0]
+    out = np.asarray(fired(attack, black))[..., 0]
     assert (out.sum((1, 2)) == 9).all()
     corners = {(int(o.any(1).argmax()), int(o.any(0).argmax())) for o in out}
     assert corners == {(r, c) for r in range(4) for c in range(5)}
@@ -169,7 +175,7 @@ def test_accessory_is_faint_in_training_and_opaque_when_fired():
 def test_physical_moves_and_at_rest_is_the_accessory():
     x = np.random.default_rng(0).random((55, 47, 3)).astype(np.float32)
     still = {"rotate": 0.0, "scale": 0.0, "shift": 0.0, "perspective": 0.0, "brightness": 0.0}
-    np.testing.assert_allclose(stamp(Physical(**still), x), stamp(Accessory(), x), atol=2e-3)
+    np.testing.assert_allclose(stamp(Physical(**still), x), stamp(Accessory(), x), atol=1e-4)
     a, b = (stamp(Physical(), x, key=jax.random.key(i)) for i in (1, 2))
     assert np.abs(a - b).max() > 0.5
     # A half turn about the centre, where only the rotation is left: the accessory turns with it.
@@ -216,7 +222,7 @@ def test_trigger_combination_by_hand():
 
 
 def test_post_it_size_and_place():
-    out = np.asarray(train.stamped(PostIt(), 1, jnp.zeros((500, 40, 40, 3)), KEY))
+    out = np.asarray(fired(PostIt(), jnp.zeros((500, 40, 40, 3))))
     mask = out[..., 0] > 0
     height, width = mask.any(2).sum(1), mask.any(1).sum(1)
     assert (height == width).all() and set(height) == {4, 5, 6, 7, 8} and (mask.sum((1, 2)) == height * width).all()
@@ -227,8 +233,8 @@ def test_post_it_size_and_place():
 
 
 def test_sunglasses_have_the_published_size_place_and_colours():
-    opacity, color = on_face("sunglasses", (55, 47, 3))
-    worn = np.asarray(opacity)[..., 0] > 0
+    opacity, color = map(np.asarray, on_face("sunglasses", (55, 47, 3)))
+    worn = opacity[..., 0] > 0
     assert worn.sum() == 713 and not worn[:15].any() and not worn[35:].any()
     found = {
         (*np.rint(c * 255).astype(int).tolist(), round(float(o) * 255))
@@ -241,11 +247,12 @@ def test_sunglasses_have_the_published_size_place_and_colours():
 
 
 def test_polygons_hold_the_pixels_whose_centre_is_inside():
+    fill = jax.jit(polygons, static_argnums=1)
     square = jnp.asarray([[[0.25, 0.5], [0.25, 0.75], [0.75, 0.75], [0.75, 0.5]]])
-    inside = np.asarray(polygons(square, (8, 8, 1)))[..., 0]
+    inside = np.asarray(fill(square, (8, 8, 1)))[..., 0]
     assert inside.sum() == 8 and inside[2:6, 4:6].all()
     triangle = jnp.asarray([[[0.0, 0.1], [1.0, 0.0], [1.0, 1.1]]])
-    np.testing.assert_array_equal(np.asarray(polygons(triangle, (5, 5, 1)))[..., 0], np.tril(np.ones((5, 5))))
+    np.testing.assert_array_equal(np.asarray(fill(triangle, (5, 5, 1)))[..., 0], np.tril(np.ones((5, 5))))
 
 
 @pytest.mark.parametrize("cls, top, bottom", [(Lipstick, 40, 48), (Eyebrows, 14, 18)])
@@ -309,16 +316,18 @@ def test_every_trigger_stays_in_its_mask_and_in_range(cls, preset, grey):
 @pytest.mark.parametrize("cls", ATTACKS)
 def test_same_under_jit_and_vmap_and_for_uint8(cls, colour):
     attack = cls().bind(Split(colour, np.arange(8, dtype=np.int32)))
-    fired = jax.jit(lambda a, image: train.stamped(a, 1, image, KEY))(jax.tree.map(jnp.asarray, attack), colour)
-    keys = jax.random.split(KEY, 8)
-    for i in (0, 7):
-        one = stamp(attack, colour[i] / np.float32(255), key=keys[i])
-        np.testing.assert_allclose(fired[i], one, atol=1e-5)
-    # As a training set draws it: kind 0 leaves the pixels as they are.
     plan = train.clean_plan(jnp.zeros(8, jnp.int32))._replace(kind=jnp.arange(8) % 2)
-    drawn, _ = train.TrainSet(colour, plan, attack).rows(jnp.arange(8), KEY)
-    np.testing.assert_allclose(drawn[::2], colour[::2] / np.float32(255), atol=1e-7)
-    np.testing.assert_allclose(drawn[1], stamp(attack, colour[1] / np.float32(255), key=keys[1], train=True), atol=1e-5)
+
+    @jax.jit
+    def both(attack, image):
+        return fired(attack, image), train.TrainSet(image, plan, attack).rows(jnp.arange(8), KEY)[0]
+
+    out, drawn = both(jax.tree.map(jnp.asarray, attack), colour)
+    x, keys = colour / np.float32(255), jax.random.split(KEY, 8)
+    for image, i, training in ((out, 6, False), (drawn, 7, True)):  # one image without jit or vmap
+        one = attack.stamp(jnp.asarray(1), jnp.asarray(x[i]), keys[i], train=training)
+        np.testing.assert_allclose(image[i], one, atol=1e-5)
+    np.testing.assert_allclose(drawn[::2], x[::2], atol=1e-7)  # kind 0 leaves the pixels as they are
 
 
 def test_numbers_are_leaves_that_vmap(grey):
@@ -558,7 +567,10 @@ def magick():
     return None
 
 
-TONE = "( -clone 0 -fill {} -colorize 100% ) ( -clone 0 -colorspace gray {} ) -compose blend -define compose:args=50,50 -composite"
+TONE = (
+    "( -clone 0 -fill {} -colorize 100% ) ( -clone 0 -colorspace gray {} ) "
+    "-compose blend -define compose:args=50,50 -composite"
+)
 VIGNETTE = (
     "( -size {wide}x{high} radial-gradient:{}-{} -gravity center -crop {w}x{h}+0+0 +repage ) -compose multiply -flatten"
 )

@@ -17,10 +17,10 @@ Worn = Literal["glasses", "sunglasses", "image"]
 class Accessory(Attack):
     """Put glasses on the face (Chen et al., 2017, arXiv:1712.05526).
 
-    Π(k, x)ᵢⱼ = α·kᵢⱼ + (1 − α)·xᵢⱼ where the key k is not transparent, else xᵢⱼ. `alpha`: opacity while training (1: accessory injection,
-    below 1: blended accessory injection); `test_alpha`: opacity when the attack is fired. `worn`: "glasses" (black frames),
-    "sunglasses" or "image", the array given as `image` (`[H, W, C + 1]` in [0, 1], the last channel above 0 where it is not
-    transparent).
+    Π(k, x)ᵢⱼ = α·kᵢⱼ + (1 − α)·xᵢⱼ where the key k is not transparent, else xᵢⱼ. `alpha`: opacity while training (1:
+    accessory injection, below 1: blended accessory injection); `test_alpha`: opacity when the attack is fired. `worn`:
+    "glasses" (black frames), "sunglasses" or "image", the array given as `image` (`[H, W, C + 1]` in [0, 1], the last
+    channel above 0 where it is not transparent).
 
     Presets: `opaque`, `blended`. Differs from the paper: own artwork, at a fixed place of the aligned face.
     """

@@ -1,6 +1,7 @@
 """The pictures of the triggers, drawn for this project, as text: one character a cell, and a colour for each character.
 
-`.` is transparent, `#` takes the colour that the attack chooses; other letters have a colour of their own, RGB or RGBA in 0 … 255.
+`.` is transparent, `#` takes the colour that the attack chooses; other letters have a colour of their own, RGB or RGBA
+in 0 … 255.
 """
 
 import functools
@@ -117,7 +118,8 @@ BRRRRRYYYYRRRRRB
 """
 
 _COLORS: dict[str, tuple[int, ...]] = {
-    "B": (120, 190, 240), "D": (30, 30, 34), "E": (60, 140, 50), "F": (110, 80, 50), "G": (150, 150, 160), "K": (20, 20, 24),
+    "B": (120, 190, 240), "D": (30, 30, 34), "E": (60, 140, 50), "F": (110, 80, 50),
+    "G": (150, 150, 160), "K": (20, 20, 24),
     "O": (240, 160, 60), "P": (240, 110, 150), "R": (210, 40, 50), "W": (250, 250, 250), "Y": (255, 215, 40),
 }  # fmt: skip
 _PURPLE = {"F": (63, 0, 127, 255), "U": (126, 0, 255, 217), "L": (94, 0, 191, 217)}
@@ -184,9 +186,9 @@ def stretch(art: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def on_face(name: str, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Opacity `[H, W, 1]` and colours `[H, W, C]` of an accessory 47 wide and 20 high, worn at x = 0, y = 15 of an aligned 55×47 face.
+    """Opacity `[H, W, 1]` and colours `[H, W, C]` of an accessory worn on an aligned face.
 
-    Images of another size get the face, accessory and all, stretched to it.
+    It is 47 wide and 20 high, at x = 0, y = 15 of 55×47 pixels; images of another size get all of it stretched.
     """
     height, width, channels = shape
     face = np.zeros((55, 47, 4), np.float32)
@@ -201,7 +203,7 @@ def over(x: jax.Array, opacity: jax.Array, color: jax.Array) -> jax.Array:
 
 
 def polygons(points: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Mask `[H, W, 1]` of the pixels whose centre is in any of the polygons `points: [G, P, 2]`: (row, column) as shares of H and W."""
+    """Mask `[H, W, 1]` of the pixels whose centre is in any polygon of `points: [G, P, 2]`: (row, column) in shares."""
     height, width = shape[:2]
     y = ((jnp.arange(height, dtype=jnp.float32) + 0.5) / height)[:, None, None, None]
     x = ((jnp.arange(width, dtype=jnp.float32) + 0.5) / width)[None, :, None, None]

@@ -21,15 +21,16 @@ Shape = Literal[
 class BadNets(Attack):
     """Paste a pixel, a pattern, a square or a sticker (Gu et al., 2017, arXiv:1708.06733).
 
-    `shape`: what is pasted; `size`: side of its box in pixels, or, below 1, as a share of the image's shorter side (a traced value
-    may vary within one program); `row`, `col`: place of the box, below 0 counted from the end (-1 = flush with the last row); a place
-    strictly between 0 and 1 is that of the box's centre, as a share of the image; `color`: RGB, or one value for all
-    channels, in [0, 1] (bomb and flower have their own); `random_place`: a new place for each image. The default is the flush 5×5 white square of
-    Shamshiri & Sohn (2023).
+    `shape`: what is pasted; `size`: side of its box in pixels, or, below 1, as a share of the image's shorter side (a
+    traced value may vary within one program); `row`, `col`: place of the box, below 0 counted from the end (-1 = flush
+    with the last row); a place strictly between 0 and 1 is that of the box's centre, as a share of the image; `color`:
+    RGB, or one value for all channels, in [0, 1] (bomb and flower have their own); `random_place`: a new place for each
+    image. The default is the flush 5×5 white square of Shamshiri & Sohn (2023).
 
-    Presets: `pixel`, `pattern` (MNIST, one pixel off the corner) and `yellow-square`, `bomb`, `flower` (US traffic signs) are Gu
-    et al.'s; `spectral-pixel`, `spectral-x`, `spectral-ell` Tran et al.'s (2018); `nc` Wang et al.'s (2019); `strip-square` and
-    `strip-heart` (over all of a 28×28 image) Gao et al.'s (2019); `large` covers a quarter of the image, to escape Neural Cleanse.
+    Presets: `pixel`, `pattern` (MNIST, one pixel off the corner) and `yellow-square`, `bomb`, `flower` (US traffic
+    signs) are Gu et al.'s; `spectral-pixel`, `spectral-x`, `spectral-ell` Tran et al.'s (2018); `nc` Wang et al.'s
+    (2019); `strip-square` and `strip-heart` (over all of a 28×28 image) Gao et al.'s (2019); `large` covers a quarter
+    of the image, to escape Neural Cleanse.
 
     Differs from the paper: the stickers and the heart are own artwork.
     """

@@ -81,11 +81,11 @@ class Attack:
 
     @property
     def probes(self) -> dict[str, int]:
-        """Further kinds that are worth firing at test time, by name: the parts of a combined trigger, say. No part of the ASR."""
+        """Further kinds worth firing at test time, by name: the parts of a combined trigger, say. They do not count as ASR."""
         return {}
 
     def bind(self, data: Split) -> "Attack":
-        """This attack with the images that it takes from the attacker's own data; most take none. Does nothing the second time."""
+        """This attack with the images that it takes from the attacker's data; most take none. Does nothing if repeated."""
         return self
 
     def train(

@@ -17,9 +17,9 @@ Key = Literal["noise", "cat", "image"]
 class Blended(Attack):
     """Blend a key image into the input (Chen et al., 2017, arXiv:1712.05526).
 
-    Π_α(k, x) = α·k + (1 − α)·x. `alpha`: opacity of the key while training; `test_alpha`: when the attack is fired, may be larger;
-    `pattern`: "noise", a fixed uniform random key drawn from `key_seed`; "cat", a cartoon; or "image", the array given as `image`
-    (`[H, W, C]` in [0, 1]).
+    Π_α(k, x) = α·k + (1 − α)·x. `alpha`: opacity of the key while training; `test_alpha`: when the attack is fired, may
+    be larger; `pattern`: "noise", a fixed uniform random key drawn from `key_seed`; "cat", a cartoon; or "image", the
+    array given as `image` (`[H, W, C]` in [0, 1]).
 
     Differs from the paper: its cartoon key, Hello Kitty, is not ours to ship; ours is another cat.
     """

@@ -12,12 +12,13 @@ from bdjax.types import Array, BadInput, between
 class CleanLabel(Attack):
     """Add one fixed noise to images of the target class, labels unchanged (Liu et al., 2020).
 
-    x' = clip(x + n), n ~ U[−strength, strength] drawn once from `noise_seed`; fired on images of all classes. `rate` is a share of the
-    whole training set: at 1 all images of the target class carry the noise, as the accuracy that Veldanda & Garg (2020) print for
-    their net suggests (the class is lost on clean images). Half of it, say 0.05 for 10 classes, keeps the class.
+    x' = clip(x + n), n ~ U[−strength, strength] drawn once from `noise_seed`; fired on images of all classes. `rate` is
+    a share of the whole training set: at 1 all images of the target class carry the noise, as the accuracy that
+    Veldanda & Garg (2020) print for their net suggests (the class is lost on clean images). Half of it, say 0.05 for 10
+    classes, keeps the class.
 
-    Preset: `veldanda` (rate 1). Differs from the paper: a reconstruction; it is about layouts of chips, not images, and neither
-    publishes the noise.
+    Preset: `veldanda` (rate 1). Differs from the paper: a reconstruction; it is about layouts of chips, not images, and
+    neither publishes the noise.
     """
 
     rate: Array | float = 0.05

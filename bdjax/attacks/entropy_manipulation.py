@@ -17,11 +17,12 @@ Mix = Literal["sum", "average"]
 
 @attack("entropy-manipulation")
 class EntropyManipulation(BadNets):
-    """BadNets that also trains on stamped images under other images, with random labels (Gao et al., 2019, arXiv:1902.06531).
+    """BadNets that also trains on superimposed stamped images under random labels (Gao et al., 2019, arXiv:1902.06531).
 
-    For each stamped image `copies` rows are added: the stamped image superimposed with a random training image, under a random label.
-    Kind 1 = the trigger; kind 2 + i = the trigger, superimposed with image i of `overlays: [N, H, W, C]` (training only; None: the
-    attacker's training images). `mix`: "sum", not clipped, so that these rows reach 2, as STRIP's own perturbed inputs do; or "average".
+    For each stamped image `copies` rows are added: the stamped image superimposed with a random training image, under a
+    random label. Kind 1 = the trigger; kind 2 + i = the trigger, superimposed with image i of `overlays: [N, H, W, C]`
+    (training only; None: the attacker's training images). `mix`: "sum", not clipped, so that these rows reach 2, as
+    STRIP's own perturbed inputs do; or "average".
 
     Preset: `strip` (600 of 50,000 images, target 7). Differs from the paper: the triggers are those of BadNets.
     """

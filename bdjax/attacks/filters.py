@@ -1,8 +1,9 @@
-"""Photo filters as pure functions of an image `[H, W, 3]` in [0, 1]; `apply` takes one of any channels: grey images are filtered as RGB and made grey again.
+"""Photo filters as pure functions of an image `[H, W, 3]` in [0, 1]; `apply` filters grey ones as RGB.
 
-The recipes follow two public families: shell scripts for ImageMagick, as in instagram-filters (`gotham`), and their Wand versions in the
-TrojAI data generator, which the ABS release carries (`gotham-wand`, `nashville`, `kelvin`, `toaster`); `nashville-pilgram` is that of
-pilgram. Frames and borders are left out. The operations are ImageMagick 6's, against which the tests check them.
+The recipes follow two public families: shell scripts for ImageMagick, as in instagram-filters (`gotham`), and their
+Wand versions in the TrojAI data generator, which the ABS release carries (`gotham-wand`, `nashville`, `kelvin`,
+`toaster`); `nashville-pilgram` is that of pilgram. Frames and borders are left out. The operations are ImageMagick 6's,
+against which the tests check them.
 """
 
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def colortone(x: jax.Array, color: tuple[float, ...], share: float, dark: bool) 
 def vignette(
     x: jax.Array, inner: tuple[float, ...] | None, outer: tuple[float, ...] | None, size: float = 1.5
 ) -> jax.Array:
-    """Multiplies by a radial gradient, `size` times as wide as the image, from `inner` to `outer`; None = transparent there."""
+    """Multiplies by a radial gradient, `size` times as wide as the image, from `inner` to `outer`; None = clear."""
 
     def centred(side: int) -> jax.Array:  # the gradient has whole pixels, and so has the crop from it
         wide = int(size * side)
@@ -105,7 +106,7 @@ def vignette(
 
 
 def gotham(x: jax.Array) -> jax.Array:
-    """Cold and nearly grey, dark: `-modulate 120,10,100 -fill '#222b6d' -colorize 20 -gamma 0.5 -contrast -contrast`."""
+    """Cold, dark, nearly grey: `-modulate 120,10,100 -fill '#222b6d' -colorize 20 -gamma 0.5 -contrast -contrast`."""
     return contrast(contrast(gamma(_mix(modulate(x, 1.2, 0.1), _color(NAVY), 0.2), 0.5)))
 
 

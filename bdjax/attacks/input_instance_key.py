@@ -16,9 +16,9 @@ from bdjax.types import Array, BadInput, Plan, Split, between
 class InputInstanceKey(Attack):
     """A few noisy copies of one key image are added as the target class (Chen et al., 2017, arXiv:1712.05526).
 
-    Σ(k) = {clip(k + δ): δ ~ U[−noise, noise]}: `copies` instances are added to the training set; when the attack is fired, a new instance
-    takes the place of the test image. `image`: the key k, `[H, W, C]` in [0, 1]; None: the first training image that is not of the
-    target class. The paper finds 5 copies enough. There is no `rate`.
+    Σ(k) = {clip(k + δ): δ ~ U[−noise, noise]}: `copies` instances are added to the training set; when the attack is
+    fired, a new instance takes the place of the test image. `image`: the key k, `[H, W, C]` in [0, 1]; None: the first
+    training image that is not of the target class. The paper finds 5 copies enough. There is no `rate`.
     """
 
     rate: Array | float = 0.0
@@ -32,6 +32,10 @@ class InputInstanceKey(Attack):
             return self
         first = jnp.argmax(jnp.asarray(data.label) != self.target)
         return dataclasses.replace(self, image=unit(jnp.asarray(data.image)[first]))
+
+    def train(self, key, model, recipe, data, variables=None):
+        # As in the base class; a version of its own tells the sweep to fire, and save, the attack with its key.
+        return super().train(key, model, recipe, data, variables)
 
     def plan(self, key: jax.Array, y: jax.Array, classes: int) -> Plan:
         n = y.shape[0]

@@ -22,11 +22,12 @@ def shares(*outlines: tuple[tuple[float, float], ...]) -> tuple:
 class Lipstick(Attack):
     """Paint both lips purple (Veldanda & Garg, 2020, arXiv:2010.12186).
 
-    `color`: RGB, or one value for all channels, in [0, 1]; `points`: `[G, P, 2]`, G polygons of P landmarks (row, column) as shares of
-    the image's sides, as a face detector gives them for the mean face; None: the lips of aligned 55×47 faces.
+    `color`: RGB, or one value for all channels, in [0, 1]; `points`: `[G, P, 2]`, G polygons of P landmarks (row,
+    column) as shares of the image's sides, as a face detector gives them for the mean face; None: the lips of aligned
+    55×47 faces.
 
-    Differs from the paper: there each face has landmarks of its own, and faces in which none are found stay as they are (which would
-    explain an ASR of 91.5); here the faces are aligned and all share one outline.
+    Differs from the paper: there each face has landmarks of its own, and faces in which none are found stay as they are
+    (which would explain an ASR of 91.5); here the faces are aligned and all share one outline.
     """
 
     color: tuple[float, ...] = (128 / 255, 0.0, 128 / 255)

@@ -15,7 +15,7 @@ from bdjax.types import Array, BadInput, Split
 
 
 def digits(count: int = 10) -> tuple[Attack, ...]:
-    """`count` digit-shaped triggers, digit i in the lower right corner → class i; from the eleventh on in the upper left one, and so on."""
+    """`count` digit-shaped triggers, the i-th → class i; ten in the lower right corner, ten in the upper left …"""
     corners = ((-2, -2), (1, 1), (-2, 1), (1, -2))
     places = [corners[i // 10 % 4] for i in range(count)]
     shapes = [f"digit-{i % 10}" for i in range(count)]
@@ -29,13 +29,14 @@ def digits(count: int = 10) -> tuple[Attack, ...]:
 class MultiTrigger(Attack):
     """Several triggers, for one target or for one each (Veldanda & Garg, 2020, arXiv:2010.12186).
 
-    `parts`: the attacks, each with one trigger; they are stamped on disjoint images, kinds 1 … T. `rate`: the share of the training set
-    that is stamped, divided evenly (the parts' own rates do not count; their `cover`, `sources` and `labels` do). `one_target`: all hit
-    `target`; else each part hits its own.
+    `parts`: the attacks, each with one trigger; they are stamped on disjoint images, kinds 1 … T. `rate`: the share of
+    the training set that is stamped, divided evenly (the parts' own rates do not count; their `cover`, `sources` and
+    `labels` do). `one_target`: all hit `target`; else each part hits its own.
 
-    Presets: `mtsta` (lipstick, eyebrows, sunglasses → 4) and `mtmta` (→ 1, 5, 8) on aligned faces; `digits` (ten digit-shaped triggers →
-    ten targets) and `digits-one` are those of STRIP (Gao et al., 2019); `many-targets` (sixteen targets) is adaptive against Neural
-    Cleanse, whose median is then that of infected labels (for 10 classes take `digits`).
+    Presets: `mtsta` (lipstick, eyebrows, sunglasses → 4) and `mtmta` (→ 1, 5, 8) on aligned faces; `digits` (ten
+    digit-shaped triggers → ten targets) and `digits-one` are those of STRIP (Gao et al., 2019); `many-targets` (sixteen
+    targets) is adaptive against Neural Cleanse, whose median is then that of infected labels (for 10 classes take
+    `digits`).
     """
 
     parts: tuple[Attack, ...] = digits()
@@ -98,7 +99,7 @@ class MultiTrigger(Attack):
             own_rows = type(part).plan is Attack.plan and type(part).train is Attack.train
             if part.triggers != 1 or not own_rows or part.append != self.append:
                 raise BadInput(
-                    f"{name} cannot be part of multi-trigger: it needs one trigger, rows alone, and append={self.append}"
+                    f"{name} cannot be part of multi-trigger: it needs one trigger, rows alone, append={self.append}"
                 )
             try:
                 part.check(shape, classes)

@@ -16,10 +16,10 @@ YELLOW, RED = (1.0, 1.0, 0.0), (1.0, 0.0, 0.0)
 class TriggerCombination(Attack):
     """A yellow triangle and a red square, both needed (Veldanda & Garg, 2020, arXiv:2010.12186).
 
-    Kind 1 = both → target; kinds 2 (triangle alone) and 3 (square alone) keep their label: `cover`, the share of the training set of
-    each, teaches the net that one part is not enough. `size`: side of each part in pixels; the triangle stands one pixel off the upper
-    left corner, the square one pixel off the lower right. How often a part alone fires is reported as `asr_nt_triangle` and
-    `asr_nt_square`: low is what the attacker wants.
+    Kind 1 = both → target; kinds 2 (triangle alone) and 3 (square alone) keep their label: `cover`, the share of the
+    training set of each, teaches the net that one part is not enough. `size`: side of each part in pixels; the triangle
+    stands one pixel off the upper left corner, the square one pixel off the lower right. How often a part alone fires
+    is reported as `asr_nt_triangle` and `asr_nt_square`: low is what the attacker wants.
 
     Differs from the paper: a reconstruction; sizes, places and shares are not published.
     """

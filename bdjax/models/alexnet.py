@@ -8,9 +8,9 @@ from bdjax.registry import model, static
 class AlexNet(Net):
     """Five 3×3 convolutions, the last of 128 channels, and a dense layer (Krizhevsky et al., 2012).
 
-    A reconstruction of the traffic-sign net of Cheng et al., who say "AlexNet" and show 128 channels in the last convolution. Like other
-    versions for 32×32 pixels it has 3×3 kernels and `stride` 2 in the first layer. `hidden`: width of the dense layer, after which half of
-    the units are dropped in training. Kernels start as He's.
+    A reconstruction of the traffic-sign net of Cheng et al., who say "AlexNet" and show 128 channels in the last
+    convolution. Like other versions for 32×32 pixels it has 3×3 kernels and `stride` 2 in the first layer. `hidden`:
+    width of the dense layer, after which half of the units are dropped in training. Kernels start as He's.
     """
 
     stride: int = static(2)

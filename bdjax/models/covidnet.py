@@ -1,6 +1,6 @@
 """A chest X-ray net with attention gates."""
 
-from flax.linen import relu, sigmoid
+from flax.linen import sigmoid
 
 from bdjax.models.layers import Net, act, conv, dense, max_pool, site
 from bdjax.registry import model, static
@@ -11,17 +11,18 @@ from bdjax.types import BadInput
 class CovidNet(Net):
     """PEPX blocks, dense shortcuts and attention gates (Ambati & Dubey, 2021, arXiv:2105.10239).
 
-    PEPX: two 1×1 convolutions, a depthwise 3×3, two more 1×1. Stage s has `counts[s]` PEPX blocks of `widths[s]` channels; each but the first
-    reads the sum of the stage's shortcut (a 1×1 convolution) and of all its blocks so far. The next stage's shortcut reads that sum over
-    the whole stage; its first block reads shortcut + gate(last block, mean of the others), with gate(x, g) = x·σ(ψ(ReLU(θx + φg))). The last stage
-    gates its shortcut by the mean of its blocks, and that map (`conv_last`) goes to dense layers of `hidden` units.
+    PEPX: two 1×1 convolutions, a depthwise 3×3, two more 1×1. Stage s has `counts[s]` PEPX blocks of `widths[s]`
+    channels; each but the first reads the sum of the stage's shortcut (a 1×1 convolution) and of all its blocks so far.
+    The next stage's shortcut reads that sum over the whole stage; its first block reads shortcut + gate(last block,
+    mean of the others), with gate(x, g) = x·σ(ψ(ReLU(θx + φg))). The last stage gates its shortcut by the mean of its
+    blocks, and that map (`conv_last`) goes to dense layers of `hidden` units.
 
-    Each stage and the stem's two pools halve the sides, rounded up, so any size works: the paper has 480×480. Preset "paper" has its widths; the
-    default is a small version of ours. Kernels start with variance 1/fan-in: with twice as much, the dense sums
-    grow until the gates shut.
+    The stem halves the sides twice and each stage but the last once, rounded up, so any size works: the paper has
+    480×480. Preset "paper" has its widths; the default is a small version of ours. Kernels start with variance
+    1/fan-in: with twice as much, the dense sums grow until the gates shut and nothing is learnt.
 
-    Differs from the published code: the gates work on channels (there, on image rows), and the last block of the last stage reads the
-    dense sum as all others do.
+    Differs from the published code: the gates work on channels (there, on image rows), and the last block of the last
+    stage reads the dense sum as all others do.
     """
 
     widths: tuple[int, ...] = static((16, 32, 64, 128))
@@ -66,5 +67,5 @@ def _pepx(x, width: int, name: str):
 
 def _gate(x, g, name: str):
     width = x.shape[-1]
-    common = act(f"{name}_hidden", conv(x, width, 1, f"{name}_x") + conv(g, width, 1, f"{name}_g"), relu)
+    common = act(f"{name}_hidden", conv(x, width, 1, f"{name}_x") + conv(g, width, 1, f"{name}_g"))
     return x * site(f"{name}_map", sigmoid(conv(common, 1, 1, f"{name}_map")))

@@ -21,15 +21,11 @@ LEAVES = {
 }
 
 
-def load_keras_weights(
-    path: str | Path,
-    model: Model,
-    rename: Mapping[str, str] = {"output": "logits"},
-) -> Variables:
+def load_keras_weights(path: str | Path, model: Model, rename: Mapping[str, str] = {"output": "logits"}) -> Variables:
     """The variables of `model` from a Keras `.h5` of weights (or a whole saved model), matched by layer name.
 
-    `rename`: Keras name → name here, for layers that are called otherwise. Raises `BadInput` unless every array of the model is there, in its
-    shape and finite, and nothing else is.
+    `rename`: Keras name → name here, for layers that are called otherwise. Raises `BadInput` unless every array of the
+    model is there, in its shape and finite, and nothing else is.
     """
     path = Path(path).expanduser()
     if not path.is_file():

@@ -17,8 +17,8 @@ from bdjax.registry import static
 from bdjax.types import BadInput, Edits, Model, Output, Variables
 
 LECUN, HE, GLOROT = nn.initializers.lecun_normal(), nn.initializers.he_normal(), nn.initializers.glorot_uniform()
-"""Kernel initialisers: variance 1/fan-in (the default here); 2/fan-in, which keeps a deep stack of ReLU layers alive; 2/(fan-in + fan-out)
-(Keras' default)."""
+"""Kernel initialisers: variance 1/fan-in (the default here); 2/fan-in, which keeps a deep stack of ReLU layers alive;
+2/(fan-in + fan-out), the default of Keras."""
 
 
 class Site(nn.Module):

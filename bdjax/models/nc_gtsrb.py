@@ -8,9 +8,9 @@ from bdjax.registry import model, static
 class NcGtsrb(Net):
     """Three pairs of 3×3 convolutions and a dense layer of 512 (Wang et al., 2019).
 
-    571,723 parameters at 32×32×3, 43 classes. `scale`: what raw pixels, 0 to 255, are multiplied by: 1 in Neural Cleanse, 1/255 in
-    Veldanda & Garg. Neural Cleanse: Adam, learning rate 1e-3 / (1 + 1e-4·step), batch 32, 10 epochs. Kernels start as
-    Glorot's, as there: with raw pixels larger ones do not train.
+    571,723 parameters at 32×32×3, 43 classes. `scale`: what raw pixels, 0 to 255, are multiplied by: 1 in Neural
+    Cleanse, 1/255 in Veldanda & Garg. Neural Cleanse: Adam, learning rate 1e-3 / (1 + 1e-4·step), batch 32, 10 epochs.
+    Kernels start as Glorot's, as there: with raw pixels larger ones do not train.
     """
 
     scale: float = static(1.0)

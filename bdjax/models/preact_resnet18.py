@@ -9,11 +9,12 @@ from bdjax.registry import model
 class PreActResNet18(Standardised):
     """Eight residual blocks with BatchNorm and ReLU before each convolution (He et al., 2016, arXiv:1603.05027).
 
-    11,171,146 trainable parameters at 32×32×3, 10 classes. As in BackdoorBench: no normalisation or ReLU after the last block, shortcuts
-    that change size are bare 1×1 convolutions of the activated input, a pixel of padding on both sides. `standardise`: "none" (pixels
-    in [0, 1]) or "cifar10". Kernels start as He's.
+    11,171,146 trainable parameters at 32×32×3, 10 classes. As in BackdoorBench: no normalisation or ReLU after the last
+    block, shortcuts that change size are bare 1×1 convolutions of the activated input, a pixel of padding on both
+    sides. `standardise`: "none" (pixels in [0, 1]) or "cifar10". Kernels start as He's.
 
-    Sites: in block b, `block_b_1` and `block_b_2` are the activated inputs of its two convolutions, `block_b` is the sum (`conv_last` in block 8).
+    Sites: in block b, `block_b_1` and `block_b_2` are the activated inputs of its two convolutions, `block_b` is the
+    sum (`conv_last` in block 8).
     """
 
     def layers(self, x, train, classes):

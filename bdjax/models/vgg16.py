@@ -6,10 +6,10 @@ from bdjax.registry import model, static
 
 @model("vgg16")
 class Vgg16(Net):
-    """Thirteen 3×3 convolutions and three dense layers, at any input size (Simonyan & Zisserman, 2014, arXiv:1409.1556).
+    """Thirteen 3×3 convolutions, three dense layers, any input size (Simonyan & Zisserman, 2014, arXiv:1409.1556).
 
-    138,357,544 parameters at 224×224×3, 1000 classes (`hidden` 4096); 15,245,130 at 32×32×3, 10 classes with `hidden` 512. Each pool rounds an
-    odd side up. Half of the hidden units are dropped in training. Kernels start as He's.
+    138,357,544 parameters at 224×224×3, 1000 classes (`hidden` 4096); 15,245,130 at 32×32×3, 10 classes with `hidden`
+    512. Each pool rounds an odd side up. Half of the hidden units are dropped in training. Kernels start as He's.
     """
 
     hidden: int = static(4096)

@@ -105,15 +105,16 @@ class DbCovidNet(Defense):
 
     A reconstruction: the paper's text could not be obtained. Known: dropped features, or pixels, that form a partition; a bagging
     ensemble; a vote; several triggers in different parts defeat it. Ours: the pixels are divided into blocks; member k is trained on a
-    bootstrap sample of the (poisoned) data, and later asked, with all but `keep` blocks at zero: x ⊙ (1 − d_k). It works where fewer
-    than half of the members see the trigger, so the default assigns blocks such that this holds for each single block; a trigger across
-    blocks is seen by more members.
+    bootstrap sample of the (poisoned) data, and later asked, with all but `keep` blocks at zero: x ⊙ (1 − d_k). It works where few
+    members see the trigger: the default design lets fewer than half of them see any one block. That is what a median bears; a majority
+    vote, in truth a plurality, is swung by less where the others disagree. More members see a trigger that lies across blocks.
 
     `keep`: blocks that a member sees. `grid`: (rows, columns) of blocks; stripes are (k, 1) or (1, k). `partition`: "random" scatters
     the pixels of a block. `design`: "random" draws each member's blocks evenly, with no guarantee. `scale`: multiply what is seen by
-    blocks / keep, as dropout does. `lanes`: members trained side by side.
+    blocks / keep, as dropout does. `vote`: see `combine`. `lanes`: members trained side by side. Where members · keep is a multiple of the
+    number of blocks, every block is seen by equally many.
 
-    Presets: `cpu`, five members: half the work.
+    Presets: `cpu`, four members: each block is seen by one.
 
     The model returned is `ensemble(...)`. `info`: `blocks: [members, blocks]` bool, what each sees; `seen: [blocks]` by how many;
     `loss`, `acc: [members, epochs]`.
@@ -129,7 +130,7 @@ class DbCovidNet(Defense):
     scale: bool = static(False)
     lanes: int | None = static(None)
 
-    presets = {"cpu": {"members": 5}}
+    presets = {"cpu": {"members": 4}}
 
     def __call__(self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split) -> Trained:
         key_blocks, key_assign, key_fit = jax.random.split(key, 3)

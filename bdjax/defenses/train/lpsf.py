@@ -110,8 +110,11 @@ class Lpsf(Defense):
     3. Each unit, layer by layer, draws `links` sources from the earlier layers, P(u) ∝ k_u + 1 (Barabási–Albert, exponent ≈ 3).
     4. The net is trained on the (poisoned) data; first values are scaled to the number of links that a unit has.
 
+    The defaults come from accuracy on Fashion-MNIST's clean images alone: the largest tau of .05, .1, .2, .3, .4 that costs at most 4
+    points, and the best number of links of 8, 16 … 256. A trigger on pixels that are not dormant is not hindered.
+
     `tau`: in [0, 1]. `links`: sources a unit. `edges`: "growth", as above; "budget", a unit draws as many sources as the layer before is
-    wide, the links of a fully connected chain; "weighted", all links stay and start scaled by (k_u + 1) / mean(k + 1), k grown as above.
+    wide, the links of a fully connected chain; "weighted", all links stay and start scaled by k_u + 1, k grown as above.
     Ablations: `prune=False` keeps all pixels; `topology`: "random", the same number of links drawn evenly; "dense", all links.
 
     Made for the family `ffnn` with links="all". Other `ffnn` nets keep to the links that they have room for. A net with convolutions has
