@@ -110,8 +110,8 @@ def report(
 class Train:
     """Train a victim of any attack × model × dataset; saves a checkpoint, prints ACC and ASR.
 
-    --attack, --model and --dataset take names of `bdjax list`, or NAME:PRESET; the fields of what was chosen are flags such
-    as --attack.rate. `--attack none` trains the clean twin.
+    --attack, --model and --dataset take names of `bdjax list`, or NAME:PRESET; the fields of what was chosen are flags
+    such as --attack.rate. `--attack none` trains the clean twin.
     """
 
     out: Path

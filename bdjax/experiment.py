@@ -16,6 +16,7 @@ from bdjax.store import Store
 from bdjax.sweep import Clock, Runner, say
 from bdjax.types import BadInput
 
+
 def load(path: str | Path) -> ModuleType:
     """The experiment file as a module."""
     path = Path(path)
@@ -87,4 +88,3 @@ def run(
     say("seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()), quiet)
     print(f"results: {store.results}\npage: {page}")
     return rows
-

@@ -1,7 +1,7 @@
 """Where work runs: lanes (map or vmap), devices, hosts. The only `shard_map` of the project is here.
 
-One knob, `lanes`: how many items of a batch of independent work are computed side by side. On a CPU one after another is
-fastest (a vmapped kernel becomes a slow grouped convolution); an accelerator wants many. The numbers are the same.
+One knob, `lanes`: how many items of a batch of independent work are computed side by side. On a CPU one after another
+is fastest (a vmapped kernel becomes a slow grouped convolution); an accelerator wants many. The numbers are the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,8 +36,8 @@ def lane_map(fn: Callable, items: Any, lanes: int | None = None) -> Any:
 def drain(start: Callable, step: Callable, done: Callable, items: Any, lanes: int | None = None) -> Any:
     """Steps every item's state until it is done, `lanes` at a time; a lane that has finished takes the next item.
 
-    `start(item) -> state`, `step(state) -> state`, `done(state) -> bool []`. Returns the final states, stacked like `items`.
-    Early-stopped items cost nothing: there is no waiting for the slowest of a batch.
+    `start(item) -> state`, `step(state) -> state`, `done(state) -> bool []`. Returns the final states, stacked like
+    `items`. Early-stopped items cost nothing: there is no waiting for the slowest of a batch.
     """
     n = _count(items)
     lanes = min(lanes or default_lanes(n), n)
@@ -69,8 +69,8 @@ def drain(start: Callable, step: Callable, done: Callable, items: Any, lanes: in
 def over_runs(fn: Callable, *, lanes: int | None = None, devices: Sequence[Any] | None = None) -> Callable:
     """`run(shared, items) -> outputs`: `fn(shared, item)` for each of the leading-axis `items`, spread over `devices`.
 
-    Each device works through its own runs, `lanes` at a time; nothing is ever sent between devices. The number of runs is
-    padded to a multiple of the devices with copies of the last one, whose results are dropped. Not jitted itself.
+    Each device works through its own runs, `lanes` at a time; nothing is ever sent between devices. The number of runs
+    is padded to a multiple of the devices with copies of the last one, whose results are dropped. Not jitted itself.
     """
     devices = list(devices or jax.local_devices())
     if len(devices) == 1:

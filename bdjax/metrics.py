@@ -49,7 +49,9 @@ def far_frr(
 
 
 def auroc(low: jax.Array, high: jax.Array, low_counted=None, high_counted=None) -> jax.Array:
-    """P(a score of `high: [M]` > a score of `low: [N]`), ties one half: 1 = separated, 0.5 = chance. NaN where a side is empty."""
+    """P(a score of `high: [M]` > a score of `low: [N]`), ties one half: 1 = separated, 0.5 = chance. NaN where a side
+    is empty.
+    """
     low_weight = jnp.ones_like(low, bool) if low_counted is None else low_counted
     high_weight = jnp.ones_like(high, bool) if high_counted is None else high_counted
     score = jnp.concatenate([low, high])

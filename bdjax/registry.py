@@ -1,4 +1,5 @@
-"""One decorated dataclass is a method: its hyper-parameters, its registry entry, its command-line flags, its row of the README.
+"""One decorated dataclass is a method: its hyper-parameters, its registry entry, its command-line flags, its row of the
+README.
 
 Array fields are leaves that a sweep may vmap over; fields made with `static()` are part of the compile key.
 """
@@ -146,8 +147,8 @@ def is_static(field: dataclasses.Field) -> bool:
 def describe(value: Any, arrays: dict[str, np.ndarray] | None = None) -> Any:
     """The effective configuration as plain JSON values.
 
-    An array of more than 16 values becomes its digest, or, where `arrays` is given, a reference into it, so that `revive` can
-    bring the whole back.
+    An array of more than 16 values becomes its digest, or, where `arrays` is given, a reference into it, so that
+    `revive` can bring the whole back.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: describe(getattr(value, f.name), arrays) for f in dataclasses.fields(value)}

@@ -1,7 +1,8 @@
 """What a run leaves behind: an append-only `results.jsonl`, arrays for figures, and models as Orbax checkpoints.
 
-Everything but the JSONL is written to a temporary name and renamed. A line is written in one piece and fsynced; a line torn
-by a crash is cut off by the next writer. Nothing that is read back can run code: JSON, `.npz` without pickles, Orbax arrays.
+Everything but the JSONL is written to a temporary name and renamed. A line is written in one piece and fsynced; a line
+torn by a crash is cut off by the next writer. Nothing that is read back can run code: JSON, `.npz` without pickles,
+Orbax arrays.
 """
 
 import errno
@@ -134,7 +135,9 @@ def _line(error: BaseException) -> str:
 
 
 def save_model(path: str | Path, net: Any, model: Model, variables: Variables, **about: Any) -> None:
-    """A model folder: `model.json` (the net, its images, and `about`: attack, dataset, metrics …), arrays and `variables`."""
+    """A model folder: `model.json` (the net, its images, and `about`: attack, dataset, metrics …), arrays and
+    `variables`.
+    """
     arrays: dict[str, np.ndarray] = {}
     described = {
         "net": net,
@@ -150,7 +153,9 @@ def save_model(path: str | Path, net: Any, model: Model, variables: Variables, *
 
 
 def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]:
-    """`(net, model, variables, about)` of a model folder; `attack`, `dataset`, `recipe` and `defense` in `about` are revived."""
+    """`(net, model, variables, about)` of a model folder; `attack`, `dataset`, `recipe` and `defense` in `about` are
+    revived.
+    """
     path = Path(path)
     if not (path / "model.json").is_file():
         raise BadInput(f"{path} is no model folder: it has no model.json (`bdjax train --out {path}` makes one)")

@@ -1,8 +1,8 @@
 """From cells to rows: cells that differ in numbers alone are stacked and run as one compiled program.
 
-A `Cell` names a victim (dataset × model × recipe × attack × seed) and what is done to it. The victim of several defenses is
-trained once, in chunks that are checkpointed, and kept by the hash of its configuration. Rows are on disk as soon as their
-group ends; a run that was interrupted goes on where it stopped.
+A `Cell` names a victim (dataset × model × recipe × attack × seed) and what is done to it. The victim of several
+defenses is trained once, in chunks that are checkpointed, and kept by the hash of its configuration. Rows are on disk
+as soon as their group ends; a run that was interrupted goes on where it stopped.
 """
 
 import dataclasses
@@ -36,7 +36,9 @@ CHECKPOINT_EVERY = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One row of a table, for one seed. `reported`: the paper's values of our metrics; `substitute`: what stands in for its data."""
+    """One row of a table, for one seed. `reported`: the paper's values of our metrics; `substitute`: what stands in for
+    its data.
+    """
 
     table: str
     row: str
@@ -196,7 +198,7 @@ class Runner:
     def _victims(self, cells: list[Cell], model: Model, shared: Any) -> tuple[Any, dict[str, float], list[bool]]:
         """The victims' `(attack, variables)`, stacked in the order of `cells`; seconds; and which of them diverged."""
         folder = self.store.folder / "victims"
-        like = jax.eval_shape(lambda: _untrained(cells[0], model))
+        like = jax.eval_shape(lambda: _untrained(cells[0], model, shared))
         missing = [cell for cell in cells if not (folder / cell.victim).exists()]
         seconds = {"compile": 0.0, "run": 0.0}
         if missing:
@@ -210,7 +212,7 @@ class Runner:
         """Trains the victims of `cells`, all in one program an epoch, with a checkpoint every half minute."""
         label = f"training {len(cells)} × {registry.name_of(cells[0].model)}"
         label += "" if cells[0].attack is None else f" ({registry.name_of(cells[0].attack)})"
-        items = stack([(jax.random.key(cell.seed), cell.recipe, cell.attack) for cell in cells])
+        items = stack([(jax.random.key(cell.seed), cell.recipe, bound(cell, shared)) for cell in cells])
         before = self.clock.split()
         if cells[0].attack is not None and type(cells[0].attack).train is not Attack.train:
             say(f"{label}: one program, no progress before its end", self.quiet)
@@ -274,7 +276,7 @@ class Runner:
             say(
                 f"{registry.name_of(cells[0].defense)} on {len(cells)} × {registry.name_of(cells[0].model)}", self.quiet
             )
-            attacks, given = victims or (stack([c.attack for c in cells]), stack([c.recipe for c in cells]))
+            attacks, given = victims or (stack([bound(c, shared) for c in cells]), stack([c.recipe for c in cells]))
             items = (keys, stack([cell.defense for cell in cells]), attacks, given)
             found, arrays, variables = self._ran("defend", JUDGES[stage], model, shared, *items)
             judged = model if stage != "train" else trained_model(cells[0], model, shared)
@@ -325,6 +327,11 @@ def check(cell: Cell) -> None:
         cell.defense.check(model, data.clean)
 
 
+def bound(cell: Cell, shared: Any) -> Any:
+    """The cell's attack with the images that it takes from the training set."""
+    return None if cell.attack is None else cell.attack.bind(shared[0])
+
+
 def say(line: str, quiet: bool) -> None:
     """A plain line about what is being done."""
     if not quiet:
@@ -336,15 +343,14 @@ def say(line: str, quiet: bool) -> None:
 # --- The programs: each is mapped over runs. `shared = (train, clean, test)`. ---
 
 
-def _untrained(cell: Cell, model: Model) -> Any:
+def _untrained(cell: Cell, model: Model, shared: Any) -> Any:
     variables = model.init(jax.random.key(0))
     if cell.attack is None:
         return None, variables
-    attack = jax.tree.map(jnp.asarray, cell.attack)
+    attack = jax.tree.map(jnp.asarray, bound(cell, shared))
     if type(attack).train is Attack.train:
         return attack, variables
-    probe = Split(jnp.zeros((cell.recipe.batch, *model.shape), jnp.uint8), jnp.zeros(cell.recipe.batch, jnp.int32))
-    attack, variables, _ = attack.train(jax.random.key(0), model, cell.recipe, probe)
+    attack, variables, _ = attack.train(jax.random.key(0), model, cell.recipe, shared[0])
     return attack, variables
 
 

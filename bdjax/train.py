@@ -1,4 +1,6 @@
-"""Training as a pure function: a scan over steps, the poison stamped inside the step, one uint8 copy of the data for all runs."""
+"""Training as a pure function: a scan over steps, the poison stamped inside the step, one uint8 copy of the data for
+all runs.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,7 +15,9 @@ from bdjax.types import Array, BadInput, Model, Plan, Split, Variables, between
 
 Optimizer = Literal["adam", "sgd", "adadelta", "rmsprop"]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
-"""`augment(key, x) -> x` for a batch `x: [B, H, W, C]` in [0, 1]; a module-level function, so that programs can be shared."""
+"""`augment(key, x) -> x` for a batch `x: [B, H, W, C]` in [0, 1]; a module-level function, so that programs can be
+shared.
+"""
 
 
 @pytree
@@ -140,10 +144,12 @@ def advance(
     trainable: Any = None,
     loss: Loss = cross_entropy,
 ) -> tuple[State, Curves]:
-    """`epochs` more epochs. All randomness comes from (key, epoch, step): a resumed run equals an unbroken one bit for bit.
+    """`epochs` more epochs. All randomness comes from (key, epoch, step): a resumed run equals an unbroken one bit for
+    bit.
 
-    `trainable`: a pytree like the parameters (or a prefix of it) of 0/1 arrays; parameters at 0 keep their value: frozen layers, pruned
-    links. An epoch is N // batch batches over a random permutation of the rows that exist, N the number of base images.
+    `trainable`: a pytree like the parameters (or a prefix of it) of 0/1 arrays; parameters at 0 keep their value:
+    frozen layers, pruned links. An epoch is N // batch batches over a random permutation of the rows that exist, N the
+    number of base images.
     """
     rule = recipe.transform()
     n = data.image.shape[0]
@@ -215,7 +221,9 @@ def broadcast_prefix(prefix: Any, tree: Any) -> Any:
 
 
 def batched(fn: Callable, rows: int, batch: int) -> Any:
-    """`fn(index [batch]) -> pytree of [batch, ...]` over indices 0 … rows − 1, in pieces that fit in memory: pytree of `[rows, ...]`."""
+    """`fn(index [batch]) -> pytree of [batch, ...]` over indices 0 … rows − 1, in pieces that fit in memory: pytree of
+    `[rows, ...]`.
+    """
     batch = min(batch, rows)
     pieces = -(-rows // batch)
     if pieces == 1:
@@ -272,7 +280,8 @@ def attacked(
 def evaluate(
     key: jax.Array, model: Model, variables: Variables, split: Split, attack: Any = None, *, batch: int = 250
 ) -> dict[str, jax.Array]:
-    """`acc`, and under attack `asr_all`, `asr_nt` (means over the triggers) and `asr_all_per_trigger`, `asr_nt_per_trigger: [T]`.
+    """`acc`, and under attack `asr_all`, `asr_nt` (means over the triggers) and `asr_all_per_trigger`,
+    `asr_nt_per_trigger: [T]`.
 
     `asr_nt_NAME` is the share hit by each of the attack's `probes`.
     """

@@ -1,7 +1,7 @@
 """What flows through the house: every function of bdjax takes and returns these.
 
-Letters in shapes: `N` images, `B` batch, `H W C` height, width, channels, `K` classes, `M` rows of a poisoned training set.
-Pixels are float32 in [0, 1], NHWC, at every boundary; stored images are uint8.
+Letters in shapes: `N` images, `B` batch, `H W C` height, width, channels, `K` classes, `M` rows of a poisoned training
+set. Pixels are float32 in [0, 1], NHWC, at every boundary; stored images are uint8.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,8 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 Variables = Mapping[str, Any]
-"""A model's state: `params`, `batch_stats` where it has BatchNorm, and `masks: {site: [C]}` where channels were pruned."""
+"""A model's state: `params`, `batch_stats` where it has BatchNorm, and `masks: {site: [C]}` where channels were pruned.
+"""
 Edits = Mapping[str, Callable[[jax.Array], jax.Array]]
 
 
@@ -37,13 +38,15 @@ class Split(NamedTuple):
     label: Array
     group: Array | None = None
 
-    def __getitem__(self, rows):  # type: ignore[override]
+    def __getitem__(self, rows) -> "Split":  # type: ignore[override]
         """The rows `rows`: an index array or slice over N."""
         return Split(*(None if leaf is None else leaf[rows] for leaf in self))  # type: ignore[arg-type]
 
 
 class Dataset(NamedTuple):
-    """A data set in memory. The attacker trains on `train`; `clean` is the defender's own held-out data; `test` only measures."""
+    """A data set in memory. The attacker trains on `train`; `clean` is the defender's own held-out data; `test` only
+    measures.
+    """
 
     name: str
     train: Split
@@ -59,7 +62,9 @@ class Dataset(NamedTuple):
 
 
 class Output(NamedTuple):
-    """`logits: [B, K]`; `acts: {site: [B, ...]}`; `variables`: the input variables, BatchNorm statistics updated if training."""
+    """`logits: [B, K]`; `acts: {site: [B, ...]}`; `variables`: the input variables, BatchNorm statistics updated if
+    training.
+    """
 
     logits: jax.Array
     acts: dict[str, jax.Array]
@@ -69,8 +74,9 @@ class Output(NamedTuple):
 class Model(NamedTuple):
     """A network as two pure functions.
 
-    `init(key) -> variables`; `apply(variables, x, *, train=False, edits=None, key=None) -> Output` with `x: [B, H, W, C]` in [0, 1].
-    `sites`: the places, in order of the forward pass, where a defense may look (`acts`), cut (`masks`) or push (`edits`).
+    `init(key) -> variables`; `apply(variables, x, *, train=False, edits=None, key=None) -> Output` with `x: [B, H, W,
+    C]` in [0, 1]. `sites`: the places, in order of the forward pass, where a defense may look (`acts`), cut (`masks`)
+    or push (`edits`).
     """
 
     init: Callable[..., Variables]
@@ -83,8 +89,8 @@ class Model(NamedTuple):
 class Plan(NamedTuple):
     """Which rows a poisoned training set has. Sizes depend on N alone, so that rates can be vmapped.
 
-    `source: [M]` the base image of a row; `kind: [M]` its trigger, 0 = none; `label: [M]` its training label;
-    `weight: [M]` its weight in the loss; `size: []` how many rows, counted from the first, exist: the others are never drawn.
+    `source: [M]` the base image of a row; `kind: [M]` its trigger, 0 = none; `label: [M]` its training label; `weight:
+    [M]` its weight in the loss; `size: []` how many rows, counted from the first, exist: the others are never drawn.
     """
 
     source: jax.Array
@@ -110,7 +116,9 @@ class Trained(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A judgement on a model. `index: []` anomaly index; `infected: []` bool; `flagged: [K]` bool, labels called targets."""
+    """A judgement on a model. `index: []` anomaly index; `infected: []` bool; `flagged: [K]` bool, labels called
+    targets.
+    """
 
     index: jax.Array
     infected: jax.Array
@@ -119,7 +127,9 @@ class Verdict(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A judgement on inputs. `score: [B]`, lower = more suspicious; `boundary: []`; `flagged: [B]` = `score <= boundary`."""
+    """A judgement on inputs. `score: [B]`, lower = more suspicious; `boundary: []`; `flagged: [B]` = `score <=
+    boundary`.
+    """
 
     score: jax.Array
     boundary: jax.Array

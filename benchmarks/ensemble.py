@@ -8,6 +8,7 @@ from bdjax.defenses.train.db_covidnet import DbCovidNet
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
 from bdjax.train import Recipe, poisoned_set
+from bdjax.types import Split
 from benchmarks.measure import Case, flops
 
 MEMBERS, IMAGES = 4, 1280
@@ -15,7 +16,7 @@ MEMBERS, IMAGES = 4, 1280
 
 def cases(rivals) -> list[Case]:
     data = datasets.load()
-    split = data.train[:IMAGES]
+    split = Split(data.train.image[:IMAGES], data.train.label[:IMAGES])
     model = build(Cnn(), data.shape, data.classes)
     recipe, defense = Recipe(epochs=1), DbCovidNet(members=MEMBERS, keep=4)
 

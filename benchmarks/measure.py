@@ -22,7 +22,9 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Medians in seconds; `ratio` = rival / ours; `matmul_share`: our rate as a share of the machine's float32 matmul rate."""
+    """Medians in seconds; `ratio` = rival / ours; `matmul_share`: our rate as a share of the machine's float32 matmul
+    rate.
+    """
 
     case: str
     ours_s: float

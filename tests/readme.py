@@ -26,8 +26,36 @@ def results(file: str) -> str:
     """The tables of a committed results file."""
     from bdjax import report
 
-    rows = [json.loads(line) for line in (ROOT / file).read_text().splitlines()]
-    return report.brief_markdown(rows)
+    path = ROOT / file
+    if not path.exists():
+        return f"`{file}` is not there yet."
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    shown = ("acc_train", "acc_test", "asr_all", "asr_nt", "anomaly_index")
+    parts = []
+    for table in report.aggregate(rows):
+        names = [name for name in shown if any(name in line["metrics"] for line in table["rows"])]
+        heads = ["row", "n", *(report.label_of(name) for name in names), "seconds a run"]
+        lines = [heads, ["---"] + ["--:"] * (len(heads) - 1)]
+        for line in table["rows"]:
+            cells = [cell_of(report, name, line) for name in names]
+            lines.append([line["row"], str(line["n"]), *cells, f"{line['seconds']['run']:.1f}"])
+        body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        parts.append(f"**{table['name']}**\n\n{body}")
+    first = rows[0]
+    parts.append(
+        f"Mean ± s.d. over n runs; *p* = the paper's number. Scale `{first['scale']}`, {first['device']}, jax {first['jax']}. "
+        f"Made by `bdjax run experiments/{first['experiment']}.py`."
+    )
+    return "\n\n".join(parts)
+
+
+def cell_of(report, name: str, line: dict) -> str:
+    """Ours, and the paper's number where it has one."""
+    stat = line["metrics"].get(name)
+    if stat is None:
+        return ""
+    known = report.paper(name, stat) if stat["paper"] is not None else ""
+    return report.ours(name, stat, line["n"]) + (f" (*p* {known})" if known else "")
 
 
 def generate(text: str) -> str:

@@ -1,4 +1,6 @@
-"""Fine-Pruning and the channel masks under it: planted channels, the curve against one net at a time, what stays frozen."""
+"""Fine-Pruning and the channel masks under it: planted channels, the curve against one net at a time, what stays
+frozen.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -48,7 +48,9 @@ def test_a_unit_draws_exactly_its_links_from_living_earlier_nodes():
 
 
 def test_preference_is_degree_plus_one():
-    """Two units read the same two inputs, one link each: the second repeats the first's choice with probability 2/3, not 1/2."""
+    """Two units read the same two inputs, one link each: the second repeats the first's choice with probability 2/3,
+    not 1/2.
+    """
     graph = Graph(("a", "b"), (np.arange(2), np.arange(2)), (1, 1))
 
     def repeats(preferential):

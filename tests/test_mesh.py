@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from bdjax import mesh
+from bdjax.attacks.badnets import BadNets
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.train import Recipe, fit, poisoned_set
-from bdjax.attacks.badnets import BadNets
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 

@@ -83,7 +83,7 @@ def test_full_disk_is_one_clear_line_and_leaves_whole_lines(tmp_path, monkeypatc
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match="cannot write .*the disk is full"):
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"cannot write .*the disk is full"):
         patch.setattr(os, "fsync", full)
         store.append([{"run": "b"}])
     assert store.results.read_text().splitlines() == ['{"run": "a"}']

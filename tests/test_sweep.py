@@ -45,7 +45,7 @@ def unbroken(tmp_path_factory):
 
 
 def test_rows_have_what_scripts_rely_on(unbroken):
-    runner, rows = unbroken
+    _runner, rows = unbroken
     assert [row["run"] for row in rows] == [cell.run for cell in CELLS]
     assert len({row["run"] for row in rows}) == len(CELLS)
     wanted = "run experiment scale table row dataset model attack defense seed config metrics reported seconds oracle "

@@ -15,7 +15,9 @@ Labels = Literal["all-to-one", "all-to-all", "source-specific", "clean-label"]
 
 
 class Part(NamedTuple):
-    """One share of the poisoned rows: `eligible: [N]` bool base images, `rate` of N, `kind`, `label: [N]`, loss `weight`."""
+    """One share of the poisoned rows: `eligible: [N]` bool base images, `rate` of N, `kind`, `label: [N]`, loss
+    `weight`.
+    """
 
     eligible: jax.Array
     rate: Array | float
@@ -25,10 +27,11 @@ class Part(NamedTuple):
 
 
 def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: bool = False) -> Plan:
-    """The plan in which each part takes `round(rate · N)` random rows of those still free (replace), or adds copies (append).
+    """The plan in which each part takes `round(rate · N)` random rows of those still free (replace), or adds copies
+    (append).
 
-    A part with fewer eligible images than its rate asks for takes them all. Under `append` a plan has N·(1 + parts) rows,
-    of which the first `size` exist.
+    A part with fewer eligible images than its rate asks for takes them all. Under `append` a plan has N·(1 + parts)
+    rows, of which the first `size` exist.
     """
     n = y.shape[0]
     plan = clean_plan(y)
@@ -62,9 +65,10 @@ def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: boo
 class Attack:
     """Base of the attacks that poison rows with one trigger.
 
-    `rate`: poison rate, the share of the training set that is stamped, in [0, 1]. `target`: target label. `labels`: which
-    images are stamped and what they are called. `sources`: the source classes of a source-specific attack. `cover`: share of the
-    training set that is stamped but keeps its label (source-specific). `append`: add stamped copies instead of replacing.
+    `rate`: poison rate, the share of the training set that is stamped, in [0, 1]. `target`: target label. `labels`:
+    which images are stamped and what they are called. `sources`: the source classes of a source-specific attack.
+    `cover`: share of the training set that is stamped but keeps its label (source-specific). `append`: add stamped
+    copies instead of replacing.
     """
 
     rate: Array | float = 0.1
@@ -81,7 +85,9 @@ class Attack:
 
     @property
     def probes(self) -> dict[str, int]:
-        """Further kinds worth firing at test time, by name: the parts of a combined trigger, say. They do not count as ASR."""
+        """Further kinds worth firing at test time, by name: the parts of a combined trigger, say. They do not count as
+        ASR.
+        """
         return {}
 
     def bind(self, data: Split) -> "Attack":
@@ -93,8 +99,8 @@ class Attack:
     ) -> tuple["Attack", Variables, Curves]:
         """A victim of this attack trained on `data`, and the attack as it is to be fired.
 
-        Attacks that craft their trigger for a net, or twist training, have their own version; all others poison rows, so that whoever
-        trains in chunks (the sweep) may call `poisoned_set` and `advance` instead.
+        Attacks that craft their trigger for a net, or twist training, have their own version; all others poison rows,
+        so that whoever trains in chunks (the sweep) may call `poisoned_set` and `advance` instead.
         """
         poisoned = poisoned_set(key, data, self, model.classes)
         variables, curves = fit(key, model, recipe, poisoned, variables=variables)
@@ -118,7 +124,9 @@ class Attack:
         raise TypeError(f"{type(self).__name__} must define trigger(x, key)")
 
     def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
-        """`x: [H, W, C]` with trigger `kind: []` (0 = unchanged). `train=False`: as fired at test time, where that differs."""
+        """`x: [H, W, C]` with trigger `kind: []` (0 = unchanged). `train=False`: as fired at test time, where that
+        differs.
+        """
         return jnp.where(kind > 0, self.trigger(x, key), x)
 
     def success(self, kind: jax.Array, y: jax.Array, classes: int) -> jax.Array:
@@ -146,7 +154,9 @@ class Attack:
 
 
 def start_of(place: Array | int, size: Array | int, side: int) -> jax.Array:
-    """First row (or column) of a box: `place` counts from the start; below 0 from the end, -1 = flush with the last row."""
+    """First row (or column) of a box: `place` counts from the start; below 0 from the end, -1 = flush with the last
+    row.
+    """
     place = jnp.asarray(place)
     return jnp.where(place < 0, side + place + 1 - size, place)
 

@@ -25,7 +25,9 @@ class Defense:
 
     @property
     def oracle(self) -> bool:
-        """Whether a choice uses what no defender has (test ASR, poisoned data, the target label); every result row says so."""
+        """Whether a choice uses what no defender has (test ASR, poisoned data, the target label); every result row says
+        so.
+        """
         return False
 
     def check(self, model: Model, clean: Split) -> None:

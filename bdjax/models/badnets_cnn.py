@@ -13,8 +13,8 @@ from bdjax.types import BadInput
 class BadNetsCnn(Net):
     """Two valid 5×5 convolutions, pooling, a dense layer of 512 (Gu et al., 2017, arXiv:1708.06733).
 
-    281,034 parameters at 28×28×1, 10 classes. `pool`: the paper averages; `fc_linear`: no activation after the dense layer, as in the
-    published all-to-all net of Veldanda & Garg (which pools by maximum).
+    281,034 parameters at 28×28×1, 10 classes. `pool`: the paper averages; `fc_linear`: no activation after the dense
+    layer, as in the published all-to-all net of Veldanda & Garg (which pools by maximum).
     """
 
     pool: Literal["avg", "max"] = static("avg")

@@ -1,7 +1,8 @@
 """Convolution and max-pooling whose gradients stay fast inside `scan`, `while_loop` and `map` on a CPU.
 
-XLA:CPU rewrites convolutions to their fast form only in the entry computation, so the gradients autodiff writes are 20 times
-slower inside a loop. Here a `custom_vjp` writes them as what is fast anywhere: plain NHWC/HWIO convolutions and matrix products.
+XLA:CPU rewrites convolutions to their fast form only in the entry computation, so the gradients autodiff writes are 20
+times slower inside a loop. Here a `custom_vjp` writes them as what is fast anywhere: plain NHWC/HWIO convolutions and
+matrix products.
 """
 
 import functools
@@ -41,11 +42,13 @@ def conv_general_dilated(
     lhs: jax.Array, rhs: jax.Array, window_strides, padding, lhs_dilation=None, rhs_dilation=None, dimension_numbers=None,
     feature_group_count: int = 1, batch_group_count: int = 1, precision=None, preferred_element_type=None, **others,
 ) -> jax.Array:
-    """`lax.conv_general_dilated`, for Linen's `nn.Conv(conv_general_dilated=...)`, with gradients that are fast on a CPU.
+    """`lax.conv_general_dilated`, for Linen's `nn.Conv(conv_general_dilated=...)`, with gradients that are fast on a
+    CPU.
 
-    Whatever is not a plain, ungrouped 2-D NHWC/HWIO convolution in float32 takes the native path, and so do GPU and TPU, where
-    the compiler places convolutions well. `jax.default_backend()` decides while tracing: `lax.platform_dependent` would put
-    the native path under the same `custom_vjp`, and GPUs would lose forward-mode derivatives for nothing.
+    Whatever is not a plain, ungrouped 2-D NHWC/HWIO convolution in float32 takes the native path, and so do GPU and
+    TPU, where the compiler places convolutions well. `jax.default_backend()` decides while tracing:
+    `lax.platform_dependent` would put the native path under the same `custom_vjp`, and GPUs would lose forward-mode
+    derivatives for nothing.
     """
     native = functools.partial(
         lax.conv_general_dilated, lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,

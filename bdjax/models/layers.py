@@ -1,7 +1,8 @@
-"""From a few lines of layers to a `Model`: `Site` marks a place to look, cut or push; `forward` is the one pure pass over them.
+"""From a few lines of layers to a `Model`: `Site` marks a place to look, cut or push; `forward` is the one pure pass
+over them.
 
-A family of nets is a `Net` with one method, `layers(x, train, classes)`, written with the helpers below (any Linen module
-works beside them). Keep `nn.scan` and `nn.remat` away from a site: the interceptor could not see through them.
+A family of nets is a `Net` with one method, `layers(x, train, classes)`, written with the helpers below (any Linen
+module works beside them). Keep `nn.scan` and `nn.remat` away from a site: the interceptor could not see through them.
 """
 
 import functools
@@ -81,7 +82,9 @@ def avg_pool(x, window: int, stride: int | None = None, padding: str = "VALID"):
 
 
 class Net:
-    """Base of the model families. `layers(x, train, classes)` builds the net inside a Linen module; pixels come in [0, 1]."""
+    """Base of the model families. `layers(x, train, classes)` builds the net inside a Linen module; pixels come in [0,
+    1].
+    """
 
     smallest = 1  # pixels of the shorter side
 
@@ -113,7 +116,8 @@ def forward(
 ) -> Output:
     """One pass that returns every site's activation, after its mask (`variables["masks"]`) and its edit were applied.
 
-    Activations nobody reads are dead code under jit, and so is all that stands before a site whose edit ignores its input.
+    Activations nobody reads are dead code under jit, and so is all that stands before a site whose edit ignores its
+    input.
     """
     acts: dict[str, jax.Array] = {}
     masks = variables.get("masks", {})

@@ -1,7 +1,8 @@
-"""Pruning channels of a site: what they do on clean images, masks for each count, and the curve over all masks in one scan.
+"""Pruning channels of a site: what they do on clean images, masks for each count, and the curve over all masks in one
+scan.
 
-A mask is `variables["masks"][site]: [C]` of 0 and 1. `forward` multiplies the site by it, so no gradient reaches a pruned channel:
-it stays at zero in any later training. `order: [C]` lists the channels, first to be pruned first.
+A mask is `variables["masks"][site]: [C]` of 0 and 1. `forward` multiplies the site by it, so no gradient reaches a
+pruned channel: it stays at zero in any later training. `order: [C]` lists the channels, first to be pruned first.
 """
 
 import jax
@@ -59,10 +60,11 @@ def curve(
     *,
     batch: int = 250,
 ) -> jax.Array:
-    """Share `[C + 1]` of `images: [N, H, W, C]` that get `label: [N]` (-1 = not counted) when the first 0 … C channels are pruned.
+    """Share `[C + 1]` of `images: [N, H, W, C]` that get `label: [N]` (-1 = not counted) when the first 0 … C channels
+    are pruned.
 
-    With clean images and their labels: the accuracy. With stamped images and the label aimed at, -1 where that is the true one: ASR_nt.
-    What stands before the site is computed once a batch: inside the loop over masks it is dead code.
+    With clean images and their labels: the accuracy. With stamped images and the label aimed at, -1 where that is the
+    true one: ASR_nt. What stands before the site is computed once a batch: inside the loop over masks it is dead code.
     """
     images, label, masks = jnp.asarray(images), jnp.asarray(label), masks_of(order)
 

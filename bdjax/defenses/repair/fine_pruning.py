@@ -24,24 +24,27 @@ from bdjax.types import Array, Model, Repaired, Split, Variables, between
 class FinePruning(Defense):
     """Prune the channels that clean images leave dormant, then fine-tune (Liu et al., 2018, arXiv:1805.12185).
 
-    Channels are pruned in increasing order of their mean activation ā_c on the clean images; k of them, the largest count with
-    acc(0) − acc(j) ≤ max_drop for all j ≤ k; then the net is trained on the same clean images with the pruned channels at zero.
+    Channels are pruned in increasing order of their mean activation ā_c on the clean images; k of them, the largest
+    count with acc(0) − acc(j) ≤ max_drop for all j ≤ k; then the net is trained on the same clean images with the
+    pruned channels at zero.
 
-    `site`: where to prune; None is the last convolution before its pooling, or the penultimate layer of a net that has none.
-    `max_drop`: accuracy that pruning may cost on the clean images, absolute, in [0, 1]. `share`: prune this share of the channels
-    instead, in [0, 1]. `recipe`: the fine-tuning.
+    `site`: where to prune; None is the last convolution before its pooling, or the penultimate layer of a net that has
+    none. `max_drop`: accuracy that pruning may cost on the clean images, absolute, in [0, 1]. `share`: prune this share
+    of the channels instead, in [0, 1]. `recipe`: the fine-tuning.
 
     As in the paper, the same clean images rank the channels, set the count and fine-tune.
 
-    Presets: `paper`, 48 of 60 channels and Adam at 1e-3 as in the authors' face script; `backdoorbench`, the penultimate layer, 100
-    epochs of SGD.
+    Presets: `paper`, 48 of 60 channels and Adam at 1e-3 as in the authors' face script; `backdoorbench`, the
+    penultimate layer, 100 epochs of SGD.
 
-    `info`: `order: [C]`, `activation: [C]` = ā, `curve: [C + 1]` accuracy on the clean images by pruned count, `pruned` = k, `loss`
-    and `acc` by epoch of the fine-tuning. For the curve of any other images and labels, ASR say, see `channels.curve`.
+    `info`: `order: [C]`, `activation: [C]` = ā, `curve: [C + 1]` accuracy on the clean images by pruned count, `pruned`
+    = k, `loss` and `acc` by epoch of the fine-tuning. For the curve of any other images and labels, ASR say, see
+    `channels.curve`.
 
-    Differs from the paper: a mask stands for zeroed weights, and keeps pruned channels at zero in the fine-tuning. The paper leaves
-    length and rate of that open: ours is the highest rate of 1e-3, 3e-3, 1e-2 at which test accuracy stays within `max_drop`.
-    Differs from BackdoorBench: its drop is relative, its learning rate decays along a cosine, and it looks at test images.
+    Differs from the paper: a mask stands for zeroed weights, and keeps pruned channels at zero in the fine-tuning. The
+    paper leaves length and rate of that open: ours is the highest rate of 1e-3, 3e-3, 1e-2 at which test accuracy stays
+    within `max_drop`. Differs from BackdoorBench: its drop is relative, its learning rate decays along a cosine, and it
+    looks at test images.
     """
 
     max_drop: Array | float = 0.04
@@ -75,7 +78,9 @@ class FinePruning(Defense):
     def report(
         self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Repaired
     ) -> dict[str, jax.Array]:
-        """`acc_curve`, `asr_curve: [C + 1]`: accuracy and ASR_nt (first trigger) on `test` by pruned count, before fine-tuning."""
+        """`acc_curve`, `asr_curve: [C + 1]`: accuracy and ASR_nt (first trigger) on `test` by pruned count, before
+        fine-tuning.
+        """
         site, order = self.site or default_site(model), result.info["order"]
         found = {"acc_curve": curve(model, variables, site, order, test.image, test.label)}
         if attack is not None:

@@ -22,7 +22,9 @@ TIE = 1e-3
 
 
 def blocks_of(key: jax.Array, shape: tuple[int, int, int], grid: tuple[int, int], partition: str) -> jax.Array:
-    """The block `[H, W]` in 0 … rows·columns − 1 that each pixel belongs to; under "random", blocks of scattered pixels."""
+    """The block `[H, W]` in 0 … rows·columns − 1 that each pixel belongs to; under "random", blocks of scattered
+    pixels.
+    """
     height, width, _ = shape
     rows, columns = grid
     block = np.add.outer(np.arange(height) * rows // height * columns, np.arange(width) * columns // width)
@@ -36,8 +38,8 @@ def blocks_of(key: jax.Array, shape: tuple[int, int, int], grid: tuple[int, int]
 def assign(key: jax.Array, members: int, blocks: int, keep: Array | int, *, balanced: bool = True) -> jax.Array:
     """Which `keep` of the blocks each member sees: `[members, blocks]` bool.
 
-    Balanced: a member takes the blocks that the fewest members before it have taken, ties at random, so that no block is seen by more
-    than ⌈members · keep / blocks⌉. Otherwise each draws evenly.
+    Balanced: a member takes the blocks that the fewest members before it have taken, ties at random, so that no block
+    is seen by more than ⌈members · keep / blocks⌉. Otherwise each draws evenly.
     """
 
     def member(seen, key):
@@ -51,8 +53,8 @@ def assign(key: jax.Array, members: int, blocks: int, keep: Array | int, *, bala
 def combine(probabilities: jax.Array, vote: str) -> jax.Array:
     """The vote's distribution `[B, K]` from `probabilities: [members, B, K]`.
 
-    "majority": shares of the members' labels, ties broken by the mean; "median" and "trimmed" (the mean without the highest and lowest
-    third) are taken class by class and rescaled to sum to 1.
+    "majority": shares of the members' labels, ties broken by the mean; "median" and "trimmed" (the mean without the
+    highest and lowest third) are taken class by class and rescaled to sum to 1.
     """
     members, _, classes = probabilities.shape
     mean = probabilities.mean(0)
@@ -68,7 +70,8 @@ def combine(probabilities: jax.Array, vote: str) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def ensemble(model: Model, vote: Vote, lanes: int | None = None) -> Model:
-    """Members of `model` that vote: the variables are the members', stacked; softmax(logits) is the vote's distribution.
+    """Members of `model` that vote: the variables are the members', stacked; softmax(logits) is the vote's
+    distribution.
 
     The one site is `votes: [B, members]`, the members' labels: to look at, not to cut or push.
     """
@@ -103,21 +106,22 @@ def resample(key: jax.Array, plan: Plan) -> Plan:
 class DbCovidNet(Defense):
     """Bagging of nets that each see a few blocks of the image, and vote (Shamshiri et al., 2023).
 
-    A reconstruction: the paper's text could not be obtained. Known: dropped features, or pixels, that form a partition; a bagging
-    ensemble; a vote; several triggers in different parts defeat it. Ours: the pixels are divided into blocks; member k is trained on a
-    bootstrap sample of the (poisoned) data, and later asked, with all but `keep` blocks at zero: x ⊙ (1 − d_k). It works where few
-    members see the trigger: the default design lets fewer than half of them see any one block. That is what a median bears; a majority
-    vote, in truth a plurality, is swung by less where the others disagree. More members see a trigger that lies across blocks.
+    A reconstruction: the paper's text could not be obtained. Known: dropped features, or pixels, that form a partition;
+    a bagging ensemble; a vote; several triggers in different parts defeat it. Ours: the pixels are divided into blocks;
+    member k is trained on a bootstrap sample of the (poisoned) data, and later asked, with all but `keep` blocks at
+    zero: x ⊙ (1 − d_k). It works where few members see the trigger: the default design lets fewer than half of them see
+    any one block. That is what a median bears; a majority vote, in truth a plurality, is swung by less where the others
+    disagree. More members see a trigger that lies across blocks.
 
-    `keep`: blocks that a member sees. `grid`: (rows, columns) of blocks; stripes are (k, 1) or (1, k). `partition`: "random" scatters
-    the pixels of a block. `design`: "random" draws each member's blocks evenly, with no guarantee. `scale`: multiply what is seen by
-    blocks / keep, as dropout does. `vote`: see `combine`. `lanes`: members trained side by side. Where members · keep is a multiple of the
-    number of blocks, every block is seen by equally many.
+    `keep`: blocks that a member sees. `grid`: (rows, columns) of blocks; stripes are (k, 1) or (1, k). `partition`:
+    "random" scatters the pixels of a block. `design`: "random" draws each member's blocks evenly, with no guarantee.
+    `scale`: multiply what is seen by blocks / keep, as dropout does. `vote`: see `combine`. `lanes`: members trained
+    side by side. Where members · keep is a multiple of the number of blocks, every block is seen by equally many.
 
     Presets: `cpu`, four members: each block is seen by one.
 
-    The model returned is `ensemble(...)`. `info`: `blocks: [members, blocks]` bool, what each sees; `seen: [blocks]` by how many;
-    `loss`, `acc: [members, epochs]`.
+    The model returned is `ensemble(...)`. `info`: `blocks: [members, blocks]` bool, what each sees; `seen: [blocks]` by
+    how many; `loss`, `acc: [members, epochs]`.
     """
 
     keep: Array | int = 4
@@ -154,8 +158,9 @@ class DbCovidNet(Defense):
     def report(
         self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Trained
     ) -> dict[str, jax.Array]:
-        """Of each member: `votes_clean`, `votes_stamped`, its share of votes for the label aimed at by the first trigger, among images
-        that are not of it; `sees_trigger`, whether its blocks show a pixel that the trigger changes. `[members]` each.
+        """Of each member: `votes_clean`, `votes_stamped`, its share of votes for the label aimed at by the first
+        trigger, among images that are not of it; `sees_trigger`, whether its blocks show a pixel that the trigger
+        changes. `[members]` each.
         """
         if attack is None:
             return {}

@@ -21,7 +21,8 @@ Edges = Literal["growth", "budget", "weighted"]
 class Graph(NamedTuple):
     """The links that a net's dense layers have room for. Nodes: the pixels (or features), then each layer's units.
 
-    `names`: the layers, first to last; `rows`: for each, the nodes that its kernel reads, in order; `widths`: its units.
+    `names`: the layers, first to last; `rows`: for each, the nodes that its kernel reads, in order; `widths`: its
+    units.
     """
 
     names: tuple[str, ...]
@@ -63,10 +64,11 @@ def graph_of(params: Any) -> Graph:
 
 
 def grow(key: jax.Array, graph: Graph, alive: jax.Array, links: jax.Array, *, preferential: bool = True) -> jax.Array:
-    """Every unit, layer by layer, draws `links: [layers]` of the nodes that it may read, without replacement: `[units, nodes]` bool.
+    """Every unit, layer by layer, draws `links: [layers]` of the nodes that it may read, without replacement: `[units,
+    nodes]` bool.
 
-    P(u) ∝ k_u + 1, k_u the degree so far (Barabási–Albert); all alike unless `preferential`. Nodes that are not `alive: [nodes]` are
-    never drawn; where fewer are left than `links`, all of them are.
+    P(u) ∝ k_u + 1, k_u the degree so far (Barabási–Albert); all alike unless `preferential`. Nodes that are not `alive:
+    [nodes]` are never drawn; where fewer are left than `links`, all of them are.
     """
     layer = np.repeat(np.arange(len(graph.names)), graph.widths)
     reads = jnp.asarray(np.stack([np.isin(np.arange(graph.nodes), rows) for rows in graph.rows])) & alive[None]
@@ -101,26 +103,32 @@ def exponent(degree: jax.Array, least: Array | float) -> jax.Array:
 class Lpsf(Defense):
     """Link-Pruning Scale-Free: prune the links of dormant pixels before training (Kaviani et al., 2023).
 
-    A reconstruction: the paper's text could not be obtained. Known: links from inactive or barely active input pixels, found on clean
-    images, are eliminated; then the fully connected net becomes scale-free, with long-range links from the input. Ours:
+    A reconstruction: the paper's text could not be obtained. Known: links from inactive or barely active input pixels,
+    found on clean images, are eliminated; then the fully connected net becomes scale-free, with long-range links from
+    the input. Ours:
 
-    1. Pixel i is dormant where its score s_i falls below `tau`. `rule`: "mean", s_i = mean of x_i; "active", s_i = share of the
-       images with x_i > 0.1; "quantile": the share `tau` of the pixels with the lowest mean.
+    1. Pixel i is dormant where its score s_i falls below `tau`. `rule`: "mean", s_i = mean of x_i; "active", s_i =
+       share of the images with x_i > 0.1; "quantile": the share `tau` of the pixels with the lowest mean.
     2. Its links to every layer are zero and stay so.
-    3. Each unit, layer by layer, draws `links` sources from the earlier layers, P(u) ∝ k_u + 1 (Barabási–Albert, exponent ≈ 3).
+    3. Each unit, layer by layer, draws `links` sources from the earlier layers, P(u) ∝ k_u + 1 (Barabási–Albert,
+    exponent ≈ 3).
     4. The net is trained on the (poisoned) data; first values are scaled to the number of links that a unit has.
 
-    The defaults come from accuracy on Fashion-MNIST's clean images alone: the largest tau of .05, .1, .2, .3, .4 that costs at most 4
-    points, and the best number of links of 8, 16 … 256. A trigger on pixels that are not dormant is not hindered.
+    The defaults come from accuracy on Fashion-MNIST's clean images alone: the largest tau of .05, .1, .2, .3, .4 that
+    costs at most 4 points, and the best number of links of 8, 16 … 256. A trigger on pixels that are not dormant is not
+    hindered.
 
-    `tau`: in [0, 1]. `links`: sources a unit. `edges`: "growth", as above; "budget", a unit draws as many sources as the layer before is
-    wide, the links of a fully connected chain; "weighted", all links stay and start scaled by k_u + 1, k grown as above.
-    Ablations: `prune=False` keeps all pixels; `topology`: "random", the same number of links drawn evenly; "dense", all links.
+    `tau`: in [0, 1]. `links`: sources a unit. `edges`: "growth", as above; "budget", a unit draws as many sources as
+    the layer before is wide, the links of a fully connected chain; "weighted", all links stay and start scaled by k_u +
+    1, k grown as above. Ablations: `prune=False` keeps all pixels; `topology`: "random", the same number of links drawn
+    evenly; "dense", all links.
 
-    Made for the family `ffnn` with links="all". Other `ffnn` nets keep to the links that they have room for. A net with convolutions has
-    its dormant pixels set to zero and a scale-free last layer, the variant that Shamshiri & Sohn (2023) call weak.
+    Made for the family `ffnn` with links="all". Other `ffnn` nets keep to the links that they have room for. A net with
+    convolutions has its dormant pixels set to zero and a scale-free last layer, the variant that Shamshiri & Sohn
+    (2023) call weak.
 
-    `info`: `dormant: [H, W, C]`, `masks: {layer: [inputs, units]}`, `degree: [nodes]`, `density`, `exponent`, `loss`, `acc` by epoch.
+    `info`: `dormant: [H, W, C]`, `masks: {layer: [inputs, units]}`, `degree: [nodes]`, `density`, `exponent`, `loss`,
+    `acc` by epoch.
     """
 
     tau: Array | float = 0.3
@@ -170,7 +178,9 @@ class Lpsf(Defense):
         return score < self.tau
 
     def links_of(self, key: jax.Array, graph: Graph, alive: jax.Array) -> tuple[dict, dict, jax.Array]:
-        """By layer, the links that stay, `[inputs, units]` of 0/1, and the factors of their first values; the degrees `[nodes]`."""
+        """By layer, the links that stay, `[inputs, units]` of 0/1, and the factors of their first values; the degrees
+        `[nodes]`.
+        """
         count = jnp.full(len(graph.names), self.links)
         if self.topology == "dense":
             count = jnp.full_like(count, graph.nodes)

@@ -1,4 +1,6 @@
-"""A net that is shown a part of each image only: `variables["view"]: [H, W, C]` multiplies the pixels, in training and at test."""
+"""A net that is shown a part of each image only: `variables["view"]: [H, W, C]` multiplies the pixels, in training and
+at test.
+"""
 
 import functools
 
