@@ -25,6 +25,7 @@ T = TypeVar("T")
 KINDS = ("attack", "defense", "model", "dataset")
 _CITATION = re.compile(r"\((?P<paper>[^()]+?), (?P<year>\d{4})(?:, arXiv:(?P<arxiv>[\w./-]+))?(?:, [^()]*)?\)")
 _entries: dict[tuple[str, str], "Entry"] = {}
+_pytrees: dict[str, type] = {}
 
 
 class Entry(NamedTuple):
@@ -52,7 +53,8 @@ def static(default: Any = dataclasses.MISSING, **kwargs) -> Any:
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass whose non-static fields are pytree leaves."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    _pytrees[cls.__name__] = made = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    return made
 
 
 def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
@@ -152,7 +154,7 @@ def describe(value: Any, arrays: dict[str, np.ndarray] | None = None) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: describe(getattr(value, f.name), arrays) for f in dataclasses.fields(value)}
-        return {"name": name_of(value), **fields} if name_of(value) else fields
+        return {"name": name_of(value), **fields} if name_of(value) else {"class": type(value).__name__, **fields}
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         array = np.asarray(value)
         if (array.size <= 16 and arrays is None) or array.ndim == 0:
@@ -166,7 +168,7 @@ def describe(value: Any, arrays: dict[str, np.ndarray] | None = None) -> Any:
     if isinstance(value, (list, tuple)):
         return [describe(v, arrays) for v in value]
     if callable(value):
-        return f"{value.__module__}.{getattr(value, '__qualname__', value)}"
+        return {"function": f"{value.__module__}.{getattr(value, '__qualname__', value)}"}
     return value
 
 
@@ -178,7 +180,11 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return described
     if "array" in described:
         return arrays[described["array"]]
-    fields = {name: revive(kind, value, arrays) for name, value in described.items() if name != "name"}
+    if "function" in described:
+        return None  # code is never read back
+    fields = {k: revive(kind, value, arrays) for k, value in described.items() if k not in ("name", "class")}
+    if "class" in described:
+        return _pytrees[described["class"]](**fields)
     return make(kind, described["name"], **fields)
 
 

@@ -21,7 +21,6 @@ import numpy as np
 
 from bdjax import registry
 from bdjax.models.layers import build
-from bdjax.train import Recipe
 from bdjax.types import BadInput, Model, Variables
 
 
@@ -165,10 +164,8 @@ def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]
         net = registry.revive("model", about.pop("net"), arrays)
         shape, classes = tuple(map(int, about.pop("shape"))), int(about.pop("classes"))
         masked = list(about.pop("masks"))
-        for kind in ("attack", "dataset", "defense"):
+        for kind in ("attack", "dataset", "defense", "recipe"):
             about[kind] = registry.revive(kind, about.get(kind), arrays)
-        recipe = about.get("recipe", {})
-        about["recipe"] = Recipe(**{k: _tuples(v) for k, v in recipe.items() if k != "augment"})
     except BadInput:
         raise
     except Exception as error:
@@ -188,7 +185,3 @@ def writable(folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(folder.parent, os.W_OK):
             raise PermissionError(errno.EACCES, "permission denied")
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

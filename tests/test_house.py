@@ -13,7 +13,7 @@ LAYERS = (
     {"defenses", "analysis", "zoo"}, {"sweep"}, {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax"}
-LATE = {"plots", "report", "experiment", "cli", "__main__"}
+LATE = {"augment", "plots", "report", "experiment", "cli", "__main__"}
 FILES = sorted((ROOT / "bdjax").rglob("*.py"))
 
 
