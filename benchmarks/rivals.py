@@ -1,4 +1,5 @@
 """Lean PyTorch: what a careful user of the PyTorch libraries would write, without their overheads."""
+# pyright: reportMissingImports=false  (torch is an extra)
 
 from typing import Any
 
