@@ -1,5 +1,5 @@
 """Lean PyTorch: what a careful user of the PyTorch libraries would write, without their overheads."""
-# pyright: reportMissingImports=false  (torch is an extra)
+# pyright: reportMissingImports=false
 
 from typing import Any
 
