@@ -100,9 +100,3 @@ def place(shared: Any, items: Any, devices: Sequence[Any] | None = None) -> tupl
     mesh = Mesh(devices, ("runs",))
     split = P("runs") if _count(items) % len(devices) == 0 else P()
     return jax.device_put(shared, NamedSharding(mesh, P())), jax.device_put(items, NamedSharding(mesh, split))
-
-
-def enable_compilation_cache(folder: str) -> None:
-    """Compiled programs are kept in `folder` and found again by later processes."""
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from bdjax.defenses.base import Defense
 from bdjax.models.layers import Net, build
 from bdjax.progress import Progress
 from bdjax.store import Store, load_tree, save_tree
-from bdjax.train import Recipe, advance, attacked, begin, evaluate, poisoned_set, predict, stamped, unit
+from bdjax.train import Recipe, advance, begin, evaluate, poisoned_set, predict, stamped, unit
 from bdjax.types import BadInput, Model, Repaired, Scores, Split, Suspects, Trained, Verdict
 
 CHECKPOINT_EVERY = 30.0
@@ -335,8 +336,6 @@ def bound(cell: Cell, shared: Any) -> Any:
 def say(line: str, quiet: bool) -> None:
     """A plain line about what is being done."""
     if not quiet:
-        import sys
-
         print(line, file=sys.stderr, flush=True)
 
 
@@ -498,6 +497,3 @@ def commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-__all__ = ["Cell", "Clock", "Runner", "attacked", "check", "grid", "replace", "stack", "take"]

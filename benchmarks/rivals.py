@@ -8,8 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-torch.set_num_threads(torch.get_num_threads())
-
 
 def cnn(classes: int = 10) -> nn.Module:
     """The CNN of `bdjax.models.shamshiri.Cnn` at 28×28×1."""

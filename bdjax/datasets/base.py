@@ -33,7 +33,7 @@ class Source:
 
     def read(self) -> tuple[Split, Split | None, tuple[str, ...]]:
         """The official training set, test set (None: `load` splits one off) and class names (empty: labels only)."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define read()")
 
     def load(self) -> Dataset:
         """The data set in memory, read-only: later calls return the same arrays."""

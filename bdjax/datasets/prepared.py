@@ -43,7 +43,7 @@ class Prepared(base.Source):
     @staticmethod
     def parse(*files: Path) -> tuple[Split, Split]:
         """The official training and test set in the original `files`."""
-        raise NotImplementedError
+        raise TypeError("a prepared set must define parse(*files)")
 
     def read(self):
         folder = base.data_dir(self.data_dir)
