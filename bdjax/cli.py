@@ -166,7 +166,8 @@ class Defend:
         if self.out is not None:
             if kept is None:
                 raise BadInput(f"{registry.name_of(flags.defense)} judges and repairs nothing: leave --out away")
-            save_model(self.out, net, model, kept, **{**about, "defense": flags.defense, "metrics": row["metrics"]})
+            about |= {"defenses": (*about["defenses"], flags.defense), "metrics": row["metrics"]}
+            save_model(self.out, net, model, kept, **about)
         _show(row, self.out)
 
 

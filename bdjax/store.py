@@ -152,8 +152,8 @@ def save_model(path: str | Path, net: Any, model: Model, variables: Variables, *
 
 
 def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]:
-    """`(net, model, variables, about)` of a model folder; `attack`, `dataset`, `recipe` and `defense` in `about` are
-    revived.
+    """`(net, model, variables, about)` of a model folder; `attack`, `dataset`, `recipe` and `defenses` (those
+    applied, in order) in `about` are revived.
     """
     path = Path(path)
     if not (path / "model.json").is_file():
@@ -164,13 +164,16 @@ def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]
         net = registry.revive("model", about.pop("net"), arrays)
         shape, classes = tuple(map(int, about.pop("shape"))), int(about.pop("classes"))
         masked = list(about.pop("masks"))
-        for kind in ("attack", "dataset", "defense", "recipe"):
+        for kind in ("attack", "dataset", "recipe"):
             about[kind] = registry.revive(kind, about.get(kind), arrays)
+        about["defenses"] = registry.revive("defense", about.get("defenses", []), arrays)
     except BadInput:
         raise
     except Exception as error:
         raise BadInput(f"{path}: the model's description is damaged: {_line(error)}") from error
     model = build(net, shape, classes)  # type: ignore[arg-type]
+    for defense in about["defenses"]:
+        model = defense.wrap(model)
     like = dict(jax.eval_shape(model.init, jax.random.key(0)))
     if masked:
         probe = jax.ShapeDtypeStruct((1, *shape), np.float32)

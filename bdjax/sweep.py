@@ -29,7 +29,7 @@ from bdjax.models.layers import Net, build
 from bdjax.progress import Progress
 from bdjax.store import Store, load_tree, save_tree
 from bdjax.train import Recipe, advance, begin, evaluate, poisoned_set, predict, stamped, unit
-from bdjax.types import BadInput, Model, Repaired, Scores, Split, Suspects, Trained, Verdict
+from bdjax.types import BadInput, Model, Repaired, Scores, Split, Suspects, Verdict
 
 CHECKPOINT_EVERY = 30.0
 """Seconds of training between two checkpoints."""
@@ -270,6 +270,7 @@ class Runner:
         stage = cells[0].stage
         keys = stack([jax.random.fold_in(jax.random.key(cell.seed), 1) for cell in cells])
         before = self.clock.split()
+        defenses = self._prepared(cells, model, shared)
         found, arrays = {}, {}
         if stage is None:
             (attacks, variables), judged = victims, model
@@ -278,10 +279,12 @@ class Runner:
                 f"{registry.name_of(cells[0].defense)} on {len(cells)} × {registry.name_of(cells[0].model)}", self.quiet
             )
             attacks, given = victims or (stack([bound(c, shared) for c in cells]), stack([c.recipe for c in cells]))
-            items = (keys, stack([cell.defense for cell in cells]), attacks, given)
+            items = (keys, stack(defenses), attacks, given)
             found, arrays, variables = self._ran("defend", JUDGES[stage], model, shared, *items)
-            judged = model if stage != "train" else trained_model(cells[0], model, shared)
-            variables = given if variables is None else variables
+            if variables is None:
+                variables, judged = given, model
+            else:
+                judged = cells[0].defense.wrap(model)
         if stage != "inputs":  # what passes a filter is measured there
             measured = self._ran("evaluate", _measured, judged, shared, keys, attacks, variables)
             found, arrays = {**measured[0], **found}, {**measured[1], **arrays}
@@ -297,6 +300,21 @@ class Runner:
         self.store.append(rows)
         self.on_rows(rows)
         return rows[0], take(variables, 0) if keep and stage in ("repair", "train") else None
+
+    def _prepared(self, cells: list[Cell], model: Model, shared: Any) -> list[Defense | None]:
+        """The cells' defenses with what they learn before they see a victim: once for a data set and an architecture,
+        whatever the victims' seeds.
+        """
+        defense = cells[0].defense
+        if defense is None or type(defense).prepare is Defense.prepare:
+            return [cell.defense for cell in cells]
+        data = fingerprint(cells[0].dataset.load())
+        paths = [self.store.folder / "prepared" / registry.digest(data, c.model, c.defense) for c in cells]
+        for path, cell in dict(zip(paths, cells, strict=True)).items():
+            if not path.exists():
+                save_tree(path, take(self._ran("defend", _prepare, model, shared, stack([cell.defense])), 0))
+        like = jax.eval_shape(lambda d: _prepare(model, shared, d), defense)
+        return [load_tree(path, like) for path in paths]
 
     def _failed(self, cells: list[Cell], reason: str) -> None:
         rows = [{**self._row(cell, {}, {"compile": 0.0, "run": 0.0}), "error": reason} for cell in cells]
@@ -394,6 +412,10 @@ Judged = tuple[dict, dict, Any]
 """Scalars and arrays to report, and the variables that ACC and ASR are then measured on (None: the victim's)."""
 
 
+def _prepare(model: Model, shared: Any, defense: Any) -> Any:
+    return defense.prepare(jax.random.key(0), model, shared[1])
+
+
 def _repair(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any) -> Judged:
     result: Repaired = defense(jax.random.fold_in(key, 1), model, variables, shared[1])
     extra = defense.report(key, model, variables, shared[2], attack, result)
@@ -402,21 +424,9 @@ def _repair(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any
 
 def _train(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, recipe: Any) -> Judged:
     train = poisoned_set(jax.random.fold_in(key, 2), shared[0], attack, model.classes)
-    result: Trained = defense(jax.random.fold_in(key, 1), model, recipe, train, shared[1])
-    extra = defense.report(key, result.model, result.variables, shared[2], attack, result)
+    result: Repaired = defense(jax.random.fold_in(key, 1), model, recipe, train, shared[1])
+    extra = defense.report(key, model, result.variables, shared[2], attack, result)
     return *split_scalars({**result.info, **extra}), result.variables
-
-
-def trained_model(cell: Cell, model: Model, shared: Any) -> Model:
-    """The model that a training-time defense returns, without training it."""
-    made: list[Model] = []
-
-    def trace(key):
-        train = poisoned_set(key, shared[0], cell.attack, model.classes)
-        made.append(cell.defense(key, model, cell.recipe, train, shared[1]).model)  # type: ignore[misc]
-
-    jax.eval_shape(trace, jax.random.key(0))
-    return made[0]
 
 
 def _verdict(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any) -> Judged:

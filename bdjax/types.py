@@ -101,16 +101,10 @@ class Plan(NamedTuple):
 
 
 class Repaired(NamedTuple):
-    """A defense's repaired variables (same model) and what it reports: curves, counts, the pruning order."""
+    """The variables that a defense leaves behind, of the model `defense.wrap(model)`, and what it reports: curves,
+    counts, the pruning order.
+    """
 
-    variables: Variables
-    info: dict[str, Any]
-
-
-class Trained(NamedTuple):
-    """What a training-time defense returns: a model of its own (masked net, ensemble) with its variables."""
-
-    model: Model
     variables: Variables
     info: dict[str, Any]
 

@@ -13,6 +13,7 @@ from bdjax.defenses.train.view import viewed
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import make
+from bdjax.store import load_model, save_model
 from bdjax.train import Recipe, clean_set, evaluate, poisoned_set, predict, unit
 from bdjax.types import BadInput, Plan
 
@@ -30,15 +31,15 @@ def trained(model, sample):
     """Ten members on an attacked training set."""
     attack = BadNets(target=3)
     data = poisoned_set(KEY, sample.train, attack, 10)
-    result = {}
+    defense = DbCovidNet(vote="median")
+    voting = defense.wrap(model)
 
     def run(key):
-        out = DbCovidNet(vote="median")(key, model, RECIPE, data, sample.clean)
-        result["model"] = out.model
-        return out.variables, out.info, evaluate(key, out.model, out.variables, sample.test, attack)
+        out = defense(key, model, RECIPE, data, sample.clean)
+        return out.variables, out.info, evaluate(key, voting, out.variables, sample.test, attack)
 
     run = jax.jit(run)
-    return (*run(KEY), result["model"], run)
+    return (*run(KEY), voting, run)
 
 
 def test_partitions():
@@ -86,7 +87,7 @@ def test_an_ensemble_of_one_is_the_masked_net(model, sample):
     x = unit(sample.test.image[:40])
     plain = model.apply(variables, x * view[None]).logits
     for vote in get_args(Vote):
-        out = ensemble(viewed(model), vote).apply(stacked, x)
+        out = ensemble(viewed(model), 1, vote).apply(stacked, x)
         np.testing.assert_array_equal(out.logits.argmax(-1), plain.argmax(-1))
         np.testing.assert_array_equal(out.acts["votes"][:, 0], plain.argmax(-1))
         if vote != "majority":
@@ -101,7 +102,7 @@ def test_votes_are_the_members_and_logits_the_vote(trained, model, sample):
     p = jnp.stack([jax.nn.softmax(viewed(model).apply(v, x).logits) for v in each])
     np.testing.assert_array_equal(out.acts["votes"], p.argmax(-1).T)
     np.testing.assert_allclose(jax.nn.softmax(out.logits), combine(p, "median"), atol=1e-5)
-    side_by_side = ensemble(viewed(model), "median", 10).apply(variables, x)
+    side_by_side = ensemble(viewed(model), 10, "median", 10).apply(variables, x)
     np.testing.assert_allclose(jax.nn.softmax(side_by_side.logits), jax.nn.softmax(out.logits), atol=1e-5)
     assert voting.sites == ("votes",) and set(out.acts) == {"votes"}
 
@@ -150,9 +151,9 @@ def test_a_bootstrap_draws_existing_rows_with_replacement():
 def test_without_bootstrap_and_masks_members_differ_in_their_seed_alone(model, sample):
     defense = DbCovidNet(members=2, keep=16, design="random", bootstrap=False, scale=True, vote="mean")
     data = clean_set(sample.train)
-    out = jax.jit(lambda: defense(KEY, model, Recipe(epochs=1, batch=50), data, sample.clean)[1:])()
-    assert (out[0]["view"] == 1).all() and (
-        out[0]["params"]["logits"]["kernel"][0] != out[0]["params"]["logits"]["kernel"][1]
+    out = jax.jit(lambda: defense(KEY, model, Recipe(epochs=1, batch=50), data, sample.clean).variables)()
+    assert (out["view"] == 1).all() and (
+        out["params"]["logits"]["kernel"][0] != out["params"]["logits"]["kernel"][1]
     ).any()
 
 
@@ -170,7 +171,16 @@ def test_bad_input(model, sample):
     make("defense", "db-covidnet", "cpu").check(model, sample.clean)
     DbCovidNet(keep=8, design="random").check(model, sample.clean)
     with pytest.raises(BadInput, match="run this defense on its members"):
-        ensemble(model, "mean").apply({"masks": {}}, unit(sample.test.image[:2]))
+        ensemble(model, 1, "mean").apply({"masks": {}}, unit(sample.test.image[:2]))
+
+
+def test_a_saved_ensemble_is_loaded_as_one(trained, sample, tmp_path):
+    variables, _, _, voting, _ = trained
+    about = {"defenses": (DbCovidNet(vote="median"),)}
+    save_model(tmp_path / "saved", Ffnn(hidden=(32,), links="chain"), voting, variables, **about)
+    _, again, loaded, _ = load_model(tmp_path / "saved")
+    x = unit(sample.test.image[:30])
+    np.testing.assert_array_equal(again.apply(loaded, x).logits, voting.apply(variables, x).logits)
 
 
 def test_predict_takes_an_ensemble(trained, sample):

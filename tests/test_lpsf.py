@@ -7,7 +7,6 @@ import pytest
 
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.train.lpsf import Graph, Lpsf, degrees, exponent, graph_of, grow
-from bdjax.defenses.train.view import viewed
 from bdjax.models.layers import Net, build, conv, dense, max_pool
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import pytree
@@ -160,8 +159,8 @@ def test_a_net_with_convolutions_loses_dormant_pixels_and_last_links(sample):
     defense = Lpsf(tau=0.3, links=5)
     data = poisoned_set(KEY, sample.train, BadNets(target=3), 10)
     recipe = Recipe(epochs=1, batch=100)
-    variables, info = jax.jit(lambda d: defense(KEY, model, recipe, d, sample.clean)[1:])(data)
-    trained = viewed(model)
+    variables, info = jax.jit(lambda d: defense(KEY, model, recipe, d, sample.clean))(data)
+    trained = defense.wrap(model)
     assert list(info["masks"]) == ["logits"] and (info["masks"]["logits"].sum(0) == 5).all()
     assert (variables["params"]["logits"]["kernel"] != 0).sum() == 50
     x = unit(sample.test.image[:20])

@@ -2,7 +2,7 @@
 
 | folder | call | returns |
 |---|---|---|
-| `train/` | `(key, model, recipe, data: TrainSet, clean: Split)` | `Trained`: replaces training |
+| `train/` | `(key, model, recipe, data: TrainSet, clean: Split)` | `Repaired`: replaces training |
 | `repair/` | `(key, model, variables, clean)` | `Repaired` |
 | `invert/`, `models/` | `(key, model, variables, clean)` | `Verdict` on the model |
 | `inputs/` | `(key, model, variables, clean, x: [B, H, W, C])` | `Scores` of the inputs |
@@ -32,6 +32,18 @@ class Defense:
 
     def check(self, model: Model, clean: Split) -> None:
         """Raises `BadInput` where this defense cannot be run on `model` with the defender's `clean` images."""
+
+    def wrap(self, model: Model) -> Model:
+        """The model that the variables of `Repaired` belong to: `model` itself, unless the defense builds another one
+        around it (an ensemble, a net behind an autoencoder). Equal for equal arguments, so that programs are shared.
+        """
+        return model
+
+    def prepare(self, key: jax.Array, model: Model, clean: Split) -> "Defense":
+        """This defense with what it learns once for an architecture and the defender's images, before it sees a victim
+        (MNTD's shadow models); most learn nothing. Called without it, a defense prepares itself.
+        """
+        return self
 
     def report(
         self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Any

@@ -12,7 +12,7 @@ from bdjax.defenses.train.view import viewed
 from bdjax.mesh import lane_map
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, batched, fit, stamped, unit
-from bdjax.types import Array, BadInput, Model, Output, Plan, Split, Trained, Variables, between
+from bdjax.types import Array, BadInput, Model, Output, Plan, Repaired, Split, Variables, between
 
 Vote = Literal["majority", "mean", "median", "trimmed"]
 Partition = Literal["grid", "random"]
@@ -69,20 +69,19 @@ def combine(probabilities: jax.Array, vote: str) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def ensemble(model: Model, vote: Vote, lanes: int | None = None) -> Model:
-    """Members of `model` that vote: the variables are the members', stacked; softmax(logits) is the vote's
+def ensemble(model: Model, members: int, vote: Vote, lanes: int | None = None) -> Model:
+    """`members` of `model` that vote: the variables are the members', stacked; softmax(logits) is the vote's
     distribution.
 
     The one site is `votes: [B, members]`, the members' labels: to look at, not to cut or push.
     """
 
     def init(key):
-        return jax.vmap(model.init)(key[None])
+        return jax.vmap(model.init)(jax.random.split(key, members))
 
     def apply(variables, x, *, train=False, edits=None, key=None):
         if edits or "masks" in variables:
             raise BadInput("an ensemble has no site to edit or mask: run this defense on its members")
-        members = jax.tree.leaves(variables)[0].shape[0]
 
         def member(item):
             number, mine = item
@@ -120,7 +119,7 @@ class DbCovidNet(Defense):
 
     Presets: `cpu`, four members: each block is seen by one.
 
-    The model returned is `ensemble(...)`. `info`: `blocks: [members, blocks]` bool, what each sees; `seen: [blocks]` by
+    The result runs on `ensemble(...)`. `info`: `blocks: [members, blocks]` bool, what each sees; `seen: [blocks]` by
     how many; `loss`, `acc: [members, epochs]`.
     """
 
@@ -136,7 +135,7 @@ class DbCovidNet(Defense):
 
     presets = {"cpu": {"members": 4}}
 
-    def __call__(self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split) -> Trained:
+    def __call__(self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split) -> Repaired:
         key_blocks, key_assign, key_fit = jax.random.split(key, 3)
         count = self.grid[0] * self.grid[1]
         block = blocks_of(key_blocks, model.shape, self.grid, self.partition)
@@ -153,10 +152,13 @@ class DbCovidNet(Defense):
 
         variables, log = lane_map(train, (jax.random.split(key_fit, self.members), kept), self.lanes)
         info = {"blocks": kept, "seen": kept.sum(0)} | log._asdict()
-        return Trained(ensemble(member, self.vote, self.lanes), variables, info)
+        return Repaired(variables, info)
+
+    def wrap(self, model: Model) -> Model:
+        return ensemble(viewed(model), self.members, self.vote, self.lanes)
 
     def report(
-        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Trained
+        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Repaired
     ) -> dict[str, jax.Array]:
         """Of each member: `votes_clean`, `votes_stamped`, its share of votes for the label aimed at by the first
         trigger, among images that are not of it; `sees_trigger`, whether its blocks show a pixel that the trigger
@@ -166,10 +168,11 @@ class DbCovidNet(Defense):
             return {}
         aimed = attack.success(jnp.asarray(1), test.label, model.classes)
         counted = (aimed >= 0) & (aimed != test.label)
+        voting = self.wrap(model)
         clean, trojan = unit(test.image), stamped(attack, 1, test.image, key)
 
         def share(x):
-            votes = batched(lambda i: model.apply(variables, x[i]).acts["votes"], x.shape[0], 250)
+            votes = batched(lambda i: voting.apply(variables, x[i]).acts["votes"], x.shape[0], 250)
             return (votes == aimed[:, None]).mean(0, where=counted[:, None])
 
         changed = (jnp.abs(trojan - clean) > 1e-6).any((0, 3))

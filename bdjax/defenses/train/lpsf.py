@@ -11,7 +11,7 @@ from bdjax.defenses.base import Defense
 from bdjax.defenses.train.view import viewed
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, fit, unit
-from bdjax.types import Array, BadInput, Model, Split, Trained, between
+from bdjax.types import Array, BadInput, Model, Repaired, Split, between
 
 Rule = Literal["mean", "quantile", "active"]
 Topology = Literal["scale-free", "random", "dense"]
@@ -138,7 +138,7 @@ class Lpsf(Defense):
     edges: Edges = static("growth")
     prune: bool = static(True)
 
-    def __call__(self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split) -> Trained:
+    def __call__(self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split) -> Repaired:
         key_init, key_grow, key_fit = jax.random.split(key, 3)
         variables, dormant = model.init(key_init), self.dormant(clean)
         graph = graph_of(variables["params"])
@@ -146,7 +146,7 @@ class Lpsf(Defense):
         if feed_forward(variables["params"]):
             alive = alive.at[: dormant.size].set(~dormant.reshape(-1))
         else:
-            model, variables = viewed(model), {**variables, "view": (~dormant).astype(jnp.float32)}
+            variables = {**variables, "view": (~dormant).astype(jnp.float32)}
         masks, scales, degree = self.links_of(key_grow, graph, alive)
 
         def with_kernels(tree, kernels):
@@ -156,7 +156,7 @@ class Lpsf(Defense):
         first = {name: params[name]["kernel"] * masks[name] * scales[name] for name in graph.names}
         trainable = with_kernels(jax.tree.map(lambda _: 1.0, params), masks)
         variables = {**variables, "params": with_kernels(params, first)}
-        variables, log = fit(key_fit, model, recipe, data, variables=variables, trainable=trainable)
+        variables, log = fit(key_fit, self.wrap(model), recipe, data, variables=variables, trainable=trainable)
         room = sum(mask.size for mask in masks.values())
         info = {
             "dormant": dormant,
@@ -165,7 +165,11 @@ class Lpsf(Defense):
             "density": sum(mask.sum() for mask in masks.values()) / room,
             "exponent": exponent(degree, self.links),
         }
-        return Trained(model, variables, info | log._asdict())
+        return Repaired(variables, info | log._asdict())
+
+    def wrap(self, model: Model) -> Model:
+        params = jax.eval_shape(model.init, jax.random.key(0))["params"]
+        return model if feed_forward(params) else viewed(model)
 
     def dormant(self, clean: Split) -> jax.Array:
         """Which pixels `[H, W, C]` are dormant on the clean images."""
