@@ -41,12 +41,40 @@ def results(file: str) -> str:
             lines.append([line["row"], str(line["n"]), *cells, f"{line['seconds']['run']:.1f}"])
         body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
         parts.append(f"**{table['name']}**\n\n{body}")
-    first = rows[0]
-    parts.append(
-        f"Mean ± s.d. over n runs; *p* = the paper's number. Scale `{first['scale']}`, {first['device']}, jax {first['jax']}. "
-        f"Made by `bdjax run experiments/{first['experiment']}.py`."
+    return "\n\n".join([*parts, source(rows[0])])
+
+
+def source(row: dict) -> str:
+    """How a table was made."""
+    return (
+        f"Mean ± s.d. over n runs; *p* = the paper's number. Scale `{row['scale']}`, {row['device']}, jax {row['jax']}. "
+        f"Made by `bdjax run experiments/{row['experiment']}.py`."
     )
-    return "\n\n".join(parts)
+
+
+def attacks(file: str) -> str:
+    """For every attack: data, net, rate, what it costs and how often it works."""
+    from bdjax import report
+
+    path = ROOT / file
+    if not path.exists():
+        return f"`{file}` is not there yet."
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    heads = ["attack", "data", "net", "rate %", "n", "ACC test %", "clean twin %", "ASR all %", "ASR nt %", "seconds"]
+    lines = [heads, ["---"] * 3 + ["--:"] * 7]
+    for table in report.aggregate(rows):
+        twin = next(line for line in table["rows"] if line["row"] == "clean twin")
+        for line in table["rows"]:
+            if line is twin:
+                continue
+            mine = [row for row in rows if (row["table"], row["row"]) == (table["name"], line["row"])]
+            rate = mine[0]["config"]["attack"].get("rate")
+            parts = [line["row"], table["name"], mine[0]["model"], f"{100 * rate:g}" if rate else "", str(line["n"])]
+            parts += [cell_of(report, "acc_test", line), cell_of(report, "acc_test", twin)]
+            parts += [cell_of(report, name, line) for name in ("asr_all", "asr_nt")]
+            lines.append([*parts, f"{line['seconds']['run']:.0f}"])
+    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"{body}\n\n{source(rows[0])}"
 
 
 def cell_of(report, name: str, line: dict) -> str:
@@ -63,10 +91,10 @@ def generate(text: str) -> str:
 
     def fill(match: re.Match) -> str:
         name, _, argument = match["name"].partition(" ")
-        made = {"methods": methods, "results": lambda: results(argument)}[name]()
+        made = {"methods": methods, "results": lambda: results(argument), "attacks": lambda: attacks(argument)}[name]()
         return f"<!-- {match['name']} -->\n{made}\n<!-- end -->"
 
-    return re.sub(r"<!-- (?P<name>(methods|results)[^>]*?) -->.*?<!-- end -->", fill, text, flags=re.S)
+    return re.sub(r"<!-- (?P<name>(methods|results|attacks)[^>]*?) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
 if __name__ == "__main__":

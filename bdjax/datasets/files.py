@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdjax.datasets.base import Source, checked
+from bdjax.datasets.base import Source, checked, data_dir
 from bdjax.registry import dataset, static
 from bdjax.types import BadInput, Split
 
@@ -52,7 +52,8 @@ def _h5(path: Path) -> dict[str, np.ndarray]:
 class Npz(Source):
     """Your own `.npz`: `image` uint8 [N, H, W, C] and `label`; also `names`, and `track` or `group`, where it has them.
 
-    Without a file `test`, a stratified fifth of `path` is the test set.
+    Without a file `test`, a stratified fifth of `path` is the test set. A relative path that does not exist here is
+    looked for in the data folder.
     """
 
     path: str = static("")
@@ -61,8 +62,13 @@ class Npz(Source):
     def read(self):
         if not self.path:
             raise BadInput("give the file: path=FILE (and test=FILE where the test images have their own)")
-        train, names = read_file(self.path)
-        return train, read_file(self.test)[0] if self.test else None, names
+        train, names = read_file(self.found(self.path))
+        return train, read_file(self.found(self.test))[0] if self.test else None, names
+
+    def found(self, path: str) -> Path:
+        """`path` here, or else in the data folder."""
+        here, there = Path(path).expanduser(), data_dir(self.data_dir) / path
+        return there if there.is_file() and not here.is_file() else here
 
 
 @dataset("h5")

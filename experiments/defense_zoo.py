@@ -1,0 +1,119 @@
+"""Every defense against many attacks, on real images: a matrix of what each keeps, removes, finds and costs.
+
+    bdjax data prepare mnist; bdjax data prepare gtsrb       # once
+    bdjax run experiments/defense_zoo.py                     # scale cpu: under 3 hours on 2 cores
+    bdjax run experiments/defense_zoo.py --scale smoke       # a few defenses, tiny: no result
+    bdjax run experiments/defense_zoo.py --scale paper       # the papers' settings, whole data sets: for an accelerator
+
+- A table is one attack, its first row the victim as it is. Under a filter of inputs, ACC counts a flagged clean image as
+  lost and ASR a flagged stamped one as stopped.
+- Scale cpu uses each defense's preset `cpu`. Where a defense fails, its row shows how: a victim that is not flagged is
+  left as it was by the repairs of Neural Cleanse (`repaired` 0).
+- The defender has a tenth of the images, held out from the attacker, and knows neither trigger nor target. Rows marked
+  oracle are given what no defender has.
+- Defenses that need what the net has not (a convolution, three classes) are left out.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from bdjax import registry
+from bdjax.datasets.public import Gtsrb, Mnist
+from bdjax.datasets.sample import Sample
+from bdjax.models.badnets_cnn import BadNetsCnn
+from bdjax.models.layers import build
+from bdjax.models.nc_gtsrb import NcGtsrb
+from bdjax.models.shamshiri import Cnn
+from bdjax.sweep import Cell, grid
+from bdjax.train import Recipe
+from bdjax.types import BadInput
+
+TITLE = "Defense zoo: every defense against many attacks"
+NOTES = [" ".join(note.split()) for note in (__doc__ or "").partition("\n- ")[2].split("\n- ")]
+
+
+class Bench(NamedTuple):
+    """A victim's data, net and training."""
+
+    data: Any
+    net: Any
+    recipe: Recipe
+
+
+CHEAP = ("fine-pruning", "strip", "spectral-signatures", "retraining")
+GREY: dict[str, tuple[str, str | None, dict[str, Any]] | None] = {
+    "no attack": None,
+    "BadNets, 5×5 square": ("badnets", "square", {}),
+    "BadNets, all-to-all pattern": ("badnets", "pattern", {"labels": "all-to-all", "rate": 0.5}),
+    "BadNets, source-specific": (
+        "badnets", "square", {"labels": "source-specific", "sources": (1, 2, 3, 4, 5, 6), "cover": 0.1},
+    ),
+    "Blended, noise key": ("blended", None, {"test_alpha": 0.3}),
+    "Input-instance-key": ("input-instance-key", None, {}),
+    "Multi-trigger, 10 digits → 1 target": ("multi-trigger", "digits-one", {"rate": 0.3}),
+    "Entropy manipulation": ("entropy-manipulation", None, {}),
+    "Large trigger": ("badnets", "large-trigger", {}),
+}  # fmt: skip
+COLOR = {
+    "BadNets, 4×4 square": ("badnets", "nc", {}),
+    "Post-it note, random place": ("post-it", None, {"rate": 0.2}),
+    "Gotham": ("gotham", None, {"target": 35}),
+}
+SCALES: dict[str, dict[str, tuple[Bench, dict[str, Any]]]] = {
+    "smoke": {
+        "sample": (
+            Bench(Sample(train_size=400, test_size=100), Cnn("VALID", hidden=16, features=(4, 4)), Recipe(epochs=1, batch=50)),
+            {"BadNets, 5×5 square": GREY["BadNets, 5×5 square"]},
+        )
+    },
+    "cpu": {
+        "MNIST": (
+            Bench(Mnist(train_size=10_000, test_size=1_000), BadNetsCnn(pool="max"), Recipe(epochs=8, batch=64)), GREY,
+        ),
+        "GTSRB": (
+            Bench(
+                Gtsrb(train_size=10_000, test_size=1_000), Cnn("VALID", hidden=256, features=(16, 32)),
+                Recipe(epochs=10, batch=64),
+            ),
+            COLOR,
+        ),
+    },
+    "paper": {
+        "MNIST": (Bench(Mnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)), GREY),
+        "GTSRB": (Bench(Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)), COLOR),
+    },
+}  # fmt: skip
+
+
+def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
+    """The rows of a table: every registered defense, and the oracle variants where there is an attack."""
+    for entry in registry.entries("defense"):
+        if scale == "smoke" and entry.name not in CHEAP:
+            continue
+        presets = getattr(entry.cls, "presets", {})
+        yield entry.name, entry.cls(**presets.get("cpu", {}) if scale != "paper" else {})
+    if attack is not None and scale != "smoke":
+        nc = registry.make("defense", "neural-cleanse", None if scale == "paper" else "cpu")
+        yield "nc-unlearning, original trigger", registry.make("defense", "nc-unlearning", nc=nc, original=attack)
+        yield "nc-pruning, known target", registry.make("defense", "nc-pruning", nc=nc, label=attack.target)
+
+
+def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
+    """For each attack the victim, then every defense that applies."""
+    for name, (bench, attacks) in SCALES[scale].items():
+        try:
+            data = bench.data.load()
+        except BadInput as error:
+            print(f"left out: {error}")
+            continue
+        model = build(bench.net, data.shape, data.classes)
+        for title, made in attacks.items():
+            attack = None if made is None else registry.make("attack", made[0], made[1], **made[2])
+            table = f"{name}: {title}"
+            yield from grid(Cell(table, "no defense", *bench, attack), seed=range(seeds or 1))
+            for row, defense in defenses(scale, attack):
+                try:
+                    defense.check(model, data.clean)
+                except BadInput:
+                    continue
+                yield from grid(Cell(table, row, *bench, attack, defense), seed=range(seeds or 1))
