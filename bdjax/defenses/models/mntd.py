@@ -1,0 +1,287 @@
+"""MNTD: a classifier of nets, trained on shadow nets of which half carry random backdoors."""
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from bdjax import metrics
+from bdjax.attacks.base import Attack
+from bdjax.defenses.base import Defense
+from bdjax.mesh import lane_map
+from bdjax.models.layers import LECUN
+from bdjax.registry import defense, pytree, static
+from bdjax.train import Loss, Recipe, TrainSet, clean_plan, cross_entropy, fit, poisoned_set, unit
+from bdjax.types import Array, BadInput, Model, Output, Split, Variables, Verdict, between
+
+Variant = Literal["jumbo", "one-class", "robust"]
+PATCHES = (2, 3, 4, 5)
+"""Sides of the patches of jumbo learning, in pixels; a fifth choice covers the whole image."""
+
+
+@pytree
+class Jumbo(Attack):
+    """One attack of jumbo learning: x' = (1 − α·m)⊙x + α·m⊙Δ, appended to the clean images.
+
+    `mask: [H, W, 1]` of 0 and 1, `pattern: [H, W, C]` = Δ, `alpha: []` in [0, 1].
+    """
+
+    mask: Array | float = 0.0
+    pattern: Array | float = 0.0
+    alpha: Array | float = 1.0
+    append: bool = static(True)
+
+    def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
+        opacity = jnp.asarray(self.alpha) * jnp.asarray(self.mask)
+        return (1 - opacity) * x + opacity * jnp.asarray(self.pattern)
+
+
+def jumbo(key: jax.Array, shape: tuple[int, int, int], classes: int) -> Jumbo:
+    """A random attack: place, size, pattern, transparency, target and rate (0.05–0.5) as MNTD draws them.
+
+    A patch has α ~ U(0.2, 0.6), above 0.5 set to 1; a pattern over the whole image U(0.05, 0.2). Grey images get random
+    pixels of 0 and 1, of a random number; coloured ones U(−ε, 1 + ε), clipped, with ε ~ U(0, 1).
+    """
+    height, width, channels = shape
+    keys = iter(jax.random.split(key, 10))
+
+    def uniform(low, high, shape=()):
+        return jax.random.uniform(next(keys), shape, minval=low, maxval=high)
+
+    choice = jax.random.randint(next(keys), (), 0, len(PATCHES) + 1)
+    whole = choice == len(PATCHES)
+    size = jnp.asarray((*PATCHES, 1))[choice]  # where the whole image is covered, size and place do not matter
+
+    def covered(side):
+        offset = jnp.arange(side) - jax.random.randint(next(keys), (), 0, side - size + 1)
+        return (offset >= 0) & (offset < size) | whole
+
+    mask = covered(height)[:, None] & covered(width)[None, :]
+    if channels == 1:
+        rank = jnp.argsort(jnp.argsort(jnp.where(mask, uniform(0, 1, mask.shape), 2.0).reshape(-1)))
+        pattern = (rank < jax.random.randint(next(keys), (), 1, mask.sum())).reshape(shape).astype(jnp.float32)
+    else:
+        margin = uniform(0, 1)
+        pattern = jnp.clip(uniform(-margin, 1 + margin, shape), 0, 1)
+    alpha = uniform(0.2, 0.6)
+    alpha = jnp.where(whole, uniform(0.05, 0.2), jnp.where(alpha > 0.5, 1.0, alpha))
+    target = jax.random.randint(next(keys), (), 0, classes)
+    return Jumbo(
+        rate=uniform(0.05, 0.5), target=target, mask=mask[..., None].astype(jnp.float32), pattern=pattern, alpha=alpha
+    )
+
+
+def score(params: Any, model: Model, variables: Variables) -> jax.Array:
+    """The meta-classifier's score `[]` of a net, high = trojaned: v·ReLU(W·[f(q_1), …, f(q_Q)] + b) + c."""
+    answers = model.apply(variables, params["queries"]).logits.reshape(-1)
+    return jax.nn.relu(answers @ params["kernel"] + params["bias"]) @ params["weight"] + params["offset"]
+
+
+def best_threshold(scores: jax.Array, trojaned: jax.Array) -> jax.Array:
+    """The threshold `[]`, half way between two neighbours of `scores: [M]`, of the best balanced accuracy."""
+    ordered = jnp.sort(scores)
+    cuts = (ordered[:-1] + ordered[1:]) / 2
+    above = scores[None, :] > cuts[:, None]
+    caught = jnp.mean(above, 1, where=(trojaned == 1)[None])
+    return cuts[jnp.argmax(caught - jnp.mean(above, 1, where=(trojaned == 0)[None]))]
+
+
+def one_class(nu: Array | float) -> Loss:
+    """½(‖v‖² + ‖W‖² + ‖b‖²) + ReLU(s − t)/ν + t: benign scores s are pressed below t, the 1 − ν quantile of them.
+
+    t is taken over the latest score of each shadow net, which `variables["seen"]: [M]` remembers (NaN = none yet).
+    """
+
+    def loss(model: Model, variables: Variables, x, label, weight, key):
+        out = model.apply(variables, x, train=True, key=key)
+        scores, seen = out.logits[:, 1], variables["seen"]
+        limit = jnp.where(jnp.isnan(seen).all(), -1.0, jnp.nanquantile(seen, 1 - jnp.asarray(nu, jnp.float32)))
+        params = variables["params"]
+        norm = sum((params[name] ** 2).sum() for name in ("kernel", "bias", "weight")) / 2
+        seen = seen.at[x].set(jax.lax.stop_gradient(scores))
+        value = norm + jax.nn.relu(scores - limit).mean() / nu + limit
+        return value, out._replace(variables={**out.variables, "seen": seen})
+
+    return loss
+
+
+@pytree
+class Meta:
+    """What `prepare` learns: the meta-classifier, its threshold, and how it does on the held-out shadow nets.
+
+    `queries: [Q, H, W, C]`, `kernel: [Q·K, hidden]`, `bias`, `weight: [hidden]`, `offset: []`; `auroc: []` of the
+    held-out shadow nets (NaN for one-class, which has no trojaned ones); `shadow_acc: []` their mean accuracy in the
+    last epoch of training, on what they were trained on; `loss: [epochs]` of the meta-classifier.
+    """
+
+    queries: jax.Array
+    kernel: jax.Array
+    bias: jax.Array
+    weight: jax.Array
+    offset: jax.Array
+    threshold: jax.Array
+    auroc: jax.Array
+    shadow_acc: jax.Array
+    loss: jax.Array
+
+    def score(self, model: Model, variables: Variables) -> jax.Array:
+        """The score `[]` of a net."""
+        return score(vars(self), model, variables)
+
+
+@defense("mntd")
+class Mntd(Defense):
+    """A meta-classifier judges a net by its answers to tuned queries (Xu et al., 2019, arXiv:1910.03137).
+
+    Shadow nets of the victim's architecture are trained on the defender's images: benign ones, and ones with a random
+    backdoor each (jumbo learning, see `jumbo`). The meta-classifier asks a net f Q learned queries q_i: s = v·ReLU(W·
+    [f(q_1), …, f(q_Q)] + b) + c; cross-entropy over the shadow nets tunes the queries together with W, b, v, c. A net is
+    infected where s > threshold. All of it is learned in `prepare`, once for an architecture and a set of images.
+
+    `shadows`, `validation`: shadow nets of each kind, to train on and held out; `recipe`: their training; `bootstrap`:
+    each on its own sample, with replacement, of the defender's images; `meta`: training of the meta-classifier, `batch`
+    nets a step; `queries`, `hidden`: its queries Q and hidden units; `tune`: whether the queries are learned; `lanes`:
+    shadow nets side by side; `learned`: what `prepare` found. `variant`: "jumbo"; "one-class", which needs no trojaned
+    shadow nets: see `one_class`, with `nu` = ν in (0, 1]; "robust" against attackers who know the method: W, b, v, c are
+    random, drawn anew in each `prepare`, and only the queries are learned.
+
+    The threshold comes from the held-out shadow nets alone: that of the best balanced accuracy, or, for one-class, the
+    1 − ν quantile. It holds for nets that were trained as long as the shadow nets. No label is flagged.
+
+    Defaults are the paper's, but for `bootstrap`. Presets: `paper`, one set of images for all shadow nets; `cpu`, for
+    small nets.
+
+    `info`: `threshold`, and `auroc`, `shadow_acc`, `loss` as in `Meta`.
+
+    Differs from the paper: with one set of images for all, benign nets that were trained on others score far above the
+    threshold (the released code puts it at the median of the nets that are judged), hence the bootstrap. An epoch of a
+    shadow net draws as many rows as there are clean images, stamped copies among them. Nets answer in evaluation mode
+    (the released code leaves dropout on, also when it judges). W and v start at LeCun's scale, queries at the mean and
+    deviation of the defender's pixels, channel by channel. One-class: the released code takes t over the scores of the
+    running epoch. The robust variant was not at hand in the authors' words or code.
+    """
+
+    learned: Meta | None = None
+    recipe: Recipe = Recipe(lr=1e-3, epochs=100, batch=100)
+    meta: Recipe = Recipe(lr=1e-3, epochs=10, batch=1)
+    nu: Array | float = 0.1
+    shadows: int = static(2048)
+    validation: int = static(256)
+    queries: int = static(10)
+    hidden: int = static(20)
+    tune: bool = static(True)
+    bootstrap: bool = static(True)
+    variant: Variant = static("jumbo")
+    lanes: int | None = static(None)
+
+    presets = {
+        "paper": {"bootstrap": False},
+        "cpu": {
+            "shadows": 32,
+            "validation": 16,
+            "recipe": Recipe(epochs=10, batch=50),
+            "meta": Recipe(epochs=20, batch=1),
+        },
+    }
+
+    def shadow_nets(self, key: jax.Array, model: Model, clean: Split) -> tuple[Variables, jax.Array, jax.Array]:
+        """The shadow nets, stacked `[M, ...]`, benign and trojaned in turn; which are trojaned `[M]`; accuracy `[M]`."""
+        kinds = 1 if self.variant == "one-class" else 2
+        trojaned = jnp.arange(kinds * (self.shadows + self.validation)) % kinds
+        image, label, many = jnp.asarray(clean.image), jnp.asarray(clean.label), len(clean.label)
+
+        def train(item):
+            key, trojaned = item
+            key_rows, key_attack, key_plan, key_fit = jax.random.split(key, 4)
+            rows = jax.random.randint(key_rows, (many,), 0, many) if self.bootstrap else jnp.arange(many)
+            mine = Split(image[rows], label[rows])
+            attack = jumbo(key_attack, model.shape, model.classes)
+            attack = dataclasses.replace(attack, rate=jnp.where(trojaned == 1, attack.rate, 0.0))
+            variables, curves = fit(key_fit, model, self.recipe, poisoned_set(key_plan, mine, attack, model.classes))
+            return variables, curves.acc[-1]
+
+        nets, acc = lane_map(train, (jax.random.split(key, trojaned.shape[0]), trojaned), self.lanes)
+        return nets, trojaned, acc
+
+    def train_meta(
+        self, key: jax.Array, model: Model, nets: Variables, trojaned: jax.Array, pixels: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        """The meta-classifier's parameters and its loss by epoch, learned from the first M of `nets`, `trojaned: [M]`.
+
+        `pixels: [N, H, W, C]` in [0, 1] give the mean and deviation of the first queries.
+        """
+        many = trojaned.shape[0]
+
+        def init(key):
+            keys = jax.random.split(key, 3)
+            shape = (self.queries, *model.shape)
+            mean, std = (stat(pixels, (0, 1, 2)).reshape(1, 1, 1, -1) for stat in (jnp.mean, jnp.std))
+            params = {
+                "queries": mean + std * jax.random.normal(keys[0], shape),
+                "kernel": LECUN(keys[1], (self.queries * model.classes, self.hidden), jnp.float32),
+                "bias": jnp.zeros(self.hidden),
+                "weight": jax.random.normal(keys[2], (self.hidden,)) / self.hidden**0.5,
+                "offset": jnp.zeros(()),
+            }
+            return {"params": params, "seen": jnp.full(many, jnp.nan)}
+
+        def apply(variables, x, *, train=False, edits=None, key=None):
+            scores = lane_map(
+                lambda i: score(variables["params"], model, jax.tree.map(lambda leaf: leaf[i], nets)), x, self.lanes
+            )
+            return Output(jnp.stack([jnp.zeros_like(scores), scores], -1), {}, variables)
+
+        # A net among nets: its "images" are the numbers of the shadow nets, its logits 0 and s.
+        judge = Model(init, apply, (1, 1, 1), 2, ())
+        learns = {"robust": (), "one-class": ("kernel", "bias", "weight")}.get(
+            self.variant, ("kernel", "bias", "weight", "offset")
+        )
+        names = ("queries", "kernel", "bias", "weight", "offset")
+        trainable = {name: float(name in learns or (name == "queries" and self.tune)) for name in names}
+        loss = one_class(self.nu) if self.variant == "one-class" else cross_entropy
+        rows = TrainSet(jnp.arange(many), clean_plan(trojaned))
+        variables, curves = fit(key, judge, self.meta, rows, trainable=trainable, loss=loss)
+        return variables["params"], curves.loss
+
+    def prepare(self, key: jax.Array, model: Model, clean: Split) -> "Mntd":
+        """This defense with `learned` filled in."""
+        key_nets, key_meta = jax.random.split(key)
+        nets, trojaned, acc = self.shadow_nets(key_nets, model, clean)
+        first = trojaned.shape[0] * self.shadows // (self.shadows + self.validation)
+        params, loss = self.train_meta(key_meta, model, nets, trojaned[:first], unit(clean.image))
+        held, guilty = jnp.arange(first, trojaned.shape[0]), trojaned[first:]
+        scores = lane_map(lambda i: score(params, model, jax.tree.map(lambda leaf: leaf[i], nets)), held, self.lanes)
+        if self.variant == "one-class":
+            threshold = jnp.quantile(scores, 1 - jnp.asarray(self.nu, jnp.float32))
+        else:
+            threshold = best_threshold(scores, guilty)
+        auroc = metrics.auroc(scores, scores, guilty == 0, guilty == 1)
+        learned = Meta(**params, threshold=threshold, auroc=auroc, shadow_acc=acc.mean(), loss=loss)
+        return dataclasses.replace(self, learned=learned)
+
+    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
+        learned = self.learned or self.prepare(key, model, clean).learned
+        assert learned is not None
+        index = learned.score(model, variables)
+        info = {name: getattr(learned, name) for name in ("threshold", "auroc", "shadow_acc", "loss")}
+        return Verdict(index, index > learned.threshold, jnp.zeros(model.classes, bool), info)
+
+    def check(self, model: Model, clean: Split) -> None:
+        if self.variant not in get_args(Variant):
+            raise BadInput(f"variant '{self.variant}' is not one of {', '.join(get_args(Variant))}")
+        if self.shadows < 1 or self.validation < 1:
+            raise BadInput(f"{self.shadows} shadow nets and {self.validation} held out: at least 1 of each is needed")
+        if self.queries < 1 or self.hidden < 1:
+            raise BadInput(f"{self.queries} queries and {self.hidden} hidden units: at least 1 of each is needed")
+        if self.variant == "robust" and not self.tune:
+            raise BadInput("the robust variant learns its queries alone: leave tune at True")
+        between("nu", self.nu, 1e-6, 1)
+        if min(model.shape[:2]) < max(PATCHES):
+            raise BadInput(f"images of {model.shape[0]}×{model.shape[1]} are too small for patches of {max(PATCHES)}")
+        if self.recipe.epochs < 1:
+            raise BadInput("shadow nets must be trained: give their recipe at least 1 epoch")
+        self.recipe.check(len(clean.label))
+        self.meta.check(self.shadows * (1 if self.variant == "one-class" else 2))
+        if self.learned is not None and self.learned.queries.shape[1:] != model.shape:
+            raise BadInput(f"prepared for images of {self.learned.queries.shape[1:]}, not {model.shape}: prepare anew")
