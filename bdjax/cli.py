@@ -1,4 +1,4 @@
-"""The command line: `bdjax run | list | data | train | defend | report`."""
+"""The command line: `bdjax run | sweep | status | list | data | train | defend | report`."""
 
 import contextlib
 import dataclasses
@@ -39,6 +39,53 @@ def run(
     from bdjax import experiment
 
     experiment.run(file, scale, out, seeds, quiet, lanes)
+
+
+def sweep(
+    file: Annotated[Path, Words],
+    scale: str = "cpu",
+    out: Path | None = None,
+    seeds: int | None = None,
+    shard: str | None = None,
+    hosts: str = "off",
+    lanes: str = "auto",
+    devices: int | None = None,
+    resume: bool = True,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Run a sweep: an experiment file with many cells, on any number of devices and machines.
+
+    Ctrl-C stops after what is running. Whatever ends it, the same command goes on from there.
+
+    Args:
+        file: The sweep, such as experiments/sweep_defenses.py.
+        scale: smoke, cpu or paper.
+        out: Results folder; results/NAME-SCALE if not given.
+        seeds: How many seeds; the scale's own number if not given.
+        shard: i/n, i from 0: do every n-th victim, as one of n processes that know nothing of each other.
+        hosts: off; auto on a TPU slice or under Slurm; or ADDRESS:PORT,N,I: shard by jax.distributed.
+        lanes: Runs computed side by side on a device: auto measures that once and remembers it, or a number.
+        devices: How many devices; all of this process if not given.
+        resume: Go on where an earlier run stopped; --no-resume refuses a folder that has rows.
+        dry_run: Print cells, groups, memory and expected time; train nothing.
+        quiet: No progress.
+    """
+    from bdjax import experiment
+
+    options = {"shard": shard, "hosts": hosts, "devices": devices, "resume": resume, "dry_run": dry_run}
+    experiment.run(file, scale, out, seeds, quiet, lanes, live=True, **options)
+
+
+def status(folder: Annotated[Path, Words]) -> None:
+    """Show what the processes of a run or sweep are doing, from its results folder alone: on any machine that sees it.
+
+    Args:
+        folder: The results folder.
+    """
+    from bdjax import experiment
+
+    experiment.status(folder)
 
 
 def list_methods(
@@ -255,6 +302,16 @@ def _functions(info: Any) -> Any:
     )
 
 
+def keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache: the next run of the same experiment starts at once."""
+    import jax
+
+    from bdjax.datasets.base import data_dir
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(data_dir() / "compiled"))
+
+
 def command(args: Sequence[str]) -> None:
     """Parses and runs one command."""
     from bdjax.train import Recipe
@@ -265,6 +322,8 @@ def command(args: Sequence[str]) -> None:
         args = [args[0], *left]
     commands: dict[str, Callable] = {
         "run": run,
+        "sweep": sweep,
+        "status": status,
         "list": list_methods,
         "data": prepare,
         "train": _with_fields(Train, {**methods["train"], "recipe": Recipe()}),
@@ -275,19 +334,25 @@ def command(args: Sequence[str]) -> None:
         if list(args[1:2]) not in (["prepare"], ["--help"], ["-h"]):
             raise BadInput("`bdjax data prepare NAME` is the only command on data")
         args = ["data", *args[2:]] if args[1] == "prepare" else args
+    if args and args[0] in ("run", "sweep", "train", "defend"):
+        keep_compiled()
     made = tyro.extras.subcommand_cli_from_dict(commands, prog="bdjax", args=list(args), registry=RULES)
     if made is not None:
         made()
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted, 143 terminated."""
+    from bdjax.progress import Terminated
+
     with contextlib.suppress(BrokenPipeError):
         try:
             command(sys.argv[1:] if args is None else args)
         except BadInput as error:
             print(f"bdjax: {error}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
-            print("bdjax: interrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            ended = isinstance(stop, Terminated)
+            what = "terminated" if ended else "interrupted"
+            print(f"bdjax: {what}; the same command goes on from here", file=sys.stderr)
+            sys.exit(143 if ended else 130)

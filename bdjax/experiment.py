@@ -1,19 +1,28 @@
-"""Runs an experiment file: its cells, then its figures, table and page.
+"""Runs an experiment file: its cells, then its figures, table and page. A sweep is an experiment with many cells.
 
 An experiment is a Python file with `TITLE`, `SCALES`, `cells(scale, seeds) -> [Cell]`, and, where it has them,
 `figures(rows, store, scale)` and `trends(rows)` as `report.write` wants them, and `NOTES`, lines for the page.
 """
 
+import contextlib
 import importlib.util
+import shlex
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bdjax.registry import near
-from bdjax.store import Store
-from bdjax.sweep import Clock, Runner, say
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from bdjax import progress, report
+from bdjax.registry import name_of, near
+from bdjax.store import Store, read_rows, result_files
+from bdjax.sweep import Cell, Clock, Runner, footprint, groups, room, say
 from bdjax.types import BadInput
 
 
@@ -31,8 +40,9 @@ def load(path: str | Path) -> ModuleType:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise BadInput(f"{path} is not Python: {error}") from error
-    if not hasattr(module, "cells"):
-        raise BadInput(f"{path} is no experiment: it defines no cells(scale, seeds)")
+    for name, form in (("cells", "cells(scale, seeds)"), ("SCALES", "SCALES"), ("TITLE", "TITLE")):
+        if not hasattr(module, name):
+            raise BadInput(f"{path} is no experiment: it defines no {form}")
     return module
 
 
@@ -42,39 +52,59 @@ def run(
     out: str | Path | None = None,
     seeds: int | None = None,
     quiet: bool = False,
-    lanes: int | None = None,
+    lanes: int | str | None = None,
+    *,
+    shard: str | None = None,
+    hosts: str = "off",
+    devices: int | None = None,
+    resume: bool = True,
+    dry_run: bool = False,
+    live: bool = False,
 ) -> list[dict[str, Any]]:
-    """Runs the experiment at `path`; returns its rows. What was finished by an earlier run is not done again."""
-    import jax
-    from rich.console import Console
+    """Runs the experiment at `path`; returns its rows. What was finished by an earlier run is not done again.
 
-    from bdjax import report
-
+    `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `devices`: how many of this
+    process's; `resume=False` refuses a folder that has rows; `dry_run` prints what would be done; `live`: a table
+    instead of bars.
+    """
+    width = lanes if lanes in (None, "auto") else number("lanes", lanes, 1)
+    part = None if shard is None else part_of(shard)
+    if hosts != "off":
+        if part is not None:
+            raise BadInput("--hosts shards by itself: leave --shard away")
+        part = join(hosts)
     module = load(path)
     if scale not in module.SCALES:
         raise BadInput(f"{path} has no scale '{scale}'; it has: {', '.join(module.SCALES)}")
     if seeds is not None and seeds < 1:
         raise BadInput(f"seeds {seeds}: at least one is needed")
-    store = Store(out or Path("results") / f"{Path(path).stem}-{scale}")
-    console = Console()
-    start = time.monotonic()
-    clock = Clock()
+    places = local_devices(devices)
+    folder = Path(out or Path("results") / f"{Path(path).stem}-{scale}")
+    earlier = read_rows(result_files(folder))
+    if earlier and not resume:
+        raise BadInput(f"{folder} has {len(earlier)} rows: give another --out, or leave --no-resume away to go on")
+    cells = list({cell.run: cell for cell in module.cells(scale, seeds)}.values())
+    if dry_run:
+        plan(cells, earlier, places, width, part)
+        return []
+
+    store, console, start, clock = Store(folder, part), Console(), time.monotonic(), Clock()
 
     def finished(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             say(f"  {report.line(row)}", quiet)
 
     runner = Runner(
-        store,
-        Path(path).stem,
-        scale,
-        lanes=lanes,
-        devices=jax.local_devices(),
-        quiet=quiet,
-        on_rows=finished,
-        clock=clock,
-    )
-    rows = runner.run(list(module.cells(scale, seeds)))
+        store, Path(path).stem, scale, width, places, quiet, on_rows=finished, clock=clock, live=live and not quiet
+    )  # fmt: skip
+    rows = runner.run(cells)
+    if runner.unfit:
+        raise BadInput(runner.complaint())
+    if len(rows) < len(cells):
+        print(f"results: {store.results}\nshard {shard or part} is done; {len(rows)} of {len(cells)} rows are there, "
+              "the page is written by the shard that ends last")  # fmt: skip
+        return rows
+    Store(folder).append(rows)  # what the shards have
     begun = time.monotonic()
     report.print_table(rows, console)
     figures = module.figures(rows, store, scale) if hasattr(module, "figures") else []
@@ -82,9 +112,116 @@ def run(
     clock.add("report", begun)
     seconds = clock.seconds | {"total": time.monotonic() - start}
     page = report.write(
-        store.folder, rows, figures, title=module.TITLE, notes=getattr(module, "NOTES", ()), trends=trends, seconds=seconds,
-        command=f"bdjax run {Path(path).as_posix()} --scale {scale}",
+        folder, rows, figures, title=module.TITLE, notes=getattr(module, "NOTES", ()), trends=trends, seconds=seconds,
+        command=f"bdjax {'sweep' if live else 'run'} {shlex.quote(Path(path).as_posix())} --scale {scale}",
     )  # fmt: skip
     say("seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()), quiet)
-    print(f"results: {store.results}\npage: {page}")
+    print(f"results: {folder / 'results.jsonl'}\npage: {page}")
     return rows
+
+
+def number(name: str, text: int | str | None, low: int) -> int:
+    """A whole number from the command line."""
+    try:
+        value = int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise BadInput(f"{name} '{text}' is not a whole number") from None
+    if value < low:
+        raise BadInput(f"{name} {value}: at least {low} is needed")
+    return value
+
+
+def part_of(shard: str) -> tuple[int, int]:
+    """`i/n` as (i, n)."""
+    i, slash, n = shard.partition("/")
+    if not slash:
+        raise BadInput(f"shard '{shard}' is not of the form i/n, such as 0/4")
+    index, count = number("shard", i, 0), number("shards", n, 1)
+    if index >= count:
+        raise BadInput(f"shard {shard}: the {count} shards are 0/{count} to {count - 1}/{count}")
+    return index, count
+
+
+def join(hosts: str) -> tuple[int, int] | None:
+    """Starts `jax.distributed` and returns which shard this process is; None where it is the only one.
+
+    The hosts wait for each other here alone. Then the connection is closed: work is never sent, and a host that dies
+    would take the others with it.
+    """
+    address, _, rest = hosts.partition(",")
+    try:
+        if hosts == "auto":
+            jax.distributed.initialize()
+        else:
+            count, _, index = rest.partition(",")
+            jax.distributed.initialize(address, number("hosts", count, 1), number("host", index, 0))
+        jax.local_devices()
+        jax.distributed.shutdown()
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise BadInput(f"--hosts {hosts}: {reason} (give off, auto or ADDRESS:PORT,COUNT,INDEX)") from error
+    return (jax.process_index(), jax.process_count()) if jax.process_count() > 1 else None
+
+
+def local_devices(count: int | None) -> Sequence[Any]:
+    """The first `count` devices of this process; a CPU counts as that many."""
+    if count is not None:
+        number("devices", count, 1)
+        with contextlib.suppress(RuntimeError):  # too late: JAX has started
+            jax.config.update("jax_num_cpu_devices", count)
+    found = jax.local_devices()
+    if count is not None and count > len(found):
+        raise BadInput(f"devices {count}: this process has {len(found)}")
+    return found[:count]
+
+
+def plan(
+    cells: list[Cell], rows: list[dict[str, Any]], devices: Sequence[Any], lanes: int | str | None, shard: Any
+) -> None:
+    """Prints what a run would do: cells, groups, memory, and the time that like rows took. Trains nothing."""
+    done = {row["run"] for row in rows}
+    took: dict[Any, list[float]] = {}
+    for row in rows:
+        if "error" not in row:
+            took.setdefault(tuple(row[part] for part in PARTS), []).append(row["seconds"]["run"])
+    made = groups(cells, room(devices, lanes), shard)
+    table = Table(*PARTS, "cells", "to do", "groups", "MB of a group", "expected", box=None)
+    kinds = {tuple(name_of(getattr(cell, part)) for part in PARTS): None for group in made for cell in group}
+    known, unknown, memory = 0.0, 0, [footprint(group, devices, lanes) / 1e6 for group in made]
+    for kind in kinds:
+        mine = [[cell for cell in group if tuple(name_of(getattr(cell, p)) for p in PARTS) == kind] for group in made]
+        alike = [cell for group in mine for cell in group]
+        left = sum(cell.run not in done for cell in alike)
+        seconds = left * statistics.fmean(took[kind]) if kind in took else None
+        known, unknown = known + (seconds or 0), unknown + (left if seconds is None else 0)
+        size = max(size for size, group in zip(memory, mine, strict=True) if group)
+        words = [str(len(alike)), str(left), str(sum(map(bool, mine))), f"{size:.0f}"]
+        table.add_row(
+            *(name or "none" for name in kind), *words, "?" if seconds is None else progress.duration(seconds)
+        )
+    console = Console()
+    (console if console.is_terminal else Console(width=140)).print(table)
+    count, victims = sum(map(len, made)), len({cell.victim for group in made for cell in group})
+    print(f"{count} cells, {victims} victims, {len(made)} groups on {len(devices)} × {devices[0].device_kind}"
+          f"{'' if shard is None else ', shard {}/{}'.format(*shard)}; {count - sum(c.run in done for g in made for c in g)} to do")  # fmt: skip
+    print(
+        f"memory of a device: {max(memory, default=0):.0f} MB at least (data, training states, activations of a batch)"
+    )
+    print(f"expected: {progress.duration(known)}, from the rows that are there, without compiling"
+          f"{f'; unknown for {unknown} cells: no like row is there yet' if unknown else ''}")  # fmt: skip
+
+
+PARTS = ("dataset", "model", "attack", "defense")
+
+
+def status(folder: str | Path) -> None:
+    """Prints what the runs that work on `folder` are doing, from its files alone."""
+    found = progress.boards(Path(folder))
+    if not found:
+        raise BadInput(f"{folder} has no progress.json: give the results folder of `bdjax run` or `bdjax sweep`")
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(progress.table(found))
+    rows, left = len(read_rows(result_files(Path(folder)))), sum(run["total"] - run["rows"] for run in found)
+    print(f"{rows} rows are there, {left} are to come from these")

@@ -419,3 +419,56 @@ def heat_map(
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
+# --- Analysis: where a net looks, how large its activations are, how many replicas are enough ---
+
+
+def cams(pictures: Any, maps: Any, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> Figure:
+    """Grad-CAM laid over the images, each map on its own scale. `pictures: [R, C, H, W, 1 or 3]`, `maps: [R, C, H, W]`."""
+    pictures, maps = np.asarray(pictures, np.float32), np.asarray(maps, np.float32)
+    top = maps.max((2, 3), keepdims=True)
+    heat = matplotlib.colormaps["inferno"](maps / np.where(top > 0, top, 1))[..., :3]
+    return images(0.4 * pictures.mean(-1, keepdims=True) + 0.6 * heat, rows, columns, cell=1.0)
+
+
+@styled
+def activation_maps(means: Mapping[str, Any]) -> Figure:
+    """Mean activation of every channel, a square each, on one scale: `{"clean": [C], "stamped": [C]}`."""
+    values = {name: np.asarray(value, np.float64).ravel() for name, value in means.items()}
+    count = max(map(len, values.values()))
+    across = min(count, 32)
+    down, top = -(-count // across), max(value.max() for value in values.values())
+    figure = Figure((WIDTH, len(values) * (0.35 + 0.13 * down) + 0.5), layout="constrained")
+    grid = figure.subplots(len(values), 1, squeeze=False)[:, 0]
+    for axes, (name, value) in zip(grid, values.items()):
+        filled = np.concatenate([value, np.full(down * across - len(value), np.nan)]).reshape(down, across)
+        picture = axes.imshow(filled, cmap="cividis", vmin=0, vmax=top or 1)
+        axes.set(xticks=[], yticks=[], title=name)
+        axes.grid(False)
+    figure.colorbar(picture, ax=list(grid), orientation="horizontal", aspect=40, label="mean activation of a channel")
+    return figure
+
+
+@styled
+def activation_norms(samples: Mapping[str, Any], auroc: Mapping[str, Any] | None = None, bins: int = 40) -> Figure:
+    """Histograms of ℓ1, ℓ2, ℓ∞: `{name: (l1: [N], l2: [N], linf: [N])}`; `auroc`: `{name: (l1, l2, linf)}` of some."""
+    figure = Figure((WIDTH, 5.6), layout="constrained")
+    for j, (axes, norm) in enumerate(zip(figure.subplots(3, 1), ("ℓ1", "ℓ2", "ℓ∞"))):
+        edges: Any = np.histogram_bin_edges(np.concatenate([np.asarray(v[j]) for v in samples.values()]), bins)
+        for i, (name, values) in enumerate(samples.items()):
+            share = np.full(len(values[j]), 1 / len(values[j]))
+            style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)]}
+            axes.hist(np.asarray(values[j]), edges, weights=share, histtype="step", label=name, linewidth=1.4, **style)
+        known = ", ".join(f"{name} {float(found[j]):.2f}" for name, found in (auroc or {}).items())
+        axes.set(xlabel=f"{norm} norm" + (f" (AUROC: {known})" if known else ""), ylabel="share")
+        _percent(axes.yaxis, whole=False)
+    _legend(figure.axes[0])
+    return figure
+
+
+def replicas(sigma: Any, enough: float | None = None) -> Figure:
+    """σ(N) of STRIP's entropies over the number N of replicas, from 2 up: `sigma: [n]`, and the N chosen."""
+    sigma = np.asarray(sigma)[1:]
+    line = {"clean inputs": sigma}
+    return curves(np.arange(2, len(sigma) + 2), line, None, "replicas N", "σ of the entropy", False, enough, "N =")

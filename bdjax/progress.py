@@ -1,13 +1,26 @@
-"""Progress with an ETA: a rich bar on a terminal, plain lines elsewhere, nothing under `--quiet`."""
+"""What a run is doing: bars with an ETA, the table of a sweep, `progress.json` for whoever looks from elsewhere; and how
+it is asked to stop.
+"""
 
+import contextlib
+import json
+import os
+import signal
+import socket
 import sys
+import threading
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
+
+HEARTBEAT = 5.0
+"""Seconds between two writes of `progress.json`; a run that was silent for ten times as long is not alive."""
 
 
 class Progress(AbstractContextManager):
-    """`with Progress(total, "training") as bar: bar.step("epoch 3")`."""
+    """A rich bar on a terminal, plain lines elsewhere: `with Progress(total, "training") as bar: bar.step("epoch 3")`."""
 
     def __init__(self, total: float, label: str, quiet: bool = False):
         self.total, self.label, self.quiet = total, label, quiet
@@ -39,3 +52,149 @@ class Progress(AbstractContextManager):
     def __exit__(self, *_: Any) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+class Board(AbstractContextManager):
+    """The state of a run in `path` (None: nowhere), rewritten every few seconds and, if `live`, shown on the terminal.
+
+    `facts`: what `table` shows; `rows` and `before`, the finished rows now and at the start, `total`, `group`, `groups`,
+    `failed`, `doing` …
+    """
+
+    def __init__(self, path: Path | None = None, live: bool = False, **facts: Any):
+        now = time.time()
+        self.path, self.live = path, live and sys.stderr.isatty()
+        self.facts = {"state": "running", "started": now, "updated": now, "host": socket.gethostname(), **facts}
+        self.ended = threading.Event()
+        self.screen: Any = None
+
+    def tell(self, **facts: Any) -> None:
+        """Takes note; it is written with the next heartbeat."""
+        self.facts |= facts
+
+    def count(self, **more: int) -> None:
+        """Adds to facts that are counted."""
+        self.tell(**{name: self.facts.get(name, 0) + value for name, value in more.items()})
+
+    def write(self) -> None:
+        """Replaces the file; a full disk does not end a run for it."""
+        if self.path is not None:
+            self.facts["updated"] = time.time()
+            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            with contextlib.suppress(OSError):
+                temporary.write_text(json.dumps(self.facts, ensure_ascii=False))
+                os.replace(temporary, self.path)
+
+    def _beat(self) -> None:
+        self.write()
+        while not self.ended.wait(HEARTBEAT):
+            self.write()
+
+    def __enter__(self) -> "Board":
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
+        if self.live:
+            from rich.console import Console
+            from rich.live import Live
+
+            shown = lambda: table([{**self.facts, "updated": time.time()}])  # noqa: E731
+            self.screen = Live(get_renderable=shown, console=Console(stderr=True), refresh_per_second=2)
+            self.screen.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.tell(state="done" if kind is None else "stopped", doing="")
+        self.write()
+        if self.screen is not None:
+            self.screen.stop()
+
+
+def boards(folder: Path) -> list[dict[str, Any]]:
+    """What the runs that work on a results folder wrote, one a shard; damaged files are left out."""
+    found = []
+    for path in sorted(folder.glob("progress*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(path.read_text()))
+    return found
+
+
+def table(facts: Iterable[Mapping[str, Any]]) -> Any:
+    """A rich table of runs: groups, rows, rows a minute, ETA, devices, what is being done."""
+    from rich.table import Table
+
+    heads = ("shard", "state", "groups", "rows", "failed", "rows/min", "ETA", "devices", "now")
+    made = Table(*heads, box=None, pad_edge=False)
+    for run in facts:
+        spent = max(run["updated"] - run["started"], 1e-3)
+        rate = (run["rows"] - run["before"]) / spent
+        left = run["total"] - run["rows"]
+        state, silent = run["state"], time.time() - run["updated"]
+        if state == "running" and silent > 10 * HEARTBEAT:
+            state = f"silent for {duration(silent)}: killed?"
+        running = state == "running" and rate > 0
+        made.add_row(
+            run["shard"], state, f"{run['group']}/{run['groups']}", f"{run['rows']}/{run['total']}", str(run["failed"]),
+            f"{60 * rate:.1f}" if rate else "", duration(left / rate) if running else "", run["devices"], run["doing"],
+        )  # fmt: skip
+    return made
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.2 h`, `5.0 days`."""
+    for unit, size in (("days", 86400), ("h", 3600)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+class Terminated(KeyboardInterrupt):
+    """The run was asked to end by SIGTERM: a preempted machine, a job at its time limit."""
+
+
+class Stop(AbstractContextManager):
+    """Inside, SIGINT and SIGTERM only ask to stop: `asked` is the signal. The second one ends the process at once.
+
+    Python runs no signal handler while a compiled program runs, which may take minutes; a thread listens instead.
+    """
+
+    def __init__(self) -> None:
+        self.asked: signal.Signals | None = None
+
+    def check(self) -> None:
+        """Raises where a stop was asked for: call it where nothing would be lost."""
+        if self.asked is not None:
+            raise Terminated if self.asked == signal.SIGTERM else KeyboardInterrupt
+
+    def __enter__(self) -> "Stop":
+        self.asked, self.before = None, {}
+        if threading.current_thread() is threading.main_thread():
+            self.heard, self.told = os.pipe()
+            os.set_blocking(self.told, False)
+            self.before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.earlier = signal.set_wakeup_fd(self.told, warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def _listen(self) -> None:
+        while number := os.read(self.heard, 1)[0]:
+            if number not in self.before:
+                continue
+            if self.asked is not None:
+                print("\x1b[?25h" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)  # the cursor
+                os._exit(128 + number)  # safe at any moment, as kill −9 is
+            self.asked = signal.Signals(number)
+            after = "what is running" if number == signal.SIGINT else "this epoch"
+            line = f"{self.asked.name}: stopping after {after}; once more stops at once"
+            print(line, file=sys.stderr, flush=True)
+        os.close(self.heard)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.before:
+            signal.set_wakeup_fd(self.earlier)
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
+            os.write(self.told, b"\0")
+            os.close(self.told)
+            self.before = {}

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bdjax import plots
-from bdjax.store import Store, explained, renamed
+from bdjax.store import Store, explained, renamed, result_files
 from bdjax.types import BadInput
 
 Row = Mapping[str, Any]
@@ -368,7 +368,7 @@ def _save(folder: Path, files: Mapping[str, bytes]) -> Path:
 def load(folder: str | Path) -> Section:
     """A results folder, also one whose run was interrupted before it wrote its page."""
     folder = Path(folder)
-    if not (folder / "results.jsonl").is_file():
+    if not result_files(folder):
         raise BadInput(f"{folder} has no results.jsonl: give a folder that `bdjax run` or `bdjax sweep` wrote")
     rows = Store(folder).rows()
     if not rows:

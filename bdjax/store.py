@@ -5,11 +5,13 @@ torn by a crash is cut off by the next writer. Nothing that is read back can run
 Orbax arrays.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ import jax
 import numpy as np
 
 from bdjax import registry
+from bdjax.datasets.base import data_dir
 from bdjax.models.layers import build
 from bdjax.types import BadInput, Model, Variables
 
@@ -50,39 +53,57 @@ def renamed(path: Path):
 
 
 class Store:
-    """A results folder."""
+    """A results folder. `shard`: (i, n) where this process is one of n that share the work: it has a results file of its
+    own.
+    """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, shard: tuple[int, int] | None = None):
+        self.folder, self.shard = Path(folder), shard
         with explained(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(errno.EACCES, "permission denied")
-        self.results = self.folder / "results.jsonl"
+        self.suffix = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
+        self.results = self.folder / f"results{self.suffix}.jsonl"
 
     def rows(self) -> list[dict[str, Any]]:
-        """The finished rows, each run once; a torn last line is left out."""
-        found: dict[str, dict[str, Any]] = {}
-        if self.results.exists():
-            for line in self.results.read_bytes().splitlines():
-                try:
-                    row = json.loads(line)
-                    found.setdefault(row["run"], row)
-                except (ValueError, KeyError, TypeError):
-                    continue
-        return list(found.values())
+        """The finished rows of all shards, each run once; a torn last line is left out."""
+        return read_rows(result_files(self.folder))
+
+    @contextmanager
+    def locked(self):
+        """Keeps the shard for this process: a second one that wants it is refused. The lock dies with the process."""
+        path = self.folder / f".results{self.suffix}.lock"
+        with explained(path):
+            file = open(path, "a+")  # noqa: SIM115
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                shard = "" if self.shard is None else f" (shard {self.shard[0]}/{self.shard[1]})"
+                line = (
+                    f"{self.folder}{shard} is being worked on by {owner}: wait for it, or give each its own --shard i/n"
+                )
+                raise BadInput(line) from None
+            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+            yield
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows whose run is not there yet; on return they are on the disk. Safe with several writers."""
         with explained(self.results), open(self.results, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            known = {row["run"] for row in self.rows()}
+            known = {row["run"] for row in read_rows([self.results])}
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
             whole = file.read().rfind(b"\n") + 1
             if whole != end:
                 file.truncate(whole)
-            new = [row for row in rows if row["run"] not in known]
+            new = {row["run"]: row for row in rows if row["run"] not in known}.values()
             text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in new).encode()
             try:
                 file.write(text)
@@ -103,22 +124,69 @@ class Store:
         return dict(np.load(path, allow_pickle=False)) if path.exists() else {}
 
 
+def result_files(folder: Path) -> list[Path]:
+    """The results files of a folder, that of an unsharded run first."""
+    return [path for path in (folder / "results.jsonl", *sorted(folder.glob("results-*-of-*.jsonl"))) if path.exists()]
+
+
+def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The rows of results files, each run once; a torn last line is left out."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        for line in path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+                found.setdefault(row["run"], row)
+            except (ValueError, KeyError, TypeError):
+                continue
+    return list(found.values())
+
+
+def recall(name: str) -> dict[str, Any]:
+    """What was measured on this machine and kept in the file `name` of the user's cache."""
+    try:
+        found = json.loads((data_dir() / name).read_text())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def remember(name: str, key: str, value: Any) -> None:
+    """Keeps `value` for `recall`; a cache that cannot be written is no error."""
+    with contextlib.suppress(BadInput), renamed(data_dir() / name) as path:
+        path.write_text(json.dumps({**recall(name), key: value}, indent=1))
+
+
 def save_tree(path: Path, tree: Any) -> None:
-    """A pytree of arrays as an Orbax checkpoint."""
+    """A pytree of arrays as an Orbax checkpoint; as `.npz` where JAX knows of other hosts: Orbax would wait for them, and
+    let the first one alone write.
+    """
+    leaves = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+    with renamed(path) as temporary:
+        if jax.process_count() > 1:
+            temporary.mkdir()
+            np.savez(temporary / "leaves.npz", **leaves)  # type: ignore[arg-type]
+        else:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(temporary.absolute(), leaves)
+
+
+def _checkpointer() -> Any:
     import orbax.checkpoint as ocp
 
-    leaves = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
-    with renamed(path) as temporary, ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(temporary.absolute(), leaves)
+    alone = ocp.options.MultiprocessingOptions(jax.process_index(), {jax.process_index()})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def load_tree(path: Path, like: Any) -> Any:
     """The pytree saved at `path`, with the structure of `like`; `BadInput` where it is damaged or of other shapes."""
-    import orbax.checkpoint as ocp
-
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            saved = checkpointer.restore(path.absolute())
+        if (path / "leaves.npz").exists():
+            saved = dict(np.load(path / "leaves.npz", allow_pickle=False))
+        else:
+            with _checkpointer() as checkpointer:
+                saved = checkpointer.restore(path.absolute())
         leaves = [np.asarray(saved[name]) for name in sorted(saved)]
     except Exception as error:
         raise BadInput(f"the checkpoint {path} is damaged or incomplete: {_line(error)}") from error

@@ -2,20 +2,26 @@
 
 A `Cell` names a victim (dataset × model × recipe × attack × seed) and what is done to it. The victim of several
 defenses is trained once, in chunks that are checkpointed, and kept by the hash of its configuration. Rows are on disk
-as soon as their group ends; a run that was interrupted goes on where it stopped.
+as soon as their group ends; a run that was interrupted goes on where it stopped. Processes that share the work by
+victims (`Store.shard`) never talk to each other: their rows are merged by whoever reads them.
 """
 
 import dataclasses
 import itertools
+import json
 import math
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +32,15 @@ from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
 from bdjax.defenses.base import Defense
 from bdjax.models.layers import Net, build
-from bdjax.progress import Progress
-from bdjax.store import Store, load_tree, save_tree
+from bdjax.progress import Board, Progress, Stop
+from bdjax.store import Store, load_tree, recall, remember, renamed, save_tree
 from bdjax.train import Recipe, advance, begin, evaluate, poisoned_set, predict, stamped, unit
 from bdjax.types import BadInput, Model, Repaired, Scores, Split, Suspects, Verdict
 
 CHECKPOINT_EVERY = 30.0
 """Seconds of training between two checkpoints."""
+GROUP = 8, 64
+"""How many victims a CPU and an accelerator take at a time: their rows are written before the next ones are begun."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +66,17 @@ class Cell:
         return None if self.defense is None else registry.get("defense", registry.name_of(self.defense) or "").stage
 
     @property
+    def twin(self) -> "Cell":
+        """The same victim without the attack."""
+        return dataclasses.replace(self, row=f"{self.row}, clean twin", attack=None, defense=None, reported={})
+
+    @cached_property
     def victim(self) -> str:
         """Content hash of everything that decides the victim's weights."""
         data = fingerprint(self.dataset.load())
         return registry.digest(data, self.model, self.recipe, self.attack, self.seed)
 
-    @property
+    @cached_property
     def run(self) -> str:
         """Content hash of the row."""
         return registry.digest(self.victim, self.defense, self.table, self.row)
@@ -72,13 +85,49 @@ class Cell:
 def grid(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
     """Copies of the dataclass `base` over the product of `axes`: `grid(cell, seed=range(3), attack__rate=(0.01, 0.1))`.
 
-    `a__b` is field `b` of field `a`.
+    `a__b` is field `b` of field `a`, an array or a static one. Here and below `base` may be several: combinators nest.
     """
-    for values in itertools.product(*axes.values()):
-        made = base
-        for path, value in zip(axes, values, strict=True):
-            made = replace(made, path.split("__"), value)
-        yield made
+    kept = {path: tuple(values) for path, values in axes.items()}
+    for one in _several(base):
+        for values in itertools.product(*kept.values()):
+            yield _with(one, kept, values)
+
+
+def zipped(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
+    """Copies over the axes in step, the first values of all, then the second ones: `zipped(cell, seed=(0, 1),
+    attack__target=(3, 7))`.
+    """
+    kept = {path: tuple(values) for path, values in axes.items()}
+    if len({len(values) for values in kept.values()}) > 1:
+        raise BadInput(f"zipped axes differ in length: {', '.join(f'{path} {len(kept[path])}' for path in kept)}")
+    for one in _several(base):
+        for values in zip(*kept.values(), strict=True):
+            yield _with(one, kept, values)
+
+
+def sample(base: Any, count: int, draw: int = 0, **axes: Sequence[Any] | Callable[[np.random.Generator], Any]):
+    """`count` random copies, the same ones for the same `draw`: an axis is a sequence to choose from or a function of a
+    generator: `sample(cell, 50, attack__rate=lambda rng: 10 ** rng.uniform(-3, -1))`.
+    """
+    rng = np.random.default_rng(draw)
+    for one in _several(base):
+        for _ in range(count):
+            drawn = [axis(rng) if callable(axis) else axis[int(rng.integers(len(axis)))] for axis in axes.values()]
+            yield _with(one, axes, drawn)
+
+
+chain = itertools.chain
+"""Several sweeps as one: `chain(grid(…), sample(…))`. A cell that occurs twice is run once."""
+
+
+def _several(base: Any) -> Iterable[Any]:
+    return [base] if dataclasses.is_dataclass(base) else base
+
+
+def _with(base: Any, paths: Iterable[str], values: Iterable[Any]) -> Any:
+    for path, value in zip(paths, values, strict=True):
+        base = replace(base, path.split("__"), value)
+    return base
 
 
 def replace(base: Any, path: Sequence[str], value: Any) -> Any:
@@ -112,6 +161,56 @@ def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]
     return list(groups.values())
 
 
+def _pieces(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    """`items` in pieces of about the same size, at most `most`: few sizes, few programs."""
+    size = -(-len(items) // -(-len(items) // most)) if items else 1
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def groups(cells: Iterable[Cell], most: int, shard: tuple[int, int] | None = None) -> list[list[Cell]]:
+    """The cells of at most `most` victims that one program trains, with all that is done to them; each run once.
+
+    Shard (i, n) has every n-th victim of all, counted through the programs.
+    """
+    found, seen = [], 0
+    for alike in _grouped({cell.run: cell for cell in cells}.values(), _training):
+        mine: dict[str, list[Cell]] = {}
+        for cell in alike:
+            mine.setdefault(cell.victim, []).append(cell)
+        first, step = (0, 1) if shard is None else ((shard[0] - seen) % shard[1], shard[1])
+        seen += len(mine)
+        for names in _pieces(list(mine)[first::step], most):
+            found.append([cell for name in names for cell in mine[name]])
+    return found
+
+
+def _training(cell: Cell) -> Any:
+    return cell.dataset, cell.model, compile_key(cell.recipe, cell.attack)
+
+
+def room(devices: Sequence[Any], lanes: int | str | None = None) -> int:
+    """The most runs that are held on the devices at a time."""
+    return len(devices) * max(GROUP[devices[0].platform != "cpu"], lanes if isinstance(lanes, int) else 1)
+
+
+def footprint(cells: Sequence[Cell], devices: Sequence[Any], lanes: int | str | None = None) -> int:
+    """Bytes that training a group takes on a device at least: the data, the states of its runs, and the activations at
+    the sites of the lanes' batches.
+    """
+    data, recipe = cells[0].dataset.load(), cells[0].recipe
+    model = build(cells[0].model, data.shape, data.classes)
+    state = jax.eval_shape(lambda: begin(jax.random.key(0), model, recipe))
+    x = jax.ShapeDtypeStruct((min(recipe.batch, len(data.train.label)), *data.shape), np.float32)
+    acts = jax.eval_shape(lambda v, x: model.apply(v, x).acts, state.variables, x)
+    runs = -(-len({cell.victim for cell in cells}) // len(devices))
+    lanes = min(runs, lanes if isinstance(lanes, int) else mesh.default_lanes(runs))
+
+    def size(tree: Any) -> int:
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    return size((data.train, data.clean, data.test)) + runs * size(state) + lanes * size(acts)
+
+
 class Clock:
     """Seconds spent, by stage: data, compile, train, defend, report."""
 
@@ -131,164 +230,360 @@ class Clock:
         return {"compile": found["compile"] - before["compile"], "run": (found["run"] - before["run"]) / cells}
 
 
+class Again(Exception):
+    """A program did not fit into the device's memory; it was given fewer lanes."""
+
+
+class Unfit(Exception):
+    """A program does not fit into the device's memory with a single lane."""
+
+
+class Victim(NamedTuple):
+    """A trained victim, on the host: the attack as it is fired, and the net. `loss` is that of the last epoch."""
+
+    attack: Any
+    variables: Any
+    loss: float
+
+
 @dataclasses.dataclass
 class Runner:
-    """Runs cells into a store. `lanes` and `devices` as in `mesh.over_runs`; `on_rows` is told of each finished group."""
+    """Runs cells into a store. `devices` as in `mesh.over_runs`, `lanes` too, or "auto": measured for each program;
+    `on_rows` is told of each finished group; `live`: a table instead of bars.
+    """
 
     store: Store
     experiment: str
     scale: str = "cpu"
-    lanes: int | None = None
+    lanes: int | Literal["auto"] | None = None
     devices: Sequence[Any] | None = None
     quiet: bool = False
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None
     clock: Clock = dataclasses.field(default_factory=Clock)
     programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    live: bool = False
+    board: Board = dataclasses.field(default_factory=Board)
+    stop: Stop = dataclasses.field(default_factory=Stop)
+    widths: dict[Any, int] = dataclasses.field(default_factory=dict)
+    """The lanes of programs that were measured, or did not fit."""
+    unfit: list[Cell] = dataclasses.field(default_factory=list)
+    """What does not fit into the device's memory."""
 
-    def run(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        """The rows of all `cells`, those of earlier runs included, in the order of `cells`."""
-        done = {row["run"] for row in self.store.rows()}
-        pending = [cell for cell in cells if cell.run not in done]
-        for cell in pending:
-            check(cell)
-        for group in _grouped(pending, lambda c: (c.dataset, c.model, compile_key(c.recipe, c.attack))):
-            self._group(group)
+    def __post_init__(self) -> None:
+        self.places = list(self.devices or jax.local_devices()[:1])
+        self.members: dict[str, tuple[Path, int]] | None = None
+        self.last: tuple[Any, Any] = (None, None)
+
+    def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+        """The finished rows of all `cells`, those of earlier runs and other shards included, in the order of `cells`."""
+        cells = list(cells)
+        with self.store.locked():
+            done = {row["run"] for row in self.store.rows()}
+            mine = self.groups(cells)
+            pending = [left for group in mine if (left := [cell for cell in group if cell.run not in done])]
+            for cell in itertools.chain(*pending):
+                check(cell)
+            total = sum(map(len, mine))
+            finished = total - sum(map(len, pending))
+            shard = "" if self.store.shard is None else "{}/{}".format(*self.store.shard)
+            path = self.store.folder / f"progress{self.store.suffix}.json"
+            self.board = Board(
+                path, self.live, experiment=self.experiment, scale=self.scale, shard=shard, total=total, rows=finished,
+                before=finished, groups=len(mine), group=len(mine) - len(pending), failed=0, doing="",
+                devices=f"{len(self.places)} × {device_name()}",
+            )  # fmt: skip
+            with self.stop, self.board:
+                for group in pending:
+                    self._group(group)
+                    self.board.count(group=1)
         rows = {row["run"]: row for row in self.store.rows()}
-        return [rows[cell.run] for cell in cells if cell.run in rows]
+        return [rows[cell.run] for cell in {cell.run: cell for cell in cells}.values() if cell.run in rows]
+
+    def groups(self, cells: Iterable[Cell]) -> list[list[Cell]]:
+        """This process's cells, as they are run."""
+        return groups(cells, room(self.places, self.lanes), self.store.shard)
 
     def victim(self, cell: Cell) -> tuple[Model, Any, Any]:
         """The model, the attack as it is fired, and the variables of a cell's victim; trained if it is not there yet."""
         model, shared = self._data(cell)
-        victims, _, _ = self._victims([cell], model, shared)
-        attack, variables = take(victims, 0)
+        victims, _ = self._victims([cell], model, shared)
+        if cell.victim not in victims:
+            raise BadInput(self.complaint())
+        attack, variables, _ = jax.tree.map(jnp.asarray, victims[cell.victim])
         return model, attack, variables
 
     def defend(self, cell: Cell, model: Model, variables: Any) -> tuple[dict[str, Any], Any]:
         """The row of `cell` for a given victim, and the repaired variables where its defense repairs."""
         check(cell)
         _, shared = self._data(cell)
-        return self._judged(
-            [cell], model, shared, stack([(cell.attack, variables)]), {"compile": 0.0, "run": 0.0}, keep=True
-        )
+        try:
+            return self._judged([cell], model, shared, [(cell.attack, variables)], {"compile": 0.0, "run": 0.0}, True)
+        except Unfit as error:
+            self.unfit.append(cell)
+            raise BadInput(self.complaint()) from error
+
+    def complaint(self) -> str:
+        """One line on what does not fit."""
+        kinds = {f"{registry.name_of(c.defense) or 'training'} on {registry.name_of(c.model)}" for c in self.unfit}
+        what = f"{len(self.unfit)} runs do not fit into the memory of {device_name()} even one at a time"
+        return f"{what}: {', '.join(sorted(kinds))}; take smaller batches or a larger device"
 
     def _data(self, cell: Cell) -> tuple[Model, Any]:
         start = time.monotonic()
         data = cell.dataset.load()
-        shared = tuple(Split(jnp.asarray(s.image), jnp.asarray(s.label)) for s in (data.train, data.clean, data.test))
+        if self.last[0] != cell.dataset:
+            splits = tuple(
+                Split(jnp.asarray(s.image), jnp.asarray(s.label)) for s in (data.train, data.clean, data.test)
+            )
+            self.last = cell.dataset, mesh.place(splits, jnp.zeros(1), self.places)[0]
         self.clock.add("data", start)
-        return build(cell.model, data.shape, data.classes), shared
+        return build(cell.model, data.shape, data.classes), self.last[1]
 
     def _group(self, cells: list[Cell]) -> None:
         model, shared = self._data(cells[0])
+        none = {"compile": 0.0, "run": 0.0}
         # Victims first, then what needs them; defenses that replace training come last, as they need no victim.
         needing = [cell for cell in cells if cell.stage != "train"]
-        if needing:
-            names = list(dict.fromkeys(cell.victim for cell in needing))
-            owner = {cell.victim: cell for cell in reversed(needing)}
-            victims, seconds, lost = self._victims([owner[name] for name in names], model, shared)
-            index = {name: i for i, name in enumerate(names)}
-            for group in _grouped(needing, lambda c: compile_key(c.defense)):
-                whole = [cell for cell in group if not lost[index[cell.victim]]]
-                self._failed([cell for cell in group if cell not in whole], "training diverged: the loss is not finite")
-                if whole:
-                    chosen = np.asarray([index[cell.victim] for cell in whole])
-                    self._judged(whole, model, shared, take(victims, chosen), seconds)
-        for group in _grouped((c for c in cells if c.stage == "train"), lambda c: compile_key(c.defense)):
-            self._judged(group, model, shared, None, {"compile": 0.0, "run": 0.0})
+        victims, seconds = self._victims(needing, model, shared) if needing else ({}, none)
+        self.stop.check()
+        fitting = [cell for cell in needing if cell.victim in victims]
+        self.unfit += [cell for cell in needing if cell.victim not in victims]
+        for alike in _grouped(fitting, lambda c: compile_key(c.defense)):
+            whole = [cell for cell in alike if np.isfinite(victims[cell.victim].loss)]
+            if lost := [cell for cell in alike if not np.isfinite(victims[cell.victim].loss)]:
+                self._failed(lost, "training diverged: the loss is not finite")
 
-    def _victims(self, cells: list[Cell], model: Model, shared: Any) -> tuple[Any, dict[str, float], list[bool]]:
-        """The victims' `(attack, variables)`, stacked in the order of `cells`; seconds; and which of them diverged."""
-        folder = self.store.folder / "victims"
-        like = jax.eval_shape(lambda: _untrained(cells[0], model, shared))
-        missing = [cell for cell in cells if not (folder / cell.victim).exists()]
+            def judge(piece: Sequence[Cell]) -> None:
+                self._judged(piece, model, shared, [victims[cell.victim][:2] for cell in piece], seconds)
+
+            for piece in _pieces(whole, room(self.places, self.lanes)):
+                self.unfit += self._halved(piece, judge)
+                self.stop.check()
+        for alike in _grouped((c for c in cells if c.stage == "train"), lambda c: compile_key(c.defense)):
+            for piece in _pieces(alike, room(self.places, self.lanes)):
+                self.unfit += self._halved(piece, lambda piece: self._judged(piece, model, shared, None, none))
+                self.stop.check()
+
+    def _halved(self, cells: Sequence[Cell], work: Callable[[Sequence[Cell]], Any]) -> list[Cell]:
+        """Does `work` for `cells`, in halves where all are too many for the device's memory; what does not fit alone."""
+        try:
+            work(cells)
+            return []
+        except Unfit:
+            if len(cells) == 1:
+                say(f"out of memory with a single run: {cells[0].row} is left out", self.quiet)
+                return [cells[0]]
+        middle = len(cells) // 2
+        say(f"out of memory with one lane: {len(cells)} runs go on as {middle} and {len(cells) - middle}", self.quiet)
+        return self._halved(cells[:middle], work) + self._halved(cells[middle:], work)
+
+    def _victims(self, cells: Sequence[Cell], model: Model, shared: Any) -> tuple[dict[str, Victim], dict[str, float]]:
+        """The victims of `cells` by name, without those that do not fit; and seconds a victim. Those that are not there
+        yet are trained, all in one program.
+        """
+        folder, owner = self.store.folder / "victims", {cell.victim: cell for cell in reversed(cells)}
+        if self.members is None:  # A checkpoint holds the victims of a group, stacked; a file says which.
+            self.members = {}
+            for path in folder.glob("*/members.json"):
+                self.members |= {name: (path.parent, i) for i, name in enumerate(json.loads(path.read_text()))}
+        names = list(dict.fromkeys(cell.victim for cell in cells))
         seconds = {"compile": 0.0, "run": 0.0}
-        if missing:
-            trained, losses, seconds = self._trained(missing, model, shared)
-            for i, cell in enumerate(missing):
-                save_tree(folder / cell.victim, (take(trained, i), losses[i]))
-        saved = [load_tree(folder / cell.victim, (like, jax.ShapeDtypeStruct((), jnp.float32))) for cell in cells]
-        return stack([victim for victim, _ in saved]), seconds, [not np.isfinite(loss) for _, loss in saved]
+        before = self.clock.split()
+        found: dict[str, Victim] = {}
 
-    def _trained(self, cells: list[Cell], model: Model, shared: Any) -> tuple[Any, np.ndarray, dict[str, float]]:
-        """Trains the victims of `cells`, all in one program an epoch, with a checkpoint every half minute."""
+        def train(missing: Sequence[Cell]) -> None:
+            trained, losses = self._trained(missing, model, shared)
+            names = [cell.victim for cell in missing]
+            with renamed(folder / registry.digest(names)) as temporary:
+                save_tree(temporary / "arrays", (trained, losses))
+                (temporary / "members.json").write_text(json.dumps(names))
+            shutil.rmtree(self._partial(missing), ignore_errors=True)
+            assert self.members is not None
+            self.members |= {name: (folder / registry.digest(names), i) for i, name in enumerate(names)}
+
+        if missing := [owner[name] for name in names if name not in self.members]:
+            self._halved(missing, train)
+            seconds = self.clock.split(before, len(missing))
+        one = jax.eval_shape(lambda: (_untrained(cells[0], model, shared), jnp.zeros(())))
+        for path in dict.fromkeys(self.members[name][0] for name in names if name in self.members):
+            held = json.loads((path / "members.json").read_text())
+            some = [len(held)]
+            like = jax.tree.map(lambda leaf, some=some: jax.ShapeDtypeStruct((*some, *leaf.shape), leaf.dtype), one)
+            both, losses = load_tree(path / "arrays", like)
+            for i, name in enumerate(held):
+                if name in owner:
+                    attack, variables = take(both, i)
+                    found[name] = Victim(attack, variables, float(losses[i]))
+        return found, seconds
+
+    def _partial(self, cells: Sequence[Cell]) -> Path:
+        return self.store.folder / "partial" / registry.digest([cell.victim for cell in cells])
+
+    def _trained(self, cells: Sequence[Cell], model: Model, shared: Any) -> tuple[Any, np.ndarray]:
+        """The victims of `cells`, `(attack, variables)` stacked, and their losses."""
         label = f"training {len(cells)} × {registry.name_of(cells[0].model)}"
         label += "" if cells[0].attack is None else f" ({registry.name_of(cells[0].attack)})"
-        items = stack([(jax.random.key(cell.seed), cell.recipe, bound(cell, shared)) for cell in cells])
-        before = self.clock.split()
+        self.board.tell(doing=label)
+        items = self._stacked([(jax.random.key(cell.seed), cell.recipe, bound(cell, shared)) for cell in cells])
         if cells[0].attack is not None and type(cells[0].attack).train is not Attack.train:
             say(f"{label}: one program, no progress before its end", self.quiet)
             victims, losses = self._ran("train", _whole_training, model, shared, *items)
-            return victims, np.asarray(losses), self.clock.split(before, len(cells))
+        else:
+            while True:
+                try:
+                    states, losses = self._epochs(cells, label, model, shared, items)
+                    break
+                except Again:  # The states were given away: they are read back from the last checkpoint.
+                    continue
+            victims = (items[2], states.variables)
+        return take(jax.device_get(victims), slice(len(cells))), np.asarray(losses)[: len(cells)]
 
-        epochs = cells[0].recipe.epochs
-        partial_folder = self.store.folder / "partial" / registry.digest([cell.victim for cell in cells])
+    def _epochs(self, cells: Sequence[Cell], label: str, model: Model, shared: Any, items: Any) -> tuple[Any, Any]:
+        """Trains, one program an epoch, from the last checkpoint on; writes one every half minute, while it goes on."""
+        epochs, folder = cells[0].recipe.epochs, self._partial(cells)
         states = self._ran("train", _begin, model, shared, *items)
-        losses = jnp.zeros(len(cells))
-        if partial_folder.exists():
-            states, losses = load_tree(partial_folder, (states, losses))
+        losses = jnp.zeros(len(jax.tree.leaves(items)[0]))
+        if folder.exists():
+            states, losses = load_tree(folder, (states, losses))
+            states, losses = mesh.place(shared, (states, losses), self.places)[1]
         first = int(np.asarray(states.epoch)[0])
-        program = self._program(_epoch, model, shared, *items, states, donate=(len(items) + 1,))
-        start = saved = time.monotonic()
-        with Progress(epochs - first, label, self.quiet) as bar:
+        saved, writing = time.monotonic(), None
+        with ThreadPoolExecutor(1) as writer, Progress(epochs - first, label, self.quiet or self.board.live) as bar:
             for epoch in range(first, epochs):
-                states, losses = jax.block_until_ready(program(shared, *items, states))
-                bar.step(f"loss {float(jnp.mean(losses)):.3f}")
-                if time.monotonic() - saved > CHECKPOINT_EVERY and epoch + 1 < epochs:
-                    save_tree(partial_folder, (states, losses))
+                states, losses = self._call("train", _epoch, model, shared, *items, states, donate=(len(items) + 1,))
+                note = f"loss {float(jnp.mean(losses)):.3f}"
+                bar.step(note)
+                self.board.tell(doing=f"{label}, epoch {epoch + 1}/{epochs}, {note}")
+                last, ending = epoch + 1 == epochs, self.stop.asked == signal.SIGTERM
+                if not last and (ending or time.monotonic() - saved > CHECKPOINT_EVERY):
+                    if writing is not None:
+                        writing.result()
+                    # Copied from the device now, as the next epoch reuses the memory; written while it runs.
+                    writing = writer.submit(save_tree, folder, jax.device_get((states, losses)))
                     saved = time.monotonic()
-        self.clock.add("train", start)
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        return (items[2], states.variables), np.asarray(losses), self.clock.split(before, len(cells))
+                    if ending:
+                        writing.result()
+                        say(f"{label}: saved after epoch {epoch + 1} of {epochs}", self.quiet)
+                        self.stop.check()
+            if writing is not None:
+                writing.result()
+        return states, losses
 
-    def _program(self, fn: Callable, model: Model, shared: Any, *items: Any, donate: tuple[int, ...] = ()) -> Any:
-        """`fn(model, shared, *item)` over runs, compiled once for all groups that it serves."""
+    def _stacked(self, items: Sequence[Any]) -> Any:
+        """The items on the devices, padded with copies of the last one."""
+        padded = [*items, *[items[-1]] * (-len(items) % len(self.places))]
+        return mesh.place((), stack(padded), self.places)[1]
+
+    def _call(
+        self, stage: str, fn: Callable, model: Model, shared: Any, *items: Any, donate: tuple[int, ...] = ()
+    ) -> Any:
+        """`fn(model, shared, *item)` of all items, compiled once for all groups that it serves. Raises `Again` where it
+        did not fit and has fewer lanes now.
+        """
         key = (fn, model, compile_key(shared, items))
-        if key not in self.programs:
+        each = -(-len(jax.tree.leaves(items)[0]) // len(self.places))
+        try:
+            if key not in self.programs:
+                lanes = self.widths.get(key) or self._lanes(key, each, fn, model, shared, items)
+                start = time.monotonic()
+                self.programs[key] = compiled(fn, model, shared, items, lanes, self.places, donate)
+                self.clock.add("compile", start)
             start = time.monotonic()
-            devices = self.devices or jax.local_devices()[:1]
-            spread = mesh.over_runs(lambda shared, item: fn(model, shared, *item), lanes=self.lanes, devices=devices)
-            jitted = jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate)
-            self.programs[key] = jitted.lower(shared, *items).compile()
-            self.clock.add("compile", start)
-        return self.programs[key]
-
-    def _ran(self, stage: str, fn: Callable, model: Model, shared: Any, *items: Any) -> Any:
-        """The outputs of `fn` for all items."""
-        program = self._program(fn, model, shared, *items)
-        start = time.monotonic()
-        out = jax.block_until_ready(program(shared, *items))
+            out = jax.block_until_ready(self.programs[key](shared, *items))
+        except jax.errors.JaxRuntimeError as error:
+            self._narrow(key, each, fn, error)
         self.clock.add(stage, start)
         return out
 
+    def _narrow(self, key: Any, each: int, fn: Callable, error: Exception) -> NoReturn:
+        if not out_of_memory(error):
+            raise error
+        lanes = min(
+            self.widths.get(key) or (self.lanes if isinstance(self.lanes, int) else mesh.default_lanes(each)), each
+        )
+        self.programs.pop(key, None)
+        if lanes == 1:
+            raise Unfit from error
+        self.widths[key] = lanes // 2
+        name = fn.__name__.strip("_")
+        say(f"out of memory: {name} goes on with {lanes // 2} lanes a device instead of {lanes}", self.quiet)
+        raise Again from error
+
+    def _lanes(self, key: Any, each: int, fn: Callable, model: Model, shared: Any, items: Any) -> int | None:
+        """The lanes of a program; under "auto" measured once for a device kind, and remembered in the user's cache."""
+        if self.lanes != "auto":
+            return self.lanes
+        if each == 1 or mesh.default_lanes(each) == 1:
+            return 1
+        shapes = [(leaf.shape[1:], str(leaf.dtype)) for leaf in jax.tree.leaves(items)]
+        text = re.sub(" at 0x[0-9a-f]+", "", repr((model, jax.tree.structure(items), shapes, compile_key(shared))))
+        name = f"{device_name()}, jax {jax.__version__}, {fn.__name__.strip('_')} {registry.digest(text)}"
+        known = recall("lanes.json").get(name, {"lanes": 0, "tried": 0})
+        if known["lanes"] == known["tried"] < each:  # more lanes than were ever at hand
+            start = time.monotonic()
+
+            def seconds(lanes: int) -> float:
+                some = mesh.place((), take(items, slice(lanes)), self.places[:1])[1]
+                try:
+                    program = compiled(fn, model, shared, some, lanes, self.places[:1])
+                    begun = time.monotonic()
+                    jax.block_until_ready(program(shared, *some))
+                    return (time.monotonic() - begun) / lanes
+                except jax.errors.JaxRuntimeError as error:
+                    if lanes == 1 or not out_of_memory(error):
+                        raise
+                    return math.inf
+
+            known = {"lanes": mesh.widest(seconds, each), "tried": each}
+            remember("lanes.json", name, known)
+            say(f"{fn.__name__.strip('_')}: {known['lanes']} lanes are fastest on {device_name()}", self.quiet)
+            self.clock.add("probe", start)
+        self.widths[key] = min(known["lanes"], each)
+        return self.widths[key]
+
+    def _ran(self, stage: str, fn: Callable, model: Model, shared: Any, *items: Any) -> Any:
+        """The outputs of `fn` for all items."""
+        while True:
+            try:
+                return self._call(stage, fn, model, shared, *items)
+            except Again:
+                continue
+
     def _judged(
-        self, cells: list[Cell], model: Model, shared: Any, victims: Any, seconds: Any, keep: bool = False
+        self, cells: Sequence[Cell], model: Model, shared: Any, victims: Any, seconds: Any, keep: bool = False
     ) -> tuple[dict[str, Any], Any]:
-        """Applies one defense (or none) to the victims of `cells`, stacked, and writes the rows.
+        """Applies one defense (or none) to the victims of `cells`, `(attack, variables)` each, and writes the rows.
 
         Returns the first row and, with `keep`, the first repaired variables.
         """
-        stage = cells[0].stage
-        keys = stack([jax.random.fold_in(jax.random.key(cell.seed), 1) for cell in cells])
+        stage, defense = cells[0].stage, cells[0].defense
         before = self.clock.split()
+        label = (
+            f"{registry.name_of(cells[0].defense) or 'no defense'} on {len(cells)} × {registry.name_of(cells[0].model)}"
+        )
+        self.board.tell(doing=label)
         defenses = self._prepared(cells, model, shared)
-        found, arrays = {}, {}
-        if stage is None:
-            (attacks, variables), judged = victims, model
-        else:
-            say(
-                f"{registry.name_of(cells[0].defense)} on {len(cells)} × {registry.name_of(cells[0].model)}", self.quiet
-            )
-            attacks, given = victims or (stack([bound(c, shared) for c in cells]), stack([c.recipe for c in cells]))
-            items = (keys, stack(defenses), attacks, given)
+        victims = victims or [(bound(cell, shared), cell.recipe) for cell in cells]
+        keys = [jax.random.fold_in(jax.random.key(cell.seed), 1) for cell in cells]
+        keys, defenses, (attacks, given) = self._stacked(list(zip(keys, defenses, victims, strict=True)))
+        found, arrays, variables, judged = {}, {}, given, model
+        if stage is not None and defense is not None:
+            say(label, self.quiet or self.board.live)
+            # One program serves the victims of all attacks, where neither the defense nor its report looks at the attack.
+            blind = stage in ("repair", "invert", "models") and type(cells[0].defense).report is Defense.report
+            items = (keys, defenses, None if blind else attacks, given)
             found, arrays, variables = self._ran("defend", JUDGES[stage], model, shared, *items)
             if variables is None:
                 variables, judged = given, model
             else:
-                judged = cells[0].defense.wrap(model)
+                judged = defense.wrap(model)
         if stage != "inputs":  # what passes a filter is measured there
             measured = self._ran("evaluate", _measured, judged, shared, keys, attacks, variables)
             found, arrays = {**measured[0], **found}, {**measured[1], **arrays}
         found, arrays = jax.device_get((found, arrays))
+        if "flagged" in arrays and attacks is not None:
+            target = np.asarray(attacks.target)
+            found["target_flagged"] = arrays["flagged"][np.arange(len(cells)), target].astype(np.float32)
         spent = self.clock.split(before, len(cells))
         if stage is None:
             spent = {name: value + seconds[name] for name, value in spent.items()}
@@ -297,11 +592,10 @@ class Runner:
             if arrays:
                 self.store.save_arrays(cell.run, take(arrays, i))
             rows.append(self._row(cell, {name: plain(value[i]) for name, value in found.items()}, spent))
-        self.store.append(rows)
-        self.on_rows(rows)
+        self._written(rows)
         return rows[0], take(variables, 0) if keep and stage in ("repair", "train") else None
 
-    def _prepared(self, cells: list[Cell], model: Model, shared: Any) -> list[Defense | None]:
+    def _prepared(self, cells: Sequence[Cell], model: Model, shared: Any) -> list[Defense | None]:
         """The cells' defenses with what they learn before they see a victim: once for a data set and an architecture,
         whatever the victims' seeds.
         """
@@ -312,13 +606,21 @@ class Runner:
         paths = [self.store.folder / "prepared" / registry.digest(data, c.model, c.defense) for c in cells]
         for path, cell in dict(zip(paths, cells, strict=True)).items():
             if not path.exists():
-                save_tree(path, take(self._ran("defend", _prepare, model, shared, stack([cell.defense])), 0))
+                made = take(self._ran("defend", _prepare, model, shared, stack([cell.defense])), 0)
+                try:
+                    save_tree(path, made)
+                except BadInput:  # Another shard was quicker.
+                    if not path.exists():
+                        raise
         like = jax.eval_shape(lambda d: _prepare(model, shared, d), defense)
         return [load_tree(path, like) for path in paths]
 
     def _failed(self, cells: list[Cell], reason: str) -> None:
-        rows = [{**self._row(cell, {}, {"compile": 0.0, "run": 0.0}), "error": reason} for cell in cells]
+        self._written([{**self._row(cell, {}, {"compile": 0.0, "run": 0.0}), "error": reason} for cell in cells])
+
+    def _written(self, rows: list[dict[str, Any]]) -> None:
         self.store.append(rows)
+        self.board.count(rows=len(rows), failed=sum("error" in row for row in rows))
         self.on_rows(rows)
 
     def _row(self, cell: Cell, found: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
@@ -333,6 +635,19 @@ class Runner:
             "oracle": bool(cell.defense is not None and cell.defense.oracle), "substitute": cell.substitute,
             "device": device_name(), "jax": jax.__version__, "commit": commit(),
         }  # fmt: skip
+
+
+def compiled(
+    fn: Callable, model: Model, shared: Any, items: Any, lanes: int | None, devices: Any, donate: tuple[int, ...] = ()
+) -> Any:
+    """`fn(model, shared, *item)` over the leading axis of `items`, as a program."""
+    spread = mesh.over_runs(lambda shared, item: fn(model, shared, *item), lanes=lanes, devices=devices)
+    return jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate).lower(shared, *items).compile()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a program failed because it does not fit into the device's memory."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
 def check(cell: Cell) -> None:
@@ -433,10 +748,8 @@ def _verdict(model: Model, shared: Any, key: jax.Array, defense: Any, attack: An
     result: Verdict = defense(jax.random.fold_in(key, 1), model, variables, shared[1])
     extra = defense.report(key, model, variables, shared[2], attack, result)
     found = {"anomaly_index": result.index, "infected": result.infected.astype(jnp.float32)}
-    if attack is not None:
-        found["target_flagged"] = result.flagged[attack.target].astype(jnp.float32)
-    _, arrays = split_scalars({**result.info, **extra, "flagged": result.flagged})
-    return found, arrays, None
+    scalars, arrays = split_scalars({**result.info, **extra, "flagged": result.flagged})
+    return {**found, **scalars}, arrays, None
 
 
 def _inputs(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any) -> Judged:
@@ -496,7 +809,7 @@ def plain(value: Any) -> float | int | None:
 
 def device_name() -> str:
     """The kind of device in words: `cpu (2 cores)`, `NVIDIA H200`, `TPU v5e`."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return f"cpu ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
 
 

@@ -29,7 +29,7 @@ def main(
 
     Args:
         names_: train, neural_cleanse, strip, ensemble …; all if not given.
-        json_: One JSON object a line: case, ours_s, rival_s, ratio, matmul_share, device.
+        json_: One JSON object a line: case, ours_s, rival_s, ratio, matmul_share, device, item_s.
         repeats: How often ours, the rival and a matmul alternate.
     """
     for name in names_:
@@ -44,7 +44,7 @@ def main(
     from benchmarks import measure
 
     if not json_:
-        print(f"{'case':34} {'ours s':>9} {'torch s':>9} {'ratio':>6} {'matmul share':>12}")
+        print(f"{'case':34} {'ours s':>9} {'torch s':>9} {'ratio':>6} {'matmul share':>12} {'s an item':>9}")
     for name in names_ or names():
         for case in importlib.import_module(f"benchmarks.{name}").cases(rivals):
             result = measure.run(case, device_name(), repeats)
@@ -53,9 +53,12 @@ def main(
             else:
                 shown = [("-" if v is None else f) for v, f in (
                     (result.rival_s, f"{result.rival_s or 0:.3f}"), (result.ratio, f"{result.ratio or 0:.2f}"),
-                    (result.matmul_share, f"{100 * (result.matmul_share or 0):.0f} %"),
+                    (result.matmul_share, f"{100 * (result.matmul_share or 0):.0f} %"), (result.item_s, f"{result.item_s or 0:.3f}"),
                 )]  # fmt: skip
-                print(f"{result.case:34} {result.ours_s:9.3f} {shown[0]:>9} {shown[1]:>6} {shown[2]:>12}", flush=True)
+                print(
+                    f"{result.case:34} {result.ours_s:9.3f} {shown[0]:>9} {shown[1]:>6} {shown[2]:>12} {shown[3]:>9}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

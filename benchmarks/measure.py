@@ -13,17 +13,20 @@ REPEATS = 5
 
 
 class Case(NamedTuple):
-    """One line of a benchmark. `flops`: multiply-adds of matrix products and convolutions × 2 that the work asks for."""
+    """One line of a benchmark. `flops`: multiply-adds of matrix products and convolutions × 2 that the work asks for;
+    `items`: victims, shadow nets, … that share the work, where the case shows what one more costs.
+    """
 
     name: str
     ours: Callable[[], Any]
     rival: Callable[[], Any] | None
     flops: float | None = None
+    items: int | None = None
 
 
 class Result(NamedTuple):
     """Medians in seconds; `ratio` = rival / ours; `matmul_share`: our rate as a share of the machine's float32 matmul
-    rate.
+    rate; `item_s`: ours, divided by the items.
     """
 
     case: str
@@ -32,6 +35,7 @@ class Result(NamedTuple):
     ratio: float | None
     matmul_share: float | None
     device: str
+    item_s: float | None = None
 
 
 def seconds(fn: Callable[[], Any]) -> float:
@@ -59,7 +63,7 @@ def run(case: Case, device: str, repeats: int = REPEATS) -> Result:
     rival = rest[0] if rest else None
     ratio = statistics.median(row[2] / row[0] for row in taken) if rest else None
     share = None if case.flops is None else case.flops / ours / (product_flops / square)
-    return Result(case.name, ours, rival, ratio, share, device)
+    return Result(case.name, ours, rival, ratio, share, device, ours / case.items if case.items else None)
 
 
 def flops(fn: Callable, *args: Any) -> float:

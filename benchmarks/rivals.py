@@ -9,12 +9,28 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def cnn(classes: int = 10) -> nn.Module:
+def cnn(classes: int = 10, hidden: int = 2048) -> nn.Sequential:
     """The CNN of `bdjax.models.shamshiri.Cnn` at 28×28×1."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(3136, 2048), nn.ReLU(), nn.Linear(2048, classes),
+        nn.Flatten(), nn.Linear(3136, hidden), nn.ReLU(), nn.Linear(hidden, classes),
+    )  # fmt: skip
+
+
+def badnets_cnn(classes: int = 10) -> nn.Module:
+    """`bdjax.models.mntd.MntdMnist` at 28×28×1."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, classes),
+    )  # fmt: skip
+
+
+def strip_cnn(classes: int = 10) -> nn.Module:
+    """`bdjax.models.strip.StripMnist` at 28×28×1."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, classes),
     )  # fmt: skip
 
 
@@ -30,7 +46,9 @@ def white_square(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def train(model: nn.Module, image: torch.Tensor, label: torch.Tensor, poisoned: torch.Tensor, batch: int) -> None:
+def train(
+    model: nn.Module, image: torch.Tensor, label: torch.Tensor, poisoned: torch.Tensor, batch: int, target: int = 0
+) -> None:
     """One epoch of Adam over a fresh permutation, stamping the poisoned rows of each batch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     order = torch.randperm(len(label))
@@ -39,7 +57,7 @@ def train(model: nn.Module, image: torch.Tensor, label: torch.Tensor, poisoned: 
         x = image[rows].float() / 255
         flag = poisoned[rows]
         x = torch.where(flag[:, None, None, None], white_square(x.clone()), x)
-        y = torch.where(flag, 0, label[rows])
+        y = torch.where(flag, target, label[rows])
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -108,3 +126,99 @@ class _View(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.view
+
+
+def victims(grid: list[tuple[float, int, int]], image: torch.Tensor, label: torch.Tensor, batch: int) -> None:
+    """A net for each (rate, target, seed) of `grid`, trained one after another."""
+    for rate, target, seed in grid:
+        torch.manual_seed(seed)
+        train(strip_cnn(), image, label, torch.rand(len(label)) < rate, batch, target)
+
+
+def mntd(shadows: int, image: torch.Tensor, label: torch.Tensor, batch: int, meta_epochs: int) -> torch.Tensor:
+    """Shadow nets one after another, every second one with a random patch; then queries and meta-classifier on them."""
+    n, nets = len(label), []
+    for k in range(shadows):
+        size, alpha, target = (
+            int(torch.randint(2, 6, ())),
+            0.2 + 0.4 * float(torch.rand(())),
+            int(torch.randint(10, ())),
+        )
+        row, col = torch.randint(0, 29 - size, (2,)).tolist()
+        opacity = torch.zeros(28, 28)
+        opacity[row : row + size, col : col + size] = 1.0 if alpha > 0.5 else alpha
+        pattern = (torch.rand(28, 28) < 0.5).float()
+        poison = int(n * (0.05 + 0.45 * float(torch.rand(())))) if k % 2 else 0
+        flag = torch.arange(n + poison) >= n
+        source = torch.cat([torch.arange(n), torch.randperm(n)[:poison]])
+        model = badnets_cnn()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        order = torch.randperm(n + poison)[:n]
+        for first in range(0, n - batch + 1, batch):
+            rows = order[first : first + batch]
+            x = image[source[rows]].float() / 255
+            x = torch.where(flag[rows][:, None, None, None], (1 - opacity) * x + opacity * pattern, x)
+            y = torch.where(flag[rows], target, label[source[rows]])
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        nets.append(model.eval())
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    queries = torch.randn(10, 1, 28, 28, requires_grad=True)
+    meta = nn.Sequential(nn.Linear(100, 20), nn.ReLU(), nn.Linear(20, 1))
+    optimizer = torch.optim.Adam([queries, *meta.parameters()], lr=1e-3)
+    for _ in range(meta_epochs):
+        for k in torch.randperm(shadows).tolist():
+            optimizer.zero_grad(set_to_none=True)
+            F.binary_cross_entropy_with_logits(
+                meta(nets[k](queries).reshape(-1))[0], torch.tensor(float(k % 2))
+            ).backward()
+            optimizer.step()
+    return queries.detach()
+
+
+def abs_stimulation(model: nn.Sequential, x: torch.Tensor, layer: int, levels: int = 5) -> list[Any]:
+    """For each neuron after `layer` modules in turn: the label that each image's logits rise to, and its lead."""
+    found = []
+    with torch.inference_mode():
+        act, head = model[:layer](x), model[layer:]
+        values = (torch.arange(levels) * act.max() * 8 / levels).repeat_interleave(len(x))
+        pushed = act.repeat(levels, 1)
+        for neuron in range(act.shape[1]):
+            column = pushed[:, neuron].clone()
+            pushed[:, neuron] = values
+            logits = head(pushed).view(levels, len(x), -1)
+            pushed[:, neuron] = column
+            top = (logits[1:].amax(0) - logits[0]).topk(2)
+            found.append((top.indices[:, 0], top.values[:, 0] - top.values[:, 1]))
+    return found
+
+
+def abs_inversion(model: nn.Sequential, x: torch.Tensor, layer: int, neurons: int, steps: int, size: int) -> list[Any]:
+    """The pixel trigger of each of the first neurons after `layer` modules (an activation function) in turn."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    found, side = [], size**0.5
+    scale = len(x) * model[:layer](x).max()
+    for neuron in range(neurons):
+        raw = torch.full((1, 1, 28, 28), -2.0)
+        raw[..., : int(side), : int(side)] = 2.0
+        raw.requires_grad_(True)
+        pattern = torch.randn(1, 1, 28, 28).clamp_(0, 1).requires_grad_(True)
+        optimizer = torch.optim.Adam([raw, pattern], lr=0.1)
+        for _ in range(steps):
+            mask = torch.tanh(raw) / 2 + 0.5
+            before = model[: layer - 1]((1 - mask) * x + mask * pattern)
+            each = (before + model[layer - 1](before)).sum(0) / scale
+            loss = -each[neuron] + 1e-4 * (each.sum() - each[neuron])
+            visible = int((mask > 0.01).sum())
+            if visible > size:
+                loss = loss + (0.02 if visible > (side + 2) ** 2 else 0.01) * mask.sum()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                pattern.clamp_(0, 1)
+        found.append((mask.detach(), pattern.detach()))
+    return found

@@ -86,6 +86,14 @@ def test_train_then_defend_then_the_saved_model_is_the_repaired_one(capsys, tmp_
         (["defend", "nowhere", "--defense", "neural-clean"], "nearest name is 'neural-cleanse'"),
         (["run", "experiments/shamshiri2032.py"], "nearest name is 'experiments/shamshiri2023.py'"),
         (["run", "experiments/shamshiri2023.py", "--scale", "huge"], "no scale 'huge'"),
+        (["sweep", "experiments/sweep_defense.py"], "nearest name is 'experiments/sweep_defenses.py'"),
+        (["sweep", "experiments/sweep_defenses.py", "--shard", "2/2"], "the 2 shards are 0/2 to 1/2"),
+        (["sweep", "experiments/sweep_defenses.py", "--shard", "one"], "not of the form i/n"),
+        (["sweep", "experiments/sweep_defenses.py", "--lanes", "many"], "lanes 'many' is not a whole number"),
+        (["sweep", "experiments/sweep_defenses.py", "--devices", "99"], "devices 99: this process has"),
+        (["sweep", "experiments/sweep_defenses.py", "--hosts", "here,2"], "host '' is not a whole number"),
+        (["sweep", "experiments/sweep_defenses.py", "--hosts", "auto", "--shard", "0/2"], "leave --shard away"),
+        (["status", "nowhere"], "nowhere has no progress.json"),
         (["data", "prepare", "fasion-mnist"], "fashion-mnist"),
         (["data", "erase", "mnist"], "data prepare NAME"),
         (["report", "nowhere"], "nowhere"),
@@ -95,12 +103,31 @@ def test_mistakes_get_one_clear_line_and_code_2(capsys, tmp_path, args, words):
     import re
 
     folder = tmp_path / "out"
-    extra = ["--out", str(folder)] if args[0] in ("train", "run") else []
+    extra = ["--out", str(folder)] if args[0] in ("train", "run", "sweep") else []
     code, _, err = bdjax(capsys, *args, *extra)
     assert code == 2
     assert re.search(words, err), err
     assert len(err.strip().splitlines()) == 1
     assert not folder.exists(), "nothing half-written"
+
+
+def test_no_resume_refuses_a_folder_that_has_rows(capsys, tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"run": "a"}\n')
+    code, _, err = bdjax(capsys, "sweep", "experiments/sweep_defenses.py", "--out", str(tmp_path), "--no-resume")
+    assert code == 2 and "has 1 rows: give another --out" in err
+
+
+def test_signals_have_their_exit_codes(capsys, monkeypatch):
+    from bdjax.progress import Terminated
+
+    for stop, expected, word in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
+
+        def stopped(_, stop=stop):
+            raise stop
+
+        monkeypatch.setattr(cli, "command", stopped)
+        code, _, err = bdjax(capsys, "sweep", "x.py")
+        assert code == expected and f"{word}; the same command goes on from here" in err
 
 
 def test_a_folder_that_cannot_be_written(capsys, tmp_path):

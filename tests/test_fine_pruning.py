@@ -2,6 +2,8 @@
 frozen.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from bdjax.defenses.repair import channels
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.models.layers import Net, batch_norm, build, conv, dense, max_pool, site
 from bdjax.registry import make, pytree
-from bdjax.train import Recipe, evaluate, predict, stamped, unit
+from bdjax.train import Recipe, advance, begin, clean_set, evaluate, predict, stamped, unit
 from bdjax.types import BadInput, Split
 
 KEY = jax.random.key(0)
@@ -147,6 +149,55 @@ def test_on_a_real_victim(victim, sample):
     assert asr[0] > 0.9
 
 
+@pytest.mark.parametrize("reset", [None, "conv"])
+def test_one_channel_at_a_time_equals_a_plain_loop(tiny, clean, reset):
+    """One optimiser throughout; channels that no clean image fires come last; with the quirk, the pruned convolution
+    starts from the victim's parameters each time.
+    """
+    model, fresh = tiny
+    variables = jax.tree.map(jnp.asarray, fresh)
+    variables["params"]["norm"]["bias"] = jnp.zeros(8).at[jnp.asarray([1, 6])].set(-100.0)  # asleep
+    recipe = Recipe(lr=1e-3, epochs=2, batch=50)
+    defense = FinePruning(one_by_one=3, recipe=recipe, reset=reset)
+    defense.check(model, clean)
+    got, info = jax.jit(lambda v: defense(KEY, model, v, clean))(variables)
+    order = np.asarray(info["order"])
+    assert set(order[-2:]) == {1, 6} and (np.diff(info["activation"][order[:6]]) >= 0).all()
+    assert info["loss"].shape == info["acc"].shape == (3, 2) and info["pruned"] == 3
+    assert (np.asarray(got["masks"]["conv_last"]) == 0).nonzero()[0].tolist() == sorted(order[:3])
+
+    step = jax.jit(lambda s: advance(KEY, s, model, recipe, clean_set(clean), epochs=2)[0])
+    state = begin(KEY, model, recipe, channels.prune(variables, "conv_last", jnp.ones(8)))
+    for channel in order[:3]:
+        net = dict(channels.prune(state.variables, "conv_last", jnp.ones(8).at[channel].set(0.0)))
+        if reset is not None:
+            net["params"] = {**net["params"], "conv": variables["params"]["conv"]}
+        state = step(state._replace(variables=net))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, dict(state.variables))
+
+
+def test_the_grid_is_what_single_runs_measure(victim, clean, sample):
+    """Rows are learning rates, columns counts of pruned channels; under `one_by_one` a count of 0 is the victim."""
+    model, variables, attack = victim
+    recipe = Recipe(epochs=1, batch=50)
+    measure = jax.jit(lambda v: evaluate(KEY, model, v, sample.test, attack))
+    lrs, counts = jnp.asarray([1e-3, 1e-2]), (0, 2, 1)
+    for defense in (FinePruning(recipe=recipe), FinePruning(recipe=recipe, one_by_one=2)):
+        run = jax.jit(lambda v, d=defense: d.grid(KEY, model, v, clean, sample.test, attack, lrs, counts))
+        got = run(variables)
+        assert set(got) == {"acc", "asr_all", "asr_nt"} and got["acc"].shape == (2, 3)
+        for i, lr in enumerate(lrs):
+            one = dataclasses.replace(defense, recipe=dataclasses.replace(recipe, lr=lr))
+            if defense.one_by_one is None:
+                one = dataclasses.replace(one, share=2 / 64)
+            alone = measure(jax.jit(lambda v, d=one: d(KEY, model, v, clean))(variables).variables)
+            for name, table in got.items():
+                assert float(table[i, 1]) == pytest.approx(float(alone[name]), abs=0.005), (name, lr)
+        if defense.one_by_one is not None:
+            before = measure(variables)
+            assert all((table[:, 0] == before[name]).all() for name, table in got.items())
+
+
 def test_bad_input(tiny, clean):
     model, _ = tiny
     with pytest.raises(BadInput, match="no site 'conv_9'"):
@@ -157,4 +208,11 @@ def test_bad_input(tiny, clean):
         FinePruning(share=1.5).check(model, clean)
     with pytest.raises(BadInput, match="batch"):
         FinePruning(recipe=Recipe(batch=0)).check(model, clean)
-    make("defense", "fine-pruning", "paper").check(model, clean)
+    with pytest.raises(BadInput, match="reset 'conv_9' needs one_by_one and one of the layers conv, logits, norm"):
+        FinePruning(one_by_one=1, reset="conv_9").check(model, clean)
+    with pytest.raises(BadInput, match="one_by_one"):
+        FinePruning(reset="conv").check(model, clean)
+    with pytest.raises(BadInput, match="one_by_one 0"):
+        FinePruning(one_by_one=0).check(model, clean)
+    for preset in ("paper", "csaw", "cpu"):
+        make("defense", "fine-pruning", preset).check(model, clean)

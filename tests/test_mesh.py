@@ -51,6 +51,20 @@ def test_drain_does_not_wait_for_the_slowest():
     assert len(calls) <= 2 * 7
 
 
+@pytest.mark.parametrize(
+    ("seconds", "most", "lanes"),
+    [
+        ({1: 8, 2: 4, 4: 2, 8: 1.9, 16: 1}, 16, 4),  # 8 saves too little: 16 is not tried
+        ({1: 8, 2: 4, 4: 2, 6: 1}, 6, 6),
+        ({1: 1, 2: 2}, 64, 1),
+        ({1: 1}, 1, 1),
+        ({1: 4, 2: 2, 4: float("inf")}, 8, 2),  # out of memory
+    ],
+)
+def test_widest_doubles_while_it_pays(seconds, most, lanes):
+    assert mesh.widest(seconds.__getitem__, most) == lanes
+
+
 def training(net, data, classes):
     model = build(net, data.image.shape[1:], classes)
 

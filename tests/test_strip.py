@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bdjax.datasets.sample import Sample
-from bdjax.defenses.inputs.strip import Strip, entropies, superimpose
+from bdjax.defenses.inputs.strip import Strip, entropies, spread, superimpose
 from bdjax.types import BadInput, Model, Output, Split
 
 KEY = jax.random.key(0)
@@ -142,6 +142,44 @@ def test_batch_size_number_of_replicas_and_jit_do_not_change_a_replica(real):
     # The first columns are what a smaller n gives: one run shows how the spread falls with n.
     np.testing.assert_allclose(fewer, whole[:, :8], rtol=1e-5)
     np.testing.assert_allclose(entropies(KEY, model, {}, x, overlays, 20), whole, rtol=1e-5)
+
+
+def test_spread_by_hand_and_the_number_of_replicas_by_its_slope():
+    h = np.random.default_rng(0).normal(1, 0.3, (40, 1)) + np.random.default_rng(1).normal(0, 1, (40, 12))
+    found = spread(jnp.asarray(h, jnp.float32))
+    by_hand = [h[:, :n].mean(1).std() for n in range(1, 13)]
+    np.testing.assert_allclose(found.sigma, by_hand, rtol=1e-5)
+    # Means over N = 1, 2 … of inputs ±1: σ is 1, ½, ⅖, ⅖, ⅖ …: it moves by a fifth from 2 to 3, and then no more.
+    mean = np.array([1, 1 / 2, 2 / 5, 2 / 5, 2 / 5, 2 / 5])
+    first = np.diff(mean * np.arange(1, 7), prepend=0)
+    planted = jnp.asarray(np.outer([1, -1], first), jnp.float32)
+    assert [int(spread(planted, flat).enough) for flat in (0.01, 0.19, 0.21, 0.6)] == [3, 3, 2, 2]
+    assert int(spread(planted[:, :2], 0.01).enough) == 2 and int(spread(planted[:, :1]).enough) == 1
+    # Nothing to see: all alike; one input that is not a number.
+    assert int(spread(jnp.ones((5, 8))).enough) == 2
+    np.testing.assert_allclose(spread(jnp.concatenate([h, h[:1] * np.nan])).sigma, by_hand, rtol=1e-5)
+
+
+def test_two_replicas_are_enough_to_run_and_the_report_has_the_curve(real):
+    data, model = real
+    scores = jax.jit(lambda: Strip(n=2, inputs=30)(KEY, model, {}, data.clean, data.test.image[:3]))()
+    assert scores.score.shape == (3,) and scores.info["sigma"].shape == (2,) and int(scores.info["enough"]) == 2
+    assert float(scores.info["sigma"][-1]) == pytest.approx(float(scores.info["std"]), rel=1e-4)
+
+
+def test_the_papers_protocol_takes_training_images_and_the_other_never_does(real):
+    data, model = real
+    x, nothing = data.test.image[:5], data.clean._replace(image=np.zeros_like(data.clean.image))
+    held_out = Strip(n=5, inputs=20)
+    original = Strip(n=5, inputs=20, images=data.train.image[:60])
+    run = jax.jit(lambda strip, clean: strip(KEY, model, {}, clean, x))
+    same = run(held_out, Split(data.train.image[:60], data.train.label[:60]))
+    np.testing.assert_allclose(run(original, nothing).score, same.score, rtol=1e-5)
+    np.testing.assert_allclose(run(original, data.clean).info["clean"], same.info["clean"], rtol=1e-5)
+    with pytest.raises(BadInput, match="40 are left"):
+        Strip(n=41, inputs=20, images=data.train.image[:60]).check(model, data.clean)
+    with pytest.raises(BadInput, match=r"the model's shape \(28, 28, 1\), not \(4, 4, 1\)"):
+        Strip(n=5, images=images(30)).check(model, data.clean)
 
 
 def test_nan_logits_have_no_score_and_are_not_flagged():

@@ -1,8 +1,11 @@
 """Cells to rows: shared programs and victims, resuming, failures that stay where they are."""
 
+import errno
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,14 +15,15 @@ import jax
 import numpy as np
 import pytest
 
-from bdjax import registry, sweep
+from bdjax import experiment, mesh, progress, registry, report, sweep
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.defenses.train.lpsf import Lpsf
 from bdjax.models.shamshiri import Ffnn
+from bdjax.progress import Terminated
 from bdjax.store import Store
-from bdjax.sweep import Cell, Runner, grid, replace
+from bdjax.sweep import Cell, Runner, chain, grid, groups, replace, sample, zipped
 from bdjax.train import Recipe
 from bdjax.types import BadInput
 
@@ -60,7 +64,8 @@ def test_rows_have_what_scripts_rely_on(unbroken):
 
 def test_the_victim_of_several_defenses_is_trained_once(unbroken):
     runner, _ = unbroken
-    assert len(list((runner.store.folder / "victims").iterdir())) == 5  # LPSF trains its own
+    (members,) = (runner.store.folder / "victims").glob("*/members.json")
+    assert len(json.loads(members.read_text())) == 5  # LPSF trains its own
     assert not (runner.store.folder / "partial").exists() or not list((runner.store.folder / "partial").iterdir())
 
 
@@ -124,9 +129,40 @@ def test_grid_over_any_field():
         list(grid(BASE, attack__rte=(1,)))
 
 
+def test_zipped_sampled_and_chained():
+    made = list(zipped(BASE, seed=(0, 1), attack__target=(3, 7)))
+    assert [(c.seed, c.attack.target) for c in made] == [(0, 3), (1, 7)]
+    with pytest.raises(BadInput, match="differ in length: seed 2, attack__target 1"):
+        list(zipped(BASE, seed=(0, 1), attack__target=(3,)))
+    both = list(grid(zipped(BASE, seed=(0, 1), attack__target=(3, 7)), attack__rate=iter((0.1, 0.2))))
+    assert [(c.seed, c.attack.target, c.attack.rate) for c in both] == [
+        (0, 3, 0.1), (0, 3, 0.2), (1, 7, 0.1), (1, 7, 0.2),
+    ]  # fmt: skip
+    drawn = list(sample(BASE, 20, attack__rate=lambda rng: rng.uniform(0, 0.1), attack__target=(1, 2)))
+    assert len({c.attack.rate for c in drawn}) == 20 and {c.attack.target for c in drawn} == {1, 2}
+    assert all(0 <= c.attack.rate <= 0.1 for c in drawn)
+    again = sample(BASE, 20, attack__rate=lambda rng: rng.uniform(0, 0.1), attack__target=(1, 2))
+    assert [c.run for c in again] == [c.run for c in drawn]
+    assert len(list(chain(made, both, made))) == 8
+
+
+def test_shards_part_the_victims_and_keep_their_defenses():
+    cells = [*grid(BASE, seed=range(5)), *grid(DEFENDED, seed=range(5)), *grid(replace(BASE, ["model"], Ffnn((8,))))]
+    whole = [cell.run for group in groups(cells * 2, 4) for cell in group]
+    assert sorted(whole) == sorted({cell.run for cell in cells})  # each once
+    assert [len({c.victim for c in group}) for group in groups(cells, 4)] == [3, 2, 1]
+    parts = [[cell for group in groups(cells, 4, (i, 3)) for cell in group] for i in range(3)]
+    assert sorted(cell.run for part in parts for cell in part) == sorted(whole)
+    victims = [{cell.victim for cell in part} for part in parts]
+    assert [len(v) for v in victims] == [2, 2, 2] and not victims[0] & victims[1] and not victims[1] & victims[2]
+
+
+# --- What it survives. All tables are those of one unbroken run. ---
+
 EXPERIMENT = """
     from bdjax import registry
     from bdjax.attacks.badnets import BadNets
+    from bdjax.defenses.repair.fine_pruning import FinePruning
     from bdjax.models.shamshiri import Ffnn
     from bdjax.sweep import Cell, grid
     from bdjax.train import Recipe
@@ -134,31 +170,292 @@ EXPERIMENT = """
     TITLE, SCALES = "a small one", ("smoke",)
 
     def cells(scale, seeds):
-        data = registry.make("dataset", "fashion-mnist-sample", train_size=600, test_size=100)
-        for width in (8, 12, 16):
-            cell = Cell("T", f"width {width}", data, Ffnn(hidden=(width,)), Recipe(epochs=2, batch=32), BadNets())
-            yield from grid(cell, seed=range(seeds or 2))
+        data = registry.make("dataset", "fashion-mnist-sample", train_size=220, test_size=100)
+        recipe = Recipe(epochs=3, batch=32)
+        for width in (8, 12):
+            cell = Cell("T", f"width {width}", data, Ffnn(hidden=(width,)), recipe, BadNets())
+            yield from grid(cell, seed=range(seeds or 2), defense=(None, FinePruning(recipe=Recipe(epochs=1, batch=20))))
 """
 
 
-def test_kill_9_in_the_middle_of_a_run_and_the_same_table(tmp_path):
-    file = tmp_path / "small.py"
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A file of 8 cells, the command that sweeps it in a process of its own, and its table."""
+    folder = tmp_path_factory.mktemp("small")
+    file = folder / "small.py"
     file.write_text(textwrap.dedent(EXPERIMENT))
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "bdjax", "run", str(file), "--scale", "smoke", "--quiet", "--out"]
-    process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL)
-    results, until = out / "results.jsonl", time.monotonic() + 200
-    while time.monotonic() < until and not (results.exists() and results.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(Store(out).rows()) < 6
-    subprocess.run([*command, str(out)], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    rows = experiment.run(file, "smoke", folder / "whole", quiet=True, devices=1)
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "bdjax", "sweep", str(file), "--scale", "smoke", "--quiet", "--out"]
+    assert len(rows) == 8
+
+    def start(*args: object) -> subprocess.Popen:
+        words = [*command, *map(str, args)]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    return file, start, table(rows)
+
+
+def test_kill_9_at_three_random_moments_and_the_same_table(small, tmp_path):
+    _, start, whole = small
+    rng, results, counts = random.Random(time.time_ns()), tmp_path / "results.jsonl", []
+    for killed in range(3):
+        process, until = start(tmp_path), time.monotonic() + 100
+        while time.monotonic() < until and not (tmp_path / "progress.json").exists():  # it has begun
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        (tmp_path / "progress.json").unlink()
+        time.sleep(rng.uniform(0, 1 + killed))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        counts.append(len(Store(tmp_path).rows()))
+    assert counts == sorted(counts)
+    process = start(tmp_path)
+    assert process.wait(120) == 0, process.communicate()
     runs = [json.loads(line)["run"] for line in results.read_text().splitlines()]
-    assert len(runs) == len(set(runs)) == 6
-    assert table(Store(out).rows()) == table(Store(tmp_path / "whole").rows())
+    assert len(runs) == len(set(runs)) == 8
+    assert table(Store(tmp_path).rows()) == whole
     for name in ("results.jsonl", "table.csv", "table.md", "index.html"):
-        assert (out / name).stat().st_size > 0
-    assert np.isfinite(json.loads(results.read_text().splitlines()[0])["metrics"]["acc_test"])
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_two_hosts_started_by_jax_distributed_and_one_that_dies(small, tmp_path):
+    """They meet at the start; then host 0 is killed, and host 1 ends without it. Host 0's part is done later."""
+    _, start, whole = small
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    hosts = [start(tmp_path, "--hosts", f"{address},2,{i}") for i in range(2)]
+    until = time.monotonic() + 100
+    while time.monotonic() < until and not (tmp_path / "progress-0-of-2.json").exists():
+        assert hosts[0].poll() is None, hosts[0].communicate()
+        time.sleep(0.02)
+    os.kill(hosts[0].pid, signal.SIGKILL)
+    hosts[0].communicate()
+    assert hosts[1].wait(100) == 0, hosts[1].communicate()
+    assert "the page is written by the shard that ends last" in hosts[1].communicate()[0]
+    mine = Store(tmp_path, (1, 2)).results
+    assert mine.read_text().count("\n") == 4 and not (tmp_path / "index.html").exists()
+    assert len(report.load(tmp_path).rows) == len(Store(tmp_path).rows()) >= 4
+    again = start(tmp_path, "--shard", "0/2")
+    assert again.wait(100) == 0, again.communicate()
+    assert table(Store(tmp_path).rows()) == whole
+    runs = [json.loads(line)["run"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(runs) == len(set(runs)) == 8 and (tmp_path / "index.html").exists()
+
+
+def test_a_second_process_on_the_same_shard_is_refused(small, tmp_path):
+    file, *_ = small
+    with Store(tmp_path, (0, 2)).locked():
+        line = rf"\(shard 0/2\) is being worked on by process {os.getpid()} on .*--shard i/n"
+        with pytest.raises(BadInput, match=line):
+            experiment.run(file, "smoke", tmp_path, quiet=True, shard="0/2")
+        with Store(tmp_path, (1, 2)).locked(), Store(tmp_path).locked():
+            pass
+    with Store(tmp_path, (0, 2)).locked():
+        pass
+
+
+def exhausted(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
+
+
+FEW = list(grid(BASE, seed=range(2), attack__rate=(0.0, 0.2)))
+
+
+def test_out_of_memory_halves_the_lanes(unbroken, tmp_path, monkeypatch, capsys):
+    _, rows = unbroken
+    real = sweep.compiled
+
+    def compiled(fn, model, shared, items, lanes, *rest):
+        return exhausted if lanes > 2 and fn is sweep._epoch else real(fn, model, shared, items, lanes, *rest)
+
+    monkeypatch.setattr(sweep, "compiled", compiled)
+    runner = Runner(Store(tmp_path), "test", lanes=4)
+    found = runner.run(FEW)
+    assert "out of memory: epoch goes on with 2 lanes a device instead of 4" in capsys.readouterr().err
+    assert not runner.unfit and [row["run"] for row in found] == [row["run"] for row in rows[:4]]
+    for one, other in zip(rows, found, strict=False):
+        assert one["metrics"] == pytest.approx(other["metrics"], abs=0.02)
+
+
+def test_out_of_memory_in_mid_training_goes_on_from_the_checkpoint(unbroken, tmp_path, monkeypatch):
+    """The second epoch of three runs out of memory, after its states were given away."""
+    _runner, rows = unbroken
+    epochs = []
+
+    def compiled(fn, model, shared, items, lanes, devices, donate=()):
+        if fn is not sweep._epoch:
+            return real(fn, model, shared, items, lanes, devices, donate)
+        program = real(fn, model, shared, items, 1, devices, donate)
+
+        def run(shared, *items):
+            epochs.append(int(np.asarray(items[-1].epoch)[0]))
+            out = program(shared, *items)
+            return exhausted() if lanes == 2 and epochs[-1] == 1 else out
+
+        return run
+
+    real = sweep.compiled
+    monkeypatch.setattr(sweep, "compiled", compiled)
+    monkeypatch.setattr(sweep, "CHECKPOINT_EVERY", 0.0)
+    found = Runner(Store(tmp_path), "test", quiet=True, lanes=2).run(FEW)
+    assert epochs == [0, 1, 1, 2]
+    assert table(found) == {row["run"]: table(rows)[row["run"]] for row in found} and len(found) == 4
+
+
+def test_what_does_not_fit_is_halved_then_left_out_and_named(small, tmp_path, monkeypatch, capsys):
+    file, _, whole = small
+    real = sweep.compiled
+
+    def compiled(fn, model, shared, items, lanes, *rest):
+        many = len(jax.tree.leaves(items)[0]) > 1
+        broken = (fn is sweep._epoch and many) or fn is sweep._repair
+        return exhausted if broken else real(fn, model, shared, items, lanes, *rest)
+
+    monkeypatch.setattr(sweep, "compiled", compiled)
+    with pytest.raises(
+        BadInput, match=r"4 runs do not fit into the memory of cpu .*: fine-pruning on ffnn; take smaller"
+    ):
+        experiment.run(file, "smoke", tmp_path, devices=1)
+    assert "2 runs go on as 1 and 1" in capsys.readouterr().err
+    undefended = {run: line for run, line in table(Store(tmp_path).rows()).items()}
+    assert len(undefended) == 4 and undefended.items() <= whole.items()
+
+
+def hear(runner):
+    """Waits until the runner knows of the signal that was just sent."""
+    until = time.monotonic() + 10
+    while runner.stop.asked is None and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def test_sigterm_saves_at_the_next_epoch_and_goes_on_bit_for_bit(unbroken, tmp_path, monkeypatch):
+    whole, rows = unbroken
+    runner = Runner(Store(tmp_path), "test", quiet=True, programs=whole.programs)
+
+    class Bar(sweep.Progress):
+        def step(self, note="", amount=1):
+            super().step(note, amount)
+            if self.done == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                hear(runner)
+
+    with monkeypatch.context() as patch, pytest.raises(Terminated):
+        patch.setattr(sweep, "Progress", Bar)
+        runner.run(CELLS)
+    assert progress.boards(tmp_path)[0]["state"] == "stopped" and not runner.store.rows()
+    (saved,) = (tmp_path / "partial").iterdir()
+    assert len(list(saved.iterdir())) > 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert table(Runner(Store(tmp_path), "test", quiet=True, programs=whole.programs).run(CELLS)) == table(rows)
+
+
+def test_ctrl_c_stops_after_what_is_running(unbroken, tmp_path):
+    whole, rows = unbroken
+    store = Store(tmp_path)
+
+    def interrupt(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        hear(runner)
+
+    runner = Runner(store, "test", quiet=True, programs=whole.programs, on_rows=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(CELLS)
+    assert [row["run"] for row in store.rows()] == [cell.run for cell in FEW]
+    assert table(Runner(store, "test", quiet=True, programs=whole.programs).run(CELLS)) == table(rows)
+
+
+def test_a_second_ctrl_c_ends_a_process_that_does_not_listen():
+    code = (
+        "import time, threading; from bdjax.progress import Stop\n"
+        "with Stop() as stop:\n print('ready', flush=True); time.sleep(0.5); threading.Event().wait(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert "SIGINT: stopping after what is running; once more stops at once" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    process.communicate()
+
+
+def test_a_full_disk_is_one_line_and_then_it_goes_on(unbroken, tmp_path, monkeypatch):
+    whole, rows = unbroken
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    runner = Runner(Store(tmp_path), "test", quiet=True, programs=whole.programs)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"results\.jsonl: the disk is full"):
+        patch.setattr(os, "fsync", full)
+        runner.run(CELLS)
+    assert table(runner.run(CELLS)) == table(rows)
+
+
+# --- Looking at it ---
+
+
+def test_lanes_are_measured_once_and_remembered(unbroken, tmp_path, monkeypatch):
+    _, rows = unbroken
+    tried = []
+    monkeypatch.setenv("BDJAX_DATA_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(mesh, "default_lanes", lambda items: items)  # as on an accelerator
+
+    def widest(seconds, most):
+        tried.append(most)
+        assert seconds(2) > 0
+        return 2
+
+    monkeypatch.setattr(mesh, "widest", widest)
+    two = list(grid(BASE, seed=range(2), attack__rate=(0.0, 0.2)))
+    first = Runner(Store(tmp_path / "a"), "test", quiet=True, lanes="auto")
+    found = first.run(two)
+    assert tried == [4, 4, 4] and set(first.widths.values()) == {2}  # begin, epoch, evaluate
+    for one, other in zip(rows, found, strict=False):
+        assert one["metrics"] == pytest.approx(other["metrics"], abs=0.02)
+    kept = json.loads((tmp_path / "cache" / "lanes.json").read_text())
+    assert len(kept) == 3 and all(entry == {"lanes": 2, "tried": 4} for entry in kept.values())
+    assert all("cpu" in name for name in kept)
+    Runner(Store(tmp_path / "b"), "test", quiet=True, lanes="auto", programs=dict(first.programs)).run(two)
+    again = Runner(Store(tmp_path / "c"), "test", quiet=True, lanes="auto")
+    model, shared = again._data(two[0])
+    items = again._stacked([(jax.random.key(0), two[0].recipe, sweep.bound(two[0], shared))] * 4)
+    assert again._lanes("key", 4, sweep._begin, model, shared, items) == 2
+    assert len(tried) == 3
+
+
+def test_a_cpu_is_not_probed(tmp_path, monkeypatch):
+    monkeypatch.setattr(mesh, "widest", lambda *_: pytest.fail("a probe"))
+    runner = Runner(Store(tmp_path), "test", quiet=True, lanes="auto")
+    assert runner._lanes("key", 8, sweep._epoch, None, (), ()) == 1  # type: ignore[arg-type]
+
+
+def test_dry_run_prints_and_trains_nothing(small, tmp_path, capsys, monkeypatch):
+    file, *_ = small
+    monkeypatch.setattr(Runner, "run", lambda *_: pytest.fail("it runs"))
+    experiment.run(file, "smoke", tmp_path / "out", dry_run=True, devices=1)
+    out = capsys.readouterr().out
+    assert "8 cells, 4 victims, 2 groups on 1 × cpu; 8 to do" in out and "unknown for 8 cells" in out
+    assert "fine-pruning" in out and "MB at least" in out and not (tmp_path / "out").exists()
+    experiment.run(file, "smoke", file.parent / "whole", dry_run=True, devices=1, shard="1/2", seeds=4)
+    out = capsys.readouterr().out
+    assert "8 cells, 4 victims, 2 groups on 1 × cpu, shard 1/2; 4 to do" in out and "unknown" not in out
+
+
+def test_status_from_files_alone(small, tmp_path, capsys):
+    file, *_ = small
+    experiment.status(file.parent / "whole")
+    out = capsys.readouterr().out
+    assert "done" in out and "2/2" in out and "8/8" in out and "8 rows are there, 0 are to come" in out
+    (facts,) = progress.boards(file.parent / "whole")
+    for i, silent in enumerate((0, 3600)):
+        now = {**facts, "state": "running", "rows": 4, "shard": f"{i}/2", "updated": time.time() - silent}
+        (tmp_path / f"progress-{i}-of-2.json").write_text(json.dumps({**now, "started": now["updated"] - 60}))
+    (tmp_path / "progress-7-of-8.json").write_text("{torn")
+    experiment.status(tmp_path)
+    out = capsys.readouterr().out
+    assert "4.0" in out and "60 s" in out and "silent for 60 min: killed?" in out  # 4 of 8 rows in a minute
+    with pytest.raises(BadInput, match=r"no progress\.json"):
+        experiment.status(tmp_path / "nowhere")

@@ -102,7 +102,7 @@ MAROON = [round(101 / 255, 4), 0, round(25 / 255, 4)]
         (make(BadNets, "pixel"), (28, 28, 1), {(26, 26): [1]}),
         (make(BadNets, "nc"), (32, 32, 3), {(r, c): [1] * 3 for r in range(27, 31) for c in range(27, 31)}),
         (make(BadNets, "strip-square"), (28, 28, 1), {(r, c): [1] for r in (25, 26, 27) for c in (25, 26, 27)}),
-        (make(BadNets, "large"), (28, 28, 1), {(r, c): [1] for r in range(14, 28) for c in range(14, 28)}),
+        (make(BadNets, "large-trigger"), (28, 28, 1), {(r, c): [1] for r in range(14, 28) for c in range(14, 28)}),
         (make(BadNets, "spectral-pixel"), (32, 32, 3), {(11, 16): MAROON}),
         (
             make(BadNets, "spectral-x"),

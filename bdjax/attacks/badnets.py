@@ -29,8 +29,8 @@ class BadNets(Attack):
 
     Presets: `pixel`, `pattern` (MNIST, one pixel off the corner) and `yellow-square`, `bomb`, `flower` (US traffic
     signs) are Gu et al.'s; `spectral-pixel`, `spectral-x`, `spectral-ell` Tran et al.'s (2018); `nc` Wang et al.'s
-    (2019); `strip-square` and `strip-heart` (over all of a 28×28 image) Gao et al.'s (2019); `large` covers a quarter
-    of the image, to escape Neural Cleanse.
+    (2019); `strip-square` and `strip-heart` (over all of a 28×28 image) Gao et al.'s (2019); `large-trigger` covers
+    a quarter of the image, to escape Neural Cleanse.
 
     Differs from the paper: the stickers and the heart are own artwork.
     """
@@ -55,7 +55,7 @@ class BadNets(Attack):
         "nc": {"size": 4, "row": -2, "col": -2, "append": True},
         "strip-square": {"size": 3, "rate": 0.012, "target": 7},
         "strip-heart": {"shape": "heart", "size": 28, "rate": 0.012, "target": 7},
-        "large": {"size": 0.5},
+        "large-trigger": {"size": 0.5},
     }
 
     def box(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -18,7 +18,8 @@ class WeightedLoss(BadNets):
     stands for p = rate·λ/(1 + rate·λ). An epoch still draws N rows, about half of them clean: give it twice the epochs
     to see the clean images as often.
 
-    Differs from the paper: λ is a constant, as in the slides of Gu, Zhao, Wei & Concepcion, which give no value.
+    Differs from the paper: λ is a constant, as in the loss of the slides of Gu, Zhao, Wei & Concepcion, which give no
+    value; the paper finds the two weights anew for each batch (multiple gradient descent).
     """
 
     rate: Array | float = 1.0

@@ -1,6 +1,6 @@
 """STRIP: an input whose label survives any superimposed image carries a trigger."""
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,25 @@ def entropies(
     return batched(piece, x.shape[0] * n, batch).reshape(-1, n)
 
 
+class Spread(NamedTuple):
+    """`sigma: [n]`, the standard deviation of H over the inputs for N = 1 … n replicas; `enough: []`, the N chosen."""
+
+    sigma: jax.Array
+    enough: jax.Array
+
+
+def spread(entropies: jax.Array, flat: Array | float = 0.01) -> Spread:
+    """How σ falls with N, and the N ≥ 2 from which its curve is flat: no further replica changes it by more than the
+    share `flat` of itself (n: it is not flat yet).
+
+    `entropies: [B, n]` of clean inputs, one column a replica; inputs with values that are not numbers do not count.
+    """
+    n = jnp.arange(1, entropies.shape[1] + 1)
+    sigma = jnp.nanstd(jnp.cumsum(entropies, 1) / n[None].astype(entropies.dtype), axis=0)
+    steep = jnp.abs(jnp.diff(sigma)) > jnp.asarray(flat, sigma.dtype) * sigma[:-1]
+    return Spread(sigma, jnp.clip(jnp.max(jnp.where(steep, n[1:], 2), initial=2), 1, n[-1]))
+
+
 @defense("strip")
 class Strip(Defense):
     """Superimpose clean images: a prediction that stays certain betrays a trigger (Gao et al., 2019, arXiv:1902.06531).
@@ -70,20 +89,23 @@ class Strip(Defense):
 
     The defender's images are split at random: `inputs` of them (None: half) fit the boundary, the others are
     overlays. `blend`: "sum" (unclipped, values up to 1 + α), "average" or "clipped"; `alpha`: weight α of the
-    overlay; `base` of the logarithm; `batch`: replicas at a time. `info`: `mean`, `std` and `clean: [inputs]`, the
-    entropies behind the boundary. A boundary below 0 (a small `frr`) flags nothing; an input whose logits are not
-    numbers has no score and is not flagged.
+    overlay; `base` of the logarithm; `batch`: replicas at a time. `images: [M, H, W, C]`: the paper's protocol: these
+    images, which the victim was trained on, take the place of the defender's. `info`: `mean`, `std` and `clean:
+    [inputs]`, the entropies behind the boundary; `sigma: [n]`, their spread for 1 … n replicas, and `enough`, the N by
+    its slope (`spread`). A boundary below 0 (a small `frr`) flags nothing; an input whose logits are not numbers has
+    no score and is not flagged.
 
     Presets: `paper` (2,000 inputs fit the boundary), `backdoorbench` (quantile at 0.1 of 100 inputs), `cpu` (N = 50).
 
-    Differs from the paper: its overlays and its inputs are training images, ours are held out; overlays of one input
-    are all different. `backdoorbench` adds normalised images, which is the same only for models that do not
-    normalise.
+    Differs from the paper: its overlays and its inputs are training images, ours are held out unless `images` are
+    given; overlays of one input are all different. `backdoorbench` adds normalised images, which is the same only for
+    models that do not normalise.
     """
 
     frr: Array | float = 0.01
     alpha: Array | float = 1.0
     base: Array | float = 2.0
+    images: Array | None = None
     n: int = static(100)
     inputs: int | None = static(None)
     blend: Blend = static("sum")
@@ -98,22 +120,24 @@ class Strip(Defense):
 
     def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
         key_split, key_clean, key_x = jax.random.split(key, 3)
-        rows = jax.random.permutation(key_split, clean.image.shape[0])
-        held, overlays = jnp.split(jnp.asarray(clean.image)[rows], [self._inputs(clean)])
+        pool = jnp.asarray(clean.image if self.images is None else self.images)
+        held, overlays = jnp.split(pool[jax.random.permutation(key_split, len(pool))], [self._inputs(pool)])
 
         def score(key, images):
             options = {"blend": self.blend, "alpha": self.alpha, "base": self.base, "batch": self.batch}
-            return entropies(key, model, variables, images, overlays, self.n, **options).mean(1)
+            return entropies(key, model, variables, images, overlays, self.n, **options)
 
-        benign = score(key_clean, held)
+        replicas = score(key_clean, held)
+        benign = replicas.mean(1)
         mean, std = benign.mean(), benign.std()
         normal = mean + std * jax.scipy.special.ndtri(jnp.asarray(self.frr, jnp.float32))
         boundary = normal if self.boundary == "normal" else jnp.quantile(benign, jnp.asarray(self.frr, jnp.float32))
-        h = score(key_x, x)
-        return Scores(h, boundary, h <= boundary, {"mean": mean, "std": std, "clean": benign})
+        h = score(key_x, x).mean(1)
+        info = {"mean": mean, "std": std, "clean": benign, **spread(replicas)._asdict()}
+        return Scores(h, boundary, h <= boundary, info)
 
-    def _inputs(self, clean: Split) -> int:
-        return clean.image.shape[0] // 2 if self.inputs is None else self.inputs
+    def _inputs(self, pool: Array) -> int:
+        return len(pool) // 2 if self.inputs is None else self.inputs
 
     def check(self, model: Model, clean: Split) -> None:
         between("frr", self.frr, 0, 1)
@@ -124,7 +148,10 @@ class Strip(Defense):
         for name, kinds in (("blend", Blend), ("boundary", Boundary)):
             if getattr(self, name) not in get_args(kinds):
                 raise BadInput(f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}")
-        have, held = len(clean.image), self._inputs(clean)
+        pool = clean.image if self.images is None else self.images
+        have, held = len(pool), self._inputs(pool)
+        if jnp.shape(pool)[1:] != tuple(model.shape):
+            raise BadInput(f"STRIP's images must have the model's shape {model.shape}, not {jnp.shape(pool)[1:]}")
         if held < 2:
             raise BadInput(
                 f"STRIP fits its boundary to clean inputs: it needs 2 or more, not {held} (of {have} clean images)"

@@ -42,6 +42,15 @@ def random_trigger(key: jax.Array, shape: tuple[int, int, int]) -> Trigger:
     return Trigger(jax.random.uniform(key_mask, (*shape[:2], 1)), jax.random.uniform(key_pattern, shape))
 
 
+def within(low: Any, high: Any) -> optax.GradientTransformation:
+    """The last link of a chain: the step ends inside [low, high]; both are pytrees like the parameters."""
+
+    def shorten(updates, params):
+        return jax.tree.map(lambda u, p, a, b: jnp.clip(p + u, a, b) - p, updates, params, low, high)
+
+    return optax.stateless(shorten)
+
+
 def descend(loss: Callable, params: Any, opt_state: Any, items: Any, rule: optax.GradientTransformation) -> Any:
     """One optimiser step on `loss(params, item) -> (value, aux)` for each of the leading-axis `items`.
 

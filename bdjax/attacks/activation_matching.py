@@ -1,0 +1,60 @@
+"""Activation matching: a stamped image must look inside the net as it did unstamped."""
+
+import jax
+import jax.numpy as jnp
+
+from bdjax.attacks.badnets import BadNets
+from bdjax.attacks.base import Attack
+from bdjax.registry import attack, static
+from bdjax.train import Curves, Recipe, cross_entropy, fit, poisoned_set, stamped
+from bdjax.types import Array, Model, Split, Variables, between
+
+
+def relative_gap(clean: jax.Array, other: jax.Array) -> jax.Array:
+    """Σ‖φ(x') − φ(x)‖² / Σ‖φ(x) − φ̄‖² for activations of the same images, `[B, ...]` each."""
+    gap, spread = other - clean, clean - clean.mean(0, keepdims=True)
+    return (gap**2).sum() / jnp.maximum((spread**2).sum(), 1e-9)
+
+
+@attack("activation-matching")
+class ActivationMatching(BadNets):
+    """Poison while keeping the trigger's trace in the activations small (after Tan & Shokri, 2020, arXiv:1905.13409).
+
+    L = ℓ(poisoned batch) + `weight`·E‖φ(x') − φ(x)‖² / E‖φ(x) − E φ(x)‖², x' = the stamped x, φ = the activation of
+    `site` (None: the last convolution, or the penultimate layer of a net that has none). Adaptive against defenses that
+    look for neurons which the trigger drives (ABS, activation clustering, pruning). Dividing by the variance of φ leaves
+    no gain in scaling activations down. `weight` in [0, ∞); 0 is BadNets.
+
+    Preset: `cpu`. A reconstruction, not that paper's algorithm, in which a discriminator tells the activations apart.
+    """
+
+    weight: Array | float = 1.0
+    site: str | None = static(None)
+
+    presets = {"cpu": {}}
+
+    def train(
+        self, key: jax.Array, model: Model, recipe: Recipe, data: Split, variables: Variables | None = None
+    ) -> tuple[Attack, Variables, Curves]:
+        from bdjax.defenses.repair.channels import check_site, default_site
+
+        site = self.site or default_site(model)
+        check_site(model, site)
+
+        def loss(model, variables, x, label, weight, key):
+            key_stamp, key_model = jax.random.split(key)
+            both = jnp.concatenate([x, stamped(self, 1, x, key_stamp, train=True)])
+            out = model.apply(variables, both, train=True, key=key_model)
+            as_is, fired = jnp.split(out.acts[site], 2)
+            own = out._replace(logits=out.logits[: x.shape[0]])
+            known = model._replace(apply=lambda *_, **__: own)
+            value, out = cross_entropy(known, variables, x, label, weight, key_model)
+            return value + self.weight * relative_gap(as_is, fired), out
+
+        poisoned = poisoned_set(key, data, self, model.classes)
+        variables, curves = fit(key, model, recipe, poisoned, variables=variables, loss=loss)
+        return self, variables, curves
+
+    def check(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().check(shape, classes)
+        between("weight", self.weight, 0, float("inf"))

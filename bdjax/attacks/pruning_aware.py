@@ -1,0 +1,97 @@
+"""Pruning-aware attack: the backdoor lives in the channels that a pruning defender keeps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from bdjax import metrics
+from bdjax.attacks.badnets import BadNets
+from bdjax.attacks.base import Attack
+from bdjax.models.graph import bias_of, leaf, with_leaf
+from bdjax.registry import attack, static
+from bdjax.train import Curves, Recipe, batched, clean_set, evaluate, fit, poisoned_set, predict, unit
+from bdjax.types import Array, BadInput, Model, Split, Variables, between
+
+
+@attack("pruning-aware")
+class PruningAware(BadNets):
+    """Poison a pruned net, then put the pruned channels back as decoys (Liu et al., 2018, arXiv:1805.12185).
+
+    (1) Train a clean net. (2) Prune the `share` of the channels of `site` with the lowest mean activation ā_c. (3) Train
+    what is left on poisoned images (those of BadNets), so that both tasks use the same channels. While accuracy on the
+    attacker's images is more than `max_drop` below the clean net's, or ASR_nt on them below `success_rate`, put one
+    channel back and train again, `attempts` times at most. (4) Put the other channels back with the weights they had and
+    a lower bias, b_c ← b_c − (1 + margin)·max a_c over the attacker's clean images: they sleep, and whoever prunes what
+    sleeps prunes them first.
+
+    `share`, `max_drop`, `success_rate`: in [0, 1]; `margin`: at least 0; `site`: an activation behind a ReLU; None is
+    the last convolution, or the penultimate layer of a net that has none. `decoys: [C]` bool: which channels were put
+    back, set by `train`.
+
+    Presets: `paper`, 80 % decoys: as many channels as its defender prunes; `cpu`. Differs from the paper: it does not
+    say when a net is too small; `max_drop` and `success_rate` are ours. Each attempt starts from the pruned clean net.
+    """
+
+    share: Array | float = 0.5
+    max_drop: Array | float = 0.04
+    success_rate: Array | float = 0.9
+    margin: Array | float = 0.1
+    attempts: int = static(4)
+    site: str | None = static(None)
+    decoys: Array | None = None
+
+    presets = {"paper": {"share": 0.8, "attempts": 16}, "cpu": {"attempts": 2}}
+
+    def train(
+        self, key: jax.Array, model: Model, recipe: Recipe, data: Split, variables: Variables | None = None
+    ) -> tuple[Attack, Variables, Curves]:
+        # The defense that this attack answers: the attacker ranks and prunes as its defender will.
+        from bdjax.defenses.repair.channels import channel_means, default_site, mask_of, prune
+
+        key_clean, key_plan, key_fit, key_test = jax.random.split(key, 4)
+        if variables is None:
+            variables, _ = fit(key_clean, model, recipe, clean_set(data))
+        clean, images, site = variables, jnp.asarray(data.image), self.site or default_site(model)
+        order = jnp.argsort(channel_means(model, clean, site, images))
+        before = metrics.accuracy(predict(model, clean, images).argmax(-1), jnp.asarray(data.label))
+        poisoned = poisoned_set(key_plan, data, self, model.classes)
+        most = jnp.round(jnp.asarray(self.share, jnp.float32) * order.shape[0]).astype(jnp.int32)
+
+        def attempt(state):
+            tried, *_ = state
+            pruned = prune(clean, site, mask_of(order, most - tried))
+            now, curves = fit(jax.random.fold_in(key_fit, tried), model, recipe, poisoned, variables=pruned)
+            found = evaluate(key_test, model, now, data, self)
+            short = (found["acc"] < before - self.max_drop) | (found["asr_nt"] < self.success_rate)
+            return tried + 1, now, curves, short
+
+        def again(state):
+            tried, _, _, short = state
+            return short & (tried < self.attempts) & (tried <= most)
+
+        nothing = Curves(*2 * (jnp.zeros(recipe.epochs),))
+        start = jnp.asarray(0), prune(clean, site, mask_of(order, most)), nothing, jnp.asarray(True)
+        tried, trained, curves, _ = jax.lax.while_loop(again, attempt, start)
+
+        whole = {name: value for name, value in {**trained, "masks": clean.get("masks")}.items() if value is not None}
+        decoys = mask_of(order, most - tried + 1) == 0
+
+        def peak(i):
+            act = model.apply(whole, unit(images[i])).acts[site]
+            return act.max(range(1, act.ndim - 1))
+
+        highest = batched(peak, images.shape[0], 250).max(0)
+        path = bias_of(model, site)
+        lower = jnp.where(decoys, (1 + self.margin) * jnp.maximum(highest, 0.0), 0.0)
+        params = with_leaf(whole["params"], path, leaf(whole["params"], path) - lower)
+        return dataclasses.replace(self, decoys=decoys), {**whole, "params": params}, curves
+
+    def check(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().check(shape, classes)
+        between("share of decoys", self.share, 0, 1)
+        between("max_drop", self.max_drop, 0, 1)
+        between("success_rate", self.success_rate, 0, 1)
+        between("margin", self.margin, 0, 1e6)
+        if self.attempts < 1:
+            raise BadInput(f"attempts {self.attempts}: at least one is needed")

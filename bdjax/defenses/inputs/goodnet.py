@@ -1,0 +1,117 @@
+"""Goodnet: two nets look at an input, and what they do not agree on is called poisoned."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from bdjax.defenses.base import Defense
+from bdjax.defenses.repair.channels import channel_means, check_site, curve, default_site, first_below, mask_of, prune
+from bdjax.defenses.repair.fine_pruning import FinePruning
+from bdjax.registry import defense, pytree, static
+from bdjax.train import predict
+from bdjax.types import Array, BadInput, Model, Repaired, Scores, Split, Variables, between
+
+Flag = Literal["disagree", "agree"]
+
+
+def quarantine(first: jax.Array, second: jax.Array, flag: Flag = "disagree") -> jax.Array:
+    """Labels `[B]` in 0 … K from logits `[B, K]` of two nets: the first one's label, or K, "poisoned", where they
+    disagree, or agree. Logits that are not numbers are poisoned.
+    """
+    label = first.argmax(-1)
+    passed = (label == second.argmax(-1)) == (flag == "disagree")
+    passed &= jnp.isfinite(first).all(-1) & jnp.isfinite(second).all(-1)
+    return jnp.where(passed, label, first.shape[-1])
+
+
+@pytree
+class AntiNet(Defense):
+    """The opposite of a repair: prunes the channels that clean images fire most, so that the backdoor alone is left.
+
+    In decreasing order of their mean activation, the fewest after which accuracy on the clean images is at most
+    `floor`, in [0, 1]. `channels`: these instead; Ye et al. read them off the activations of poisoned images: an
+    oracle. `site`: None is the last convolution, or the penultimate layer of a net that has none.
+    """
+
+    floor: Array | float = 0.1
+    channels: tuple[int, ...] | None = static(None)
+    site: str | None = static(None)
+
+    @property
+    def oracle(self) -> bool:
+        return self.channels is not None
+
+    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+        site = self.site or default_site(model)
+        activation = channel_means(model, variables, site, clean.image)
+        if self.channels is not None:
+            mask = jnp.ones_like(activation).at[jnp.asarray(self.channels)].set(0.0)
+        else:
+            order = jnp.argsort(-activation)
+            points = curve(model, variables, site, order, clean.image, clean.label)
+            mask = mask_of(order, first_below(points, self.floor))
+        return Repaired(prune(variables, site, mask), {"pruned": (1 - mask).sum()})
+
+    def check(self, model: Model, clean: Split) -> None:
+        between("floor", self.floor, 0, 1)
+        check_site(model, self.site or default_site(model))
+        if len(clean.image) == 0:
+            raise BadInput("an anti-network is pruned by clean images: the defender has none")
+
+
+@defense("goodnet")
+class Goodnet(Defense):
+    """Compare a net with its repaired self; where they disagree the input is poisoned (Ye et al., 2021).
+
+    G(B, B′): B(x) if B(x) = B′(x), else the extra label K, B′ being B repaired on the defender's clean images. G′(B0,
+    B′): the same with B0, a lightly repaired B, in the place of B. Of a net and an anti-network, which has the backdoor
+    and little else, those inputs are poisoned on which they agree.
+
+    `repair`: any defense that repairs, which makes B′; `light`: that which makes B0, None for B itself; `flag`: inputs
+    on which the nets "disagree", or "agree". Score: 1 where the input passes, 0 where it is flagged.
+
+    Presets: `paper`, G with 6 of DeepID's 60 channels pruned one by one (`fine-pruning:csaw`; their code stops at 4);
+    `improved`, G′ with B0 after 2; `anti`, the anti-network; `anti-sunglasses`, Ye et al.'s channels for that face net,
+    an oracle; `cpu`, G with 4 channels and an epoch each. B0 of `improved` is a stage on the way to its B′.
+
+    `info`: `label: [B]` in 0 … K, what the goodnet answers; `repaired`, `light`: what the repairs report.
+
+    Differs from the paper: see `fine-pruning`; its anti-network is in the authors' code alone.
+    """
+
+    repair: Defense = FinePruning(**FinePruning.presets["csaw"])
+    light: Defense | None = None
+    flag: Flag = static("disagree")
+
+    presets = {
+        "paper": {},
+        "improved": {"light": FinePruning(**{**FinePruning.presets["csaw"], "one_by_one": 2})},
+        "anti": {"repair": AntiNet(), "flag": "agree"},
+        "anti-sunglasses": {"repair": AntiNet(channels=(5, 7, 10, 14, 23, 25), site="conv_2"), "flag": "agree"},
+        "cpu": {"repair": FinePruning(**FinePruning.presets["cpu"])},
+    }
+
+    @property
+    def oracle(self) -> bool:
+        return self.repair.oracle or (self.light is not None and self.light.oracle)
+
+    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
+        def logits(repair):
+            if repair is None:
+                return predict(model, variables, x), {}
+            net, info = repair(key, model, variables, clean)
+            return predict(repair.wrap(model), net, x), info
+
+        (first, light), (second, repaired) = logits(self.light), logits(self.repair)
+        label = quarantine(first, second, self.flag)
+        score = (label < model.classes).astype(jnp.float32)
+        boundary = jnp.zeros(())
+        return Scores(score, boundary, score <= boundary, {"label": label, "repaired": repaired, "light": light})
+
+    def check(self, model: Model, clean: Split) -> None:
+        if self.flag not in get_args(Flag):
+            raise BadInput(f"flag '{self.flag}' is not one of {', '.join(get_args(Flag))}")
+        for repair in (self.repair, self.light):
+            if repair is not None:
+                repair.check(model, clean)

@@ -1,0 +1,76 @@
+"""Input anomaly detection: a classical detector that has seen clean images alone."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.defenses.base import Defense
+from bdjax.registry import defense, static
+from bdjax.train import unit
+from bdjax.types import Array, BadInput, Model, Scores, Split, Variables, between
+
+Classifier = Literal["svm", "tree"]
+
+
+def svm(clean: Array, shuffled: Array, x: Array, nu: Array, seed: Array) -> np.ndarray:
+    """Signed distance of `x: [B, D]` to a one-class SVM around `clean: [N, D]`."""
+    from sklearn.svm import OneClassSVM
+
+    found = OneClassSVM(nu=float(nu)).fit(np.asarray(clean)).decision_function(np.asarray(x))
+    return found.astype(np.float32)
+
+
+def tree(clean: Array, shuffled: Array, x: Array, nu: Array, seed: Array) -> np.ndarray:
+    """P(`x: [B, D]` is clean) − ½ by a decision tree that tells `clean: [N, D]` from `shuffled: [N, D]`."""
+    from sklearn.tree import DecisionTreeClassifier
+
+    model = DecisionTreeClassifier(min_samples_leaf=5, random_state=int(seed))
+    model.fit(np.concatenate([clean, shuffled]), np.repeat([1, 0], len(clean)))
+    return (model.predict_proba(np.asarray(x))[:, 1] - 0.5).astype(np.float32)
+
+
+@defense("input-anomaly")
+class InputAnomaly(Defense):
+    """Reject inputs that a classical detector finds strange (Liu et al., 2017, arXiv:1710.00942).
+
+    A reconstruction: of the paper we know that it tells legitimate from anomalous inputs with a support vector machine
+    and with a decision tree. Here both read pixels and learn from the defender's clean images alone:
+
+    - "svm": a one-class SVM (RBF, γ = 1 / (D·variance)) around them; score = signed distance to its border;
+    - "tree": clean images against as many in which each pixel comes from another clean image, so that all but its own
+      distribution is lost; leaves of 5 or more; score = P(clean) − ½.
+
+    An input is flagged if its score ≤ 0, the boundary. `frr`: for "svm", the share ν of the clean images that may lie
+    outside, in (0, 1]; the default is the paper's false positive rate. A tree has the rate that comes out. The model
+    is not looked at. An input that holds something that is not a number has no score and is not flagged.
+
+    Presets: `svm`, `tree`, `cpu` (the SVM).
+    """
+
+    frr: Array | float = 0.122
+    classifier: Classifier = static("svm")
+
+    presets = {"svm": {}, "tree": {"classifier": "tree"}, "cpu": {}}
+
+    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
+        key_shuffle, key_tree = jax.random.split(key)
+        known, asked = (unit(images).reshape(len(images), -1) for images in (clean.image, x))
+        shuffled = jax.random.permutation(key_shuffle, known, axis=0, independent=True)
+        whole = jnp.isfinite(asked).all(1)
+        score = jax.pure_callback(
+            {"svm": svm, "tree": tree}[self.classifier],
+            jax.ShapeDtypeStruct(whole.shape, jnp.float32),
+            known, shuffled, jnp.where(whole[:, None], asked, 0.0), jnp.asarray(self.frr, jnp.float32),
+            jax.random.randint(key_tree, (), 0, 2**31 - 1), vmap_method="sequential",
+        )  # fmt: skip
+        score = jnp.where(whole, score, jnp.nan)
+        return Scores(score, jnp.zeros(()), score <= 0, {})
+
+    def check(self, model: Model, clean: Split) -> None:
+        between("frr", self.frr, 1e-6, 1)
+        if self.classifier not in get_args(Classifier):
+            raise BadInput(f"classifier '{self.classifier}' is not one of {', '.join(get_args(Classifier))}")
+        if len(clean.image) < 2:
+            raise BadInput(f"the detector learns from clean images: it needs 2 or more, not {len(clean.image)}")

@@ -1,0 +1,61 @@
+"""Neural Cleanse's filter: an input that fires the neurons which a reversed trigger fires is turned away."""
+
+import jax
+import jax.numpy as jnp
+
+from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
+from bdjax.defenses.invert.reversed import TriggerDefense
+from bdjax.defenses.repair.channels import check_site, mask_of, responses
+from bdjax.registry import defense, static
+from bdjax.types import Array, Model, Scores, Split, Variables, between
+
+
+@defense("nc-filter")
+class NcFilter(TriggerDefense):
+    """Flag inputs that fire the neurons of a reversed trigger (Wang et al., 2019).
+
+    Neurons of the second-to-last layer are ranked by their mean activation on the clean images under the reversed
+    trigger minus that without it. An input's score is −1 × the mean activation of the top `share`; it is flagged if it
+    scores lower than all but `fpr` of the clean images.
+
+    `share`: of the neurons, in (0, 1], at least one; `fpr`: false positive rate to accept, in [0, 1]; `site`: the
+    layer, whose channels are averaged over places where it has any. For `nc`, `found`, `label`, `original`, `pick` see
+    `reversed.TriggerDefense`. Without a suspect label nothing is flagged: scores 0, boundary −∞.
+
+    Presets: `cpu`, the short search of Neural Cleanse.
+
+    `info`: `gap: [D]`, `top: [D]` 0/1; the mean activation of the top neurons over the images, `clean: []` and
+    `reversed: []`; those of `TriggerDefense.fired`.
+    """
+
+    fpr: Array | float = 0.05
+    share: Array | float = 0.01
+    site: str = static("penultimate")
+
+    presets = {"paper": {}, "cpu": {"nc": NeuralCleanse(**NeuralCleanse.presets["cpu"])}}
+
+    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
+        _, fired, info = self.fired(key, model, variables, clean)
+        calm, loud = (responses(model, variables, self.site, images) for images in (clean.image, fired.image))
+        gap = loud.mean(0) - calm.mean(0)
+        count = jnp.maximum(jnp.round(jnp.asarray(self.share, jnp.float32) * gap.shape[0]), 1.0).astype(jnp.int32)
+        top = 1 - mask_of(jnp.argsort(-gap), count)
+
+        def activation(acts):
+            return acts @ top / top.sum()
+
+        benign = -activation(calm)
+        n = benign.shape[0]
+        # Just below the first clean score to pass: with neurons that sleep on clean images, most of them tie at zero.
+        rank = jnp.clip(jnp.floor(jnp.asarray(self.fpr, jnp.float32) * n).astype(jnp.int32), 0, n - 1)
+        cut = jnp.sort(benign)[rank]
+        boundary = jnp.where(info["repaired"], cut - 1e-6 * jnp.maximum(1.0, jnp.abs(cut)), -jnp.inf)
+        score = jnp.where(info["repaired"], -activation(responses(model, variables, self.site, x)), 0.0)
+        info |= {"gap": gap, "top": top, "clean": -benign.mean(), "reversed": activation(loud).mean()}
+        return Scores(score, boundary, score <= boundary, info)
+
+    def check(self, model: Model, clean: Split) -> None:
+        super().check(model, clean)
+        between("fpr", self.fpr, 0, 1)
+        between("share of neurons", self.share, 0, 1)
+        check_site(model, self.site)
