@@ -195,7 +195,8 @@ class Mesa(Defense):
 
             # Each net's gradient sees the other one fixed.
             entropy = information(*pairs(jax.lax.stop_gradient(params.statistic), g))
-            mine = mine_loss(*pairs(params.statistic, jax.lax.stop_gradient(g)), params.average)
+            joint, independent = pairs(params.statistic, jax.lax.stop_gradient(g))
+            mine = mine_loss(joint, independent, params.average)
             return mine - reached - self.alpha * entropy, entropy
 
         key_generator, key_statistic = jax.random.split(key_init)
