@@ -582,7 +582,7 @@ class Runner:
             found, arrays = {**measured[0], **found}, {**measured[1], **arrays}
         found, arrays = jax.device_get((found, arrays))
         if "flagged" in arrays and attacks is not None:
-            target = np.asarray(attacks.target)
+            target = np.asarray(attacks.target)[: len(cells)]  # the rest is padding
             found["target_flagged"] = arrays["flagged"][np.arange(len(cells)), target].astype(np.float32)
         spent = self.clock.split(before, len(cells))
         if stage is None:

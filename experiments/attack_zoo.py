@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from bdjax import registry
+from bdjax.attacks.base import Attack
 from bdjax.augment import Augmentation
 from bdjax.datasets.files import Faces
 from bdjax.datasets.public import Cifar10, Gtsrb, Mnist
@@ -182,10 +183,16 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         attacked = [cell for cell in of_net if cell.attack is not None and cell.run in whole]
         if not attacked:
             continue
-        image = attacked[0].dataset.load().test.image[:1]
+        data = attacked[0].dataset.load()
+        image = data.test.image[:1]
         clean = unit(image)[0]
-        fired = [stamped(runner.victim(cell)[1], 1, image, jax.random.key(0))[0] for cell in attacked]
-        pictures = np.stack([np.stack([clean, x, np.abs(x - clean)]) for x in fired])
+
+        def fired(cell: Cell) -> Any:
+            crafted = type(cell.attack).train is not Attack.train  # made for its victim
+            attack = runner.victim(cell)[1] if crafted else cell.attack.bind(data.train)  # type: ignore[union-attr]
+            return stamped(attack, 1, image, jax.random.key(0))[0]
+
+        pictures = np.stack([np.stack([clean, x, np.abs(x - clean)]) for x in map(fired, attacked)])
         caption = "A test image with the first trigger of each attack, as it is fired at the victim of seed 0."
         columns = ("clean", "stamped", "difference")
         picture = plots.images(pictures, [cell.row for cell in attacked], columns, cell=0.6)

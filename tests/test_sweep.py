@@ -192,9 +192,14 @@ def small(tmp_path_factory):
 
     def start(*args: object) -> subprocess.Popen:
         words = [*command, *map(str, args)]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(words, text=True, env=environment, **pipes))
+        return started[-1]
 
-    return file, start, table(rows)
+    started: list[subprocess.Popen] = []
+    yield file, start, table(rows)
+    for process in started:
+        process.kill()  # where a test failed
 
 
 def test_kill_9_at_three_random_moments_and_the_same_table(small, tmp_path):

@@ -10,7 +10,7 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack
 from bdjax.models.graph import bias_of, leaf, with_leaf
 from bdjax.registry import attack, static
-from bdjax.train import Curves, Recipe, batched, clean_set, evaluate, fit, poisoned_set, predict, unit
+from bdjax.train import Curves, Recipe, clean_set, evaluate, fit, poisoned_set, predict
 from bdjax.types import Array, BadInput, Model, Split, Variables, between
 
 
@@ -47,7 +47,7 @@ class PruningAware(BadNets):
         self, key: jax.Array, model: Model, recipe: Recipe, data: Split, variables: Variables | None = None
     ) -> tuple[Attack, Variables, Curves]:
         # The defense that this attack answers: the attacker ranks and prunes as its defender will.
-        from bdjax.defenses.repair.channels import channel_means, default_site, mask_of, prune
+        from bdjax.defenses.repair.channels import channel_means, default_site, mask_of, prune, responses
 
         key_clean, key_plan, key_fit, key_test = jax.random.split(key, 4)
         if variables is None:
@@ -76,14 +76,9 @@ class PruningAware(BadNets):
 
         whole = {name: value for name, value in {**trained, "masks": clean.get("masks")}.items() if value is not None}
         decoys = mask_of(order, most - tried + 1) == 0
-
-        def peak(i):
-            act = model.apply(whole, unit(images[i])).acts[site]
-            return act.max(range(1, act.ndim - 1))
-
-        highest = batched(peak, images.shape[0], 250).max(0)
+        highest = responses(model, whole, site, images, "linf").max(0)
         path = bias_of(model, site)
-        lower = jnp.where(decoys, (1 + self.margin) * jnp.maximum(highest, 0.0), 0.0)
+        lower = jnp.where(decoys, (1 + self.margin) * highest, 0.0)
         params = with_leaf(whole["params"], path, leaf(whole["params"], path) - lower)
         return dataclasses.replace(self, decoys=decoys), {**whole, "params": params}, curves
 

@@ -77,8 +77,8 @@ class Abs(Defense):
     layers to stimulate, None = all with a name, but the pixels, the logits and what stands before an activation
     function. `lanes`: neurons or candidates side by side (None: the device's default).
 
-    Verdict: `index`, the largest REASR, 0 without a candidate. `info`: `elevation`, `label: [n]` of all neurons, site after
-    site, `suspect: [n]`; of each candidate `neuron`, `candidate_label`, `valid`, `reasr_pixel`,
+    Verdict: `index`, the largest REASR, 0 without a candidate. `info`: `elevation`, `label: [n]` of all neurons, site
+    after site, `suspect: [n]`; of each candidate `neuron`, `candidate_label`, `valid`, `reasr_pixel`,
     `reasr_feature: [top]`; `mask: [top, H, W, 1]`, `pattern: [top, H, W, C]`, `transform: [top, 4C, C]`.
 
     Presets: `paper`; `original_code`, decides at 0.8; `cpu`, fewer candidates, steps and images.
