@@ -184,6 +184,8 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return None  # code is never read back
     fields = {k: revive(kind, value, arrays) for k, value in described.items() if k not in ("name", "class")}
     if "class" in described:
+        if described["class"] not in _pytrees:
+            entries()  # a part that a method's file brings
         return _pytrees[described["class"]](**fields)
     name = described["name"]
     if name not in {

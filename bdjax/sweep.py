@@ -764,19 +764,21 @@ def _inputs(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any
     predictions = jax.lax.map(lambda x: predict(model, variables, x).argmax(-1), x)
     scores: Scores = defense(kd, model, variables, clean, x.reshape(-1, *x.shape[2:]))
     score, flagged = (leaf.reshape(x.shape[:2]) for leaf in (scores.score, scores.flagged))
-    right = predictions[0] == test.label
+    # A filter may answer by another net than the victim's.
+    answers = scores.info["answer"].reshape(x.shape[:2]) if "answer" in scores.info else predictions
+    right = answers[0] == test.label
     found = {"acc_test": (right & ~flagged[0]).mean(), "frr": flagged[0].mean(), "boundary": scores.boundary}
     arrays = {"score_clean": score[0]}
     if attack is not None:
         aimed = jnp.stack([attack.success(jnp.asarray(kind), test.label, model.classes) for kind in kinds])
 
-        def measure(score_, flagged_, predicted, aimed):
+        def measure(score_, flagged_, predicted, answered, aimed):
             works = (predicted == aimed) & (aimed != test.label)
             far, _ = metrics.far_frr(flagged[0], flagged_, works)
-            rates = metrics.attack_success(jnp.where(flagged_, -2, predicted), aimed, test.label)
+            rates = metrics.attack_success(jnp.where(flagged_, -2, answered), aimed, test.label)
             return far, rates.all, rates.nt, metrics.auroc(-score[0], -score_, None, works)
 
-        far, every, nt, auroc = jax.vmap(measure)(score[1:], flagged[1:], predictions[1:], aimed)
+        far, every, nt, auroc = jax.vmap(measure)(score[1:], flagged[1:], predictions[1:], answers[1:], aimed)
         found |= {"far": far.mean(), "asr_all": every.mean(), "asr_nt": nt.mean(), "auroc": auroc.mean()}
         arrays |= {"score_trojan": score[1:], "far_per_trigger": far}
     return found, arrays, None

@@ -170,6 +170,13 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
             yield from grid(cell, seed=range(seeds or SEEDS[scale]))
 
 
+def armed(cell: Cell, runner: Runner) -> Any:
+    """The cell's attack as it is fired: one that crafts its trigger for a net is taken from its victim."""
+    assert cell.attack is not None
+    crafted = type(cell.attack).train is not Attack.train
+    return runner.victim(cell)[1] if crafted else cell.attack.bind(cell.dataset.load().train)
+
+
 def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
     """A test image of each data set with every trigger, as it is fired at the first seed's victim."""
     import jax
@@ -183,16 +190,10 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         attacked = [cell for cell in of_net if cell.attack is not None and cell.run in whole]
         if not attacked:
             continue
-        data = attacked[0].dataset.load()
-        image = data.test.image[:1]
+        image = attacked[0].dataset.load().test.image[:1]
         clean = unit(image)[0]
-
-        def fired(cell: Cell) -> Any:
-            crafted = type(cell.attack).train is not Attack.train  # made for its victim
-            attack = runner.victim(cell)[1] if crafted else cell.attack.bind(data.train)  # type: ignore[union-attr]
-            return stamped(attack, 1, image, jax.random.key(0))[0]
-
-        pictures = np.stack([np.stack([clean, x, np.abs(x - clean)]) for x in map(fired, attacked)])
+        fired = [stamped(armed(cell, runner), 1, image, jax.random.key(0))[0] for cell in attacked]
+        pictures = np.stack([np.stack([clean, x, np.abs(x - clean)]) for x in fired])
         caption = "A test image with the first trigger of each attack, as it is fired at the victim of seed 0."
         columns = ("clean", "stamped", "difference")
         picture = plots.images(pictures, [cell.row for cell in attacked], columns, cell=0.6)

@@ -50,7 +50,7 @@ X = jnp.concatenate([CLEAN.image, stamped(BadNets(size=1, target=2), 1, CLEAN.im
 def answers(defense):
     """What the goodnet answers to the 40 clean and the 40 stamped images."""
     scores = jax.jit(lambda v: defense(KEY, MODEL, v, CLEAN, X))(VARIABLES)
-    label = np.asarray(scores.info["label"])
+    label = np.asarray(scores.info["answer"])
     np.testing.assert_array_equal(scores.flagged, label == 4)
     np.testing.assert_array_equal(scores.flagged, scores.score <= scores.boundary)
     return label[:40], label[40:]
@@ -101,7 +101,7 @@ def test_on_a_real_victim(victim, sample):
     before = evaluate(KEY, model, variables, sample.test, attack)
     for defense in (Goodnet(repair=heavy), Goodnet(light=light, repair=heavy)):
         scores = jax.jit(lambda v, d=defense: d(KEY, model, v, sample.clean, x))(variables)
-        clean, trojan = scores.info["label"].reshape(2, -1)
+        clean, trojan = scores.info["answer"].reshape(2, -1)
         repaired, _ = jax.jit(lambda v: heavy(KEY, model, v, sample.clean))(variables)
         second = predict(model, repaired, x).argmax(-1).reshape(2, -1)
         np.testing.assert_array_equal(np.where(clean == 10, second[0], clean), second[0])

@@ -75,7 +75,7 @@ class Goodnet(Defense):
     `improved`, G′ with B0 after 2; `anti`, the anti-network; `anti-sunglasses`, Ye et al.'s channels for that face net,
     an oracle; `cpu`, G with 4 channels and an epoch each. B0 of `improved` is a stage on the way to its B′.
 
-    `info`: `label: [B]` in 0 … K, what the goodnet answers; `repaired`, `light`: what the repairs report.
+    `info`: `answer: [B]` in 0 … K, what the goodnet answers; `repaired`, `light`: what the repairs report.
 
     Differs from the paper: see `fine-pruning`; its anti-network is in the authors' code alone.
     """
@@ -107,7 +107,7 @@ class Goodnet(Defense):
         label = quarantine(first, second, self.flag)
         score = (label < model.classes).astype(jnp.float32)
         boundary = jnp.zeros(())
-        return Scores(score, boundary, score <= boundary, {"label": label, "repaired": repaired, "light": light})
+        return Scores(score, boundary, score <= boundary, {"answer": label, "repaired": repaired, "light": light})
 
     def check(self, model: Model, clean: Split) -> None:
         if self.flag not in get_args(Flag):
