@@ -564,13 +564,15 @@ class Runner:
         self.board.tell(doing=label)
         defenses = self._prepared(cells, model, shared)
         victims = victims or [(bound(cell, shared), cell.recipe) for cell in cells]
-        keys = [jax.random.fold_in(jax.random.key(cell.seed), 1) for cell in cells]
+        # The suspects must be sought among the very rows that the victim was trained on: there the key is the training's.
+        keys = [jax.random.key(cell.seed) for cell in cells]
+        keys = keys if stage == "samples" else [jax.random.fold_in(key, 1) for key in keys]
         keys, defenses, (attacks, given) = self._stacked(list(zip(keys, defenses, victims, strict=True)))
         found, arrays, variables, judged = {}, {}, given, model
         if stage is not None and defense is not None:
             say(label, self.quiet or self.board.live)
             # One program serves the victims of all attacks, where neither the defense nor its report looks at the attack.
-            blind = stage in ("repair", "invert", "models") and type(cells[0].defense).report is Defense.report
+            blind = stage in ("repair", "invert", "models") and type(defense).report is Defense.report
             items = (keys, defenses, None if blind else attacks, given)
             found, arrays, variables = self._ran("defend", JUDGES[stage], model, shared, *items)
             if variables is None:

@@ -115,7 +115,7 @@ ROWS: dict[str, dict[str, tuple[str, str | None, dict[str, Any], dict[str, float
         "Pruning-aware": ("pruning-aware", "cpu", {}, {}),
         "Activation matching": ("activation-matching", "cpu", {}, {}),
     },
-    "CLA": {"Clean label, fixed noise (CLA)": ("clean-label", "veldanda", {}, {"acc_test": 0.8902, "asr_all": 1.0})},
+    "CLA": {"Clean label, fixed noise of strength 1 (CLA)": ("clean-label", "veldanda", {"strength": 1.0}, {"acc_test": 0.8902, "asr_all": 1.0})},
     "CIFAR-10": {
         "Trigger combination (TCA)": (
             "trigger-combination", None, {"target": 7}, {"acc_test": 0.8771, "asr_all": 0.999},

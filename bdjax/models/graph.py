@@ -47,7 +47,7 @@ def kernel_out_of(model: Model, site: str) -> Path:
 
 def leaf(params: Any, path: Path) -> jax.Array:
     """The array at `path`."""
-    return flatten_dict(params)[path]
+    return flatten_dict(params)[path]  # type: ignore[return-value]
 
 
 def with_leaf(params: Any, path: Path, value: jax.Array) -> Any:

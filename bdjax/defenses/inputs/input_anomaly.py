@@ -28,7 +28,7 @@ def tree(clean: Array, shuffled: Array, x: Array, nu: Array, seed: Array) -> np.
 
     model = DecisionTreeClassifier(min_samples_leaf=5, random_state=int(seed))
     model.fit(np.concatenate([clean, shuffled]), np.repeat([1, 0], len(clean)))
-    return (model.predict_proba(np.asarray(x))[:, 1] - 0.5).astype(np.float32)
+    return (np.asarray(model.predict_proba(np.asarray(x)))[:, 1] - 0.5).astype(np.float32)
 
 
 @defense("input-anomaly")
