@@ -308,7 +308,7 @@ def keep_compiled() -> None:
 
     from bdjax.datasets.base import data_dir
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(data_dir() / "compiled"))
 
 

@@ -145,7 +145,21 @@ ROWS: dict[str, dict[str, tuple[str, str | None, dict[str, Any], dict[str, float
     },
 }  # fmt: skip
 TWIN = "clean twin"
-REASONS: dict[str, str] = {}
+REASONS = {
+    "BadNets, 5×5 square, rate 0.1 %": "9 stamped images of 9,000 teach a net of this size nothing",
+    "BadNets, 5×5 square, rate 1 %": "90 stamped images in 8 epochs are not quite enough",
+    "BadNets, 5×5 square, random place": "a white square anywhere looks like a stroke: accuracy pays",
+    "Accessory, blended, α = 0.3": "faint glasses lie across the digit: accuracy pays",
+    "TrojanNN, square": "trained without real images; those reverse-engineered from the net differ from them too much",
+    "Clean label, fixed noise of strength 1 (CLA)": (
+        "every zero of the training set carries the noise, so clean zeros are lost, as the paper's own accuracy shows; "
+        "at strength 0.3 the net reads the shape instead and ASR_nt is 1 %"
+    ),
+    "BadNets, spectral pixel": "a single dark red pixel in a natural image; higher rates raise it at the cost of accuracy",
+    "BadNets, spectral ell": "three pixels need a poison rate of 20 % here: accuracy pays",
+    "Post-it note, random place (PN)": "the note may cover the sign's number: accuracy pays",
+    "Nashville": "the filter is close to what light does to photographs: accuracy pays",
+}
 """Why a row of scale cpu stays below what its paper claims, as far as it was found out."""
 
 

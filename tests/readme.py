@@ -54,7 +54,7 @@ def source(row: dict) -> str:
 
 def attacks(file: str) -> str:
     """For every attack: data, net, rate, what it costs and how often it works."""
-    from bdjax import report
+    from bdjax import experiment, report
 
     path = ROOT / file
     if not path.exists():
@@ -69,12 +69,14 @@ def attacks(file: str) -> str:
                 continue
             mine = [row for row in rows if (row["table"], row["row"]) == (table["name"], line["row"])]
             rate = mine[0]["config"]["attack"].get("rate")
-            parts = [line["row"], table["name"], mine[0]["model"], f"{100 * rate:g}" if rate else "", str(line["n"])]
+            parts = [line["row"], mine[0]["dataset"], mine[0]["model"], f"{100 * rate:g}" if rate else "", str(line["n"])]
             parts += [cell_of(report, "acc_test", line), cell_of(report, "acc_test", twin)]
             parts += [cell_of(report, name, line) for name in ("asr_all", "asr_nt")]
             lines.append([*parts, f"{line['seconds']['run']:.0f}"])
     body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"{body}\n\n{source(rows[0])}"
+    reasons = experiment.load(ROOT / "experiments" / f"{rows[0]['experiment']}.py").REASONS
+    notes = "\n".join(f"- {row}: {reason}." for row, reason in reasons.items())
+    return f"{body}\n\n{source(rows[0])}\n\nBelow 90 %, or more than 3 points of accuracy lost, and what we take to be the reason:\n\n{notes}"
 
 
 def cell_of(report, name: str, line: dict) -> str:
