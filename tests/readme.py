@@ -69,7 +69,13 @@ def attacks(file: str) -> str:
                 continue
             mine = [row for row in rows if (row["table"], row["row"]) == (table["name"], line["row"])]
             rate = mine[0]["config"]["attack"].get("rate")
-            parts = [line["row"], mine[0]["dataset"], mine[0]["model"], f"{100 * rate:g}" if rate else "", str(line["n"])]
+            parts = [
+                line["row"],
+                mine[0]["dataset"],
+                mine[0]["model"],
+                f"{100 * rate:g}" if rate else "",
+                str(line["n"]),
+            ]
             parts += [cell_of(report, "acc_test", line), cell_of(report, "acc_test", twin)]
             parts += [cell_of(report, name, line) for name in ("asr_all", "asr_nt")]
             lines.append([*parts, f"{line['seconds']['run']:.0f}"])
