@@ -1,7 +1,7 @@
 """Runs an experiment file: its cells, then its figures, table and page. A sweep is an experiment with many cells.
 
 An experiment is a Python file with `TITLE`, `SCALES`, `cells(scale, seeds) -> [Cell]`, and, where it has them,
-`figures(rows, store, scale)` and `trends(rows)` as `report.write` wants them, and `NOTES`, lines for the page.
+`figures(rows, store, scale)` and `trends(rows)` as `report.write` wants them. The list in its docstring ("- …") stands on the page as notes.
 """
 
 import contextlib
@@ -112,12 +112,17 @@ def run(
     clock.add("report", begun)
     seconds = clock.seconds | {"total": time.monotonic() - start}
     page = report.write(
-        folder, rows, figures, title=module.TITLE, notes=getattr(module, "NOTES", ()), trends=trends, seconds=seconds,
+        folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends, seconds=seconds,
         command=f"bdjax {'sweep' if live else 'run'} {shlex.quote(Path(path).as_posix())} --scale {scale}",
     )  # fmt: skip
     say("seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()), quiet)
     print(f"results: {folder / 'results.jsonl'}\npage: {page}")
     return rows
+
+
+def notes(module: ModuleType) -> list[str]:
+    """The points of an experiment's docstring, a line each."""
+    return [" ".join(point.split()) for point in (module.__doc__ or "").split("\n- ")[1:]]
 
 
 def number(name: str, text: int | str | None, low: int) -> int:

@@ -188,9 +188,7 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
             entries()  # a part that a method's file brings
         return _pytrees[described["class"]](**fields)
     name = described["name"]
-    if name not in {
-        e.name for e in entries(kind)
-    }:  # a method of another kind inside: the attack that MNTD's nets carry
+    if name not in {e.name for e in entries(kind)}:  # of another kind than what it is a part of
         kind = next((e.kind for e in entries() if e.name == name), kind)
     return make(kind, name, **fields)
 

@@ -568,17 +568,15 @@ class Runner:
         keys = [jax.random.key(cell.seed) for cell in cells]
         keys = keys if stage == "samples" else [jax.random.fold_in(key, 1) for key in keys]
         keys, defenses, (attacks, given) = self._stacked(list(zip(keys, defenses, victims, strict=True)))
-        found, arrays, variables, judged = {}, {}, given, model
+        found, arrays, variables, judged, repaired = {}, {}, given, model, None
         if stage is not None and defense is not None:
             say(label, self.quiet or self.board.live)
             # One program serves the victims of all attacks, where neither the defense nor its report looks at the attack.
             blind = stage in ("repair", "invert", "models") and type(defense).report is Defense.report
             items = (keys, defenses, None if blind else attacks, given)
-            found, arrays, variables = self._ran("defend", JUDGES[stage], model, shared, *items)
-            if variables is None:
-                variables, judged = given, model
-            else:
-                judged = defense.wrap(model)
+            found, arrays, repaired = self._ran("defend", JUDGES[stage], model, shared, *items)
+            if repaired is not None:
+                variables, judged = repaired, defense.wrap(model)
         if stage != "inputs":  # what passes a filter is measured there
             measured = self._ran("evaluate", _measured, judged, shared, keys, attacks, variables)
             found, arrays = {**measured[0], **found}, {**measured[1], **arrays}
@@ -595,7 +593,7 @@ class Runner:
                 self.store.save_arrays(cell.run, take(arrays, i))
             rows.append(self._row(cell, {name: plain(value[i]) for name, value in found.items()}, spent))
         self._written(rows)
-        return rows[0], take(variables, 0) if keep and stage in ("repair", "train") else None
+        return rows[0], take(repaired, 0) if keep and repaired is not None else None
 
     def _prepared(self, cells: Sequence[Cell], model: Model, shared: Any) -> list[Defense | None]:
         """The cells' defenses with what they learn before they see a victim: once for a data set and an architecture,

@@ -9,7 +9,7 @@ from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
 from bdjax.train import Recipe, poisoned_set
 from bdjax.types import Split
-from benchmarks.measure import Case, flops
+from benchmarks.measure import Case, forward_flops
 
 MEMBERS, IMAGES = 4, 1280
 
@@ -26,12 +26,10 @@ def cases(rivals) -> list[Case]:
         return defense(key, model, recipe, poisoned_set(key, split, BadNets(), 10), split).variables
 
     placed = jax.device_put(split)
-    x = jax.numpy.zeros((recipe.batch, *data.shape))
-    forward = flops(lambda v, x: model.apply(v, x).logits, model.init(jax.random.key(0)), x)
     rival = None
     if rivals is not None:
         image, label = rivals.tensors(split.image, split.label)
         poisoned = rivals.torch.rand(IMAGES) < 0.1
         rival = lambda: rivals.ensemble(MEMBERS, image, label, poisoned, recipe.batch)  # noqa: E731
-    work = 3 * forward * (IMAGES // recipe.batch) * MEMBERS
+    work = 3 * forward_flops(model, IMAGES) * MEMBERS
     return [Case(f"ensemble of {MEMBERS}", lambda: train(placed), rival, work)]

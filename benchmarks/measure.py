@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from bdjax.types import Model
+
 REPEATS = 5
 
 
@@ -64,6 +66,12 @@ def run(case: Case, device: str, repeats: int = REPEATS) -> Result:
     ratio = statistics.median(row[2] / row[0] for row in taken) if rest else None
     share = None if case.flops is None else case.flops / ours / (product_flops / square)
     return Result(case.name, ours, rival, ratio, share, device, ours / case.items if case.items else None)
+
+
+def forward_flops(model: Model, images: int) -> float:
+    """The flops of the logits of `images` images."""
+    x = jnp.zeros((images, *model.shape))
+    return flops(lambda v, x: model.apply(v, x).logits, jax.eval_shape(model.init, jax.random.key(0)), x)
 
 
 def flops(fn: Callable, *args: Any) -> float:

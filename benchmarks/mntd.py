@@ -8,7 +8,7 @@ from bdjax.models.layers import build
 from bdjax.models.mntd import MntdMnist
 from bdjax.train import Recipe, unit
 from bdjax.types import Split
-from benchmarks.measure import Case, flops
+from benchmarks.measure import Case, forward_flops
 
 SHADOWS, IMAGES = (4, 8, 16), 1000
 
@@ -31,10 +31,7 @@ def case(rivals, shadows: int) -> Case:
     if rivals is not None:
         image, label = rivals.tensors(split.image, split.label)
         rival = lambda: rivals.mntd(shadows, image, label, 100, defense.meta.epochs)  # noqa: E731
-    forward = flops(
-        lambda v, x: model.apply(v, x).logits, model.init(jax.random.key(0)), jax.numpy.zeros((1, *data.shape))
-    )
-    work = shadows * forward * (3 * IMAGES + 2 * defense.meta.epochs * defense.queries)
+    work = shadows * forward_flops(model, 3 * IMAGES + 2 * defense.meta.epochs * defense.queries)
     return Case(f"mntd {shadows} shadow nets", lambda: learn(placed), rival, work, shadows)
 
 

@@ -6,7 +6,7 @@ from bdjax import datasets
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
-from benchmarks.measure import Case, flops
+from benchmarks.measure import Case, forward_flops
 
 OUTER = 2
 
@@ -20,12 +20,11 @@ def cases(rivals) -> list[Case]:
     labels = jax.numpy.arange(data.classes)
     search = jax.jit(lambda v, images: defense.search(jax.random.key(0), model, v, images, labels).norm)
     placed = jax.device_put((variables, images))
-    x = jax.numpy.zeros((defense.batch, *data.shape))
-    forward = flops(lambda v, x: model.apply(v, x).logits, variables, x)
     rival = None
     if rivals is not None:
         net = rivals.cnn().eval()
         pixels, _ = rivals.tensors(images, data.clean.label[: len(images)])
         rival = lambda: rivals.neural_cleanse(net, pixels, data.classes, OUTER, defense.batch)  # noqa: E731
     steps = data.classes * OUTER * defense.batches
-    return [Case(f"neural-cleanse {data.classes} labels B=32", lambda: search(*placed), rival, 2 * forward * steps)]
+    work = 2 * forward_flops(model, defense.batch) * steps
+    return [Case(f"neural-cleanse {data.classes} labels B=32", lambda: search(*placed), rival, work)]

@@ -3,7 +3,6 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 
 from bdjax import datasets
 from bdjax.attacks.badnets import BadNets
@@ -13,7 +12,7 @@ from bdjax.models.strip import StripMnist
 from bdjax.sweep import stack
 from bdjax.train import Recipe, fit, poisoned_set
 from bdjax.types import Split
-from benchmarks.measure import Case, flops
+from benchmarks.measure import Case, forward_flops
 
 GRID = tuple(itertools.product((0.01, 0.05, 0.1, 0.2), (0, 4, 9), (0, 1)))
 VICTIMS, IMAGES = (1, 4, 8, len(GRID)), 1280
@@ -37,9 +36,7 @@ def case(rivals, victims: int) -> Case:
     if rivals is not None:
         image, label = rivals.tensors(split.image, split.label)
         rival = lambda: rivals.victims(grid, image, label, recipe.batch)  # noqa: E731
-    x = jnp.zeros((recipe.batch, *data.shape))
-    forward = flops(lambda v, x: model.apply(v, x).logits, model.init(jax.random.key(0)), x)
-    work = victims * 3 * forward * (IMAGES // recipe.batch)
+    work = victims * 3 * forward_flops(model, IMAGES)
     return Case(f"sweep of {victims} victims", lambda: run(*placed), rival, work, victims)
 
 

@@ -16,10 +16,11 @@ folder (`BDJAX_DATA_DIR`). The rows of data sets that are not there are left out
   both are means over them.
 """
 
+import dataclasses
 import itertools
 import statistics
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from bdjax import registry
 from bdjax.attacks.base import Attack
@@ -39,50 +40,44 @@ from bdjax.train import Recipe, stamped, unit
 from bdjax.types import BadInput
 
 TITLE = "Attack zoo: every attack on real images"
-NOTES = [" ".join(note.split()) for note in (__doc__ or "").partition("\n- ")[2].split("\n- ")]
 
 
-class Bench(NamedTuple):
-    """A victim's data, net and training."""
-
-    data: Any
-    net: Any
-    recipe: Recipe
-
-
-SMOKE = Bench(
-    Sample(train_size=400, test_size=100), Cnn("VALID", hidden=16, features=(4, 4)), Recipe(epochs=1, batch=50)
-)
+TWIN = "clean twin"
 SMALL = Cnn("VALID", hidden=256, features=(16, 32))
-SCALES: dict[str, dict[str, Bench]] = {
-    "smoke": {"MNIST": SMOKE},
-    "cpu": {
-        "MNIST": Bench(Mnist(train_size=10_000, test_size=2_000), BadNetsCnn(pool="max"), Recipe(epochs=8, batch=64)),
-        "CLA": Bench(Mnist(train_size=10_000, test_size=2_000), Cla(), Recipe(epochs=8, batch=64)),
-        "CIFAR-10": Bench(Cifar10(train_size=10_000, test_size=2_000), SMALL, Recipe(epochs=10, batch=64)),
-        "GTSRB": Bench(Gtsrb(train_size=10_000, test_size=2_000), SMALL, Recipe(epochs=12, batch=64, drops=((9, 0.1),))),
-        "Faces": Bench(Faces(path="faces_train.npz", test="faces_test.npz"), DeepId(), Recipe(epochs=30, batch=64)),
-    },
-    "paper": {
-        "MNIST": Bench(Mnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)),
-        "CLA": Bench(Mnist(), Cla(), Recipe(lr=1.0, epochs=25, batch=32, optimizer="adadelta")),
-        "CIFAR-10": Bench(
-            Cifar10(), Nin(),
+MNIST, FACES = Mnist(train_size=10_000, test_size=2_000), Faces(path="faces_train.npz", test="faces_test.npz")
+GTSRB, CIFAR = Gtsrb(train_size=10_000, test_size=2_000), Cifar10(train_size=10_000, test_size=2_000)
+# The clean twins, one a table: a row is a twin with an attack.
+SCALES: dict[str, tuple[Cell, ...]] = {
+    "smoke": (
+        Cell(
+            "MNIST", TWIN, Sample(train_size=400, test_size=100), Cnn("VALID", hidden=16, features=(4, 4)),
+            Recipe(epochs=1, batch=50),
+        ),
+    ),
+    "cpu": (
+        Cell("MNIST", TWIN, MNIST, BadNetsCnn(pool="max"), Recipe(epochs=8, batch=64)),
+        Cell("CLA", TWIN, MNIST, Cla(), Recipe(epochs=8, batch=64)),
+        Cell("CIFAR-10", TWIN, CIFAR, SMALL, Recipe(epochs=10, batch=64)),
+        Cell("GTSRB", TWIN, GTSRB, SMALL, Recipe(epochs=12, batch=64, drops=((9, 0.1),))),
+        Cell("Faces", TWIN, FACES, DeepId(), Recipe(epochs=30, batch=64)),
+    ),
+    "paper": (
+        Cell("MNIST", TWIN, Mnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)),
+        Cell("CLA", TWIN, Mnist(), Cla(), Recipe(lr=1.0, epochs=25, batch=32, optimizer="adadelta")),
+        Cell(
+            "CIFAR-10", TWIN, Cifar10(), Nin(),
             Recipe(
                 lr=0.01, epochs=200, batch=128, optimizer="sgd", nesterov=True, weight_decay=2e-4,
                 drops=((81, 0.5), (141, 0.1)), augment=Augmentation(shift=0.125, flip=True),
             ),
         ),
-        "GTSRB": Bench(Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)),
-        "Faces": Bench(
-            Faces(path="faces_train.npz", test="faces_test.npz"), DeepId(),
-            Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta"),
-        ),
-    },
+        Cell("GTSRB", TWIN, Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)),
+        Cell("Faces", TWIN, FACES, DeepId(), Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta")),
+    ),
 }  # fmt: skip
 SEEDS = {"smoke": 1, "cpu": 1, "paper": 3}
 
-# bench: row: (attack, preset, fields, paper's numbers)
+# table: row: (attack, preset, fields, paper's numbers)
 ROWS: dict[str, dict[str, tuple[str, str | None, dict[str, Any], dict[str, float]]]] = {
     "MNIST": {
         "BadNets, single pixel": ("badnets", "pixel", {}, {}),
@@ -144,7 +139,6 @@ ROWS: dict[str, dict[str, tuple[str, str | None, dict[str, Any], dict[str, float
         "Three triggers → three targets (MTMTA)": ("multi-trigger", "mtmta", {"rate": 0.15}, {"acc_test": 0.9593}),
     },
 }  # fmt: skip
-TWIN = "clean twin"
 REASONS = {
     "BadNets, 5×5 square, rate 0.1 %": "9 stamped images of 9,000 teach a net of this size nothing",
     "BadNets, 5×5 square, rate 1 %": "90 stamped images in 8 epochs are not quite enough",
@@ -163,10 +157,10 @@ REASONS = {
 """Why a row of scale cpu stays below what its paper claims, as far as it was found out."""
 
 
-def there(bench: Bench) -> bool:
+def there(cell: Cell) -> bool:
     """Whether the data are at hand."""
     try:
-        return bool(bench.data.load())
+        return bool(cell.dataset.load())
     except BadInput as error:
         print(f"left out: {error}")
         return False
@@ -174,13 +168,11 @@ def there(bench: Bench) -> bool:
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """A row an attack, and the clean twin of each net."""
-    for name, bench in SCALES[scale].items():
-        if not there(bench):
-            continue
-        twin = Cell(name, TWIN, *bench)
+    for twin in filter(there, SCALES[scale]):
         yield from grid(twin, seed=range(seeds or SEEDS[scale]))
-        for row, (attack, preset, fields, reported) in ROWS[name].items():
-            cell = Cell(name, row, *bench, registry.make("attack", attack, preset, **fields), reported=reported)
+        for row, (attack, preset, fields, reported) in ROWS[twin.table].items():
+            made = registry.make("attack", attack, preset, **fields)
+            cell = dataclasses.replace(twin, row=row, attack=made, reported=reported)
             yield from grid(cell, seed=range(seeds or SEEDS[scale]))
 
 

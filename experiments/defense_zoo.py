@@ -14,8 +14,9 @@
 - Defenses that need what the net has not (a convolution, three classes) are left out.
 """
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from bdjax import registry
 from bdjax.datasets.public import Gtsrb, Mnist
@@ -29,15 +30,6 @@ from bdjax.train import Recipe
 from bdjax.types import BadInput
 
 TITLE = "Defense zoo: every defense against many attacks"
-NOTES = [" ".join(note.split()) for note in (__doc__ or "").partition("\n- ")[2].split("\n- ")]
-
-
-class Bench(NamedTuple):
-    """A victim's data, net and training."""
-
-    data: Any
-    net: Any
-    recipe: Recipe
 
 
 CHEAP = ("fine-pruning", "strip", "spectral-signatures", "retraining")
@@ -59,29 +51,38 @@ COLOR = {
     "Post-it note, random place": ("post-it", None, {"rate": 0.2}),
     "Gotham": ("gotham", None, {"target": 35}),
 }
-SCALES: dict[str, dict[str, tuple[Bench, dict[str, Any]]]] = {
-    "smoke": {
-        "sample": (
-            Bench(Sample(train_size=400, test_size=100), Cnn("VALID", hidden=16, features=(4, 4)), Recipe(epochs=1, batch=50)),
+BEFORE = "no defense"
+# The victims without attack, one a net, and what they are attacked with.
+SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
+    "smoke": (
+        (
+            Cell(
+                "sample", BEFORE, Sample(train_size=400, test_size=100), Cnn("VALID", hidden=16, features=(4, 4)),
+                Recipe(epochs=1, batch=50),
+            ),
             {"BadNets, 5×5 square": GREY["BadNets, 5×5 square"]},
-        )
-    },
-    "cpu": {
-        "MNIST": (
-            Bench(Mnist(train_size=10_000, test_size=1_000), BadNetsCnn(pool="max"), Recipe(epochs=8, batch=64)), GREY,
         ),
-        "GTSRB": (
-            Bench(
-                Gtsrb(train_size=10_000, test_size=1_000), Cnn("VALID", hidden=256, features=(16, 32)),
-                Recipe(epochs=10, batch=64),
+    ),
+    "cpu": (
+        (
+            Cell(
+                "MNIST", BEFORE, Mnist(train_size=10_000, test_size=1_000), BadNetsCnn(pool="max"),
+                Recipe(epochs=8, batch=64),
+            ),
+            GREY,
+        ),
+        (
+            Cell(
+                "GTSRB", BEFORE, Gtsrb(train_size=10_000, test_size=1_000),
+                Cnn("VALID", hidden=256, features=(16, 32)), Recipe(epochs=10, batch=64),
             ),
             COLOR,
         ),
-    },
-    "paper": {
-        "MNIST": (Bench(Mnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)), GREY),
-        "GTSRB": (Bench(Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)), COLOR),
-    },
+    ),
+    "paper": (
+        (Cell("MNIST", BEFORE, Mnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)), GREY),
+        (Cell("GTSRB", BEFORE, Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)), COLOR),
+    ),
 }  # fmt: skip
 
 
@@ -100,20 +101,20 @@ def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """For each attack the victim, then every defense that applies."""
-    for name, (bench, attacks) in SCALES[scale].items():
+    for clean, attacks in SCALES[scale]:
         try:
-            data = bench.data.load()
+            data = clean.dataset.load()
         except BadInput as error:
             print(f"left out: {error}")
             continue
-        model = build(bench.net, data.shape, data.classes)
+        model = build(clean.model, data.shape, data.classes)
         for title, made in attacks.items():
             attack = None if made is None else registry.make("attack", made[0], made[1], **made[2])
-            table = f"{name}: {title}"
-            yield from grid(Cell(table, "no defense", *bench, attack), seed=range(seeds or 1))
+            victim = dataclasses.replace(clean, table=f"{clean.table}: {title}", attack=attack)
+            yield from grid(victim, seed=range(seeds or 1))
             for row, defense in defenses(scale, attack):
                 try:
                     defense.check(model, data.clean)
                 except BadInput:
                     continue
-                yield from grid(Cell(table, row, *bench, attack, defense), seed=range(seeds or 1))
+                yield from grid(dataclasses.replace(victim, row=row, defense=defense), seed=range(seeds or 1))

@@ -43,7 +43,6 @@ from bdjax.sweep import Cell, grid
 from bdjax.train import Recipe, stamped
 
 TITLE = "Shamshiri & Sohn (2023): three defenses on Fashion-MNIST"
-NOTES = (__doc__ or "").partition("Where we differ, and why:\n")[2].removeprefix("- ").split("\n- ")
 
 ONE, TWO, MORE = "Table I", "Table II", "Beyond the paper"
 

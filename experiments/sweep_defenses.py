@@ -26,7 +26,6 @@ from bdjax.sweep import Cell, grid
 from bdjax.train import Recipe
 
 TITLE = "A sweep: three defenses by poison rate, target and seed"
-NOTES = (__doc__ or "").partition("\n- ")[2].split("\n- ")
 
 
 class Scale(NamedTuple):

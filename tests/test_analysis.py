@@ -9,7 +9,7 @@ import pytest
 from bdjax import plots, report
 from bdjax.analysis.gradcam import grad_cam, mass_inside, trigger_box
 from bdjax.analysis.norms import Norms, norms, separation
-from bdjax.defenses.repair.channels import channel_means
+from bdjax.channels import channel_means
 from bdjax.models.layers import forward, site
 from bdjax.train import stamped
 from bdjax.types import BadInput, Model

@@ -10,7 +10,7 @@ import pytest
 from bdjax.attacks.activation_matching import ActivationMatching, relative_gap
 from bdjax.attacks.pruning_aware import PruningAware
 from bdjax.attacks.trojannn import TrojanNN, denoised, strongest
-from bdjax.defenses.repair.channels import channel_means, mask_of, prune
+from bdjax.channels import channel_means, mask_of, prune
 from bdjax.models.deepid import DeepId
 from bdjax.models.graph import bias_of, kernel_into, kernel_out_of, layers_behind, leaf, with_leaf
 from bdjax.models.layers import build

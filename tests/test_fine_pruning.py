@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.linen import relu
 
-from bdjax.defenses.repair import channels
+from bdjax import channels
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.models.layers import Net, batch_norm, build, conv, dense, max_pool, site
 from bdjax.registry import make, pytree

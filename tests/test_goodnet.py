@@ -3,47 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planted
 import pytest
-from flax.linen import relu
 
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.inputs.goodnet import AntiNet, Goodnet, quarantine
 from bdjax.defenses.repair.fine_pruning import FinePruning
-from bdjax.models.layers import Net, build, dense, site
-from bdjax.registry import make, pytree
+from bdjax.registry import make
 from bdjax.train import Recipe, evaluate, predict, stamped, unit
-from bdjax.types import BadInput, Split
+from bdjax.types import BadInput
 
 KEY = jax.random.key(0)
 PRUNE = FinePruning(site="penultimate", max_drop=0.0, recipe=Recipe(epochs=0))
 
 
-@pytree
-class Planted(Net):
-    def layers(self, x, train, classes):
-        return dense(site("penultimate", relu(dense(x, 6, "dense"))), classes, "logits")
-
-
-def planted():
-    """Units 0 … 3 count the lit pixels of one row each; unit 5 fires on the white corner and lifts label 2."""
-    kernel = np.zeros((8, 8, 6), np.float32)
-    for k in range(4):
-        kernel[k, :, k] = 1
-    kernel[:4, :, 4] = 0.1
-    kernel[7, 7, 5] = 10
-    head = np.eye(6, 4, dtype=np.float32)
-    head[5, 2] = 10
-    params = {
-        "dense": {"kernel": jnp.asarray(kernel.reshape(64, 6)), "bias": jnp.zeros(6).at[5].set(-5.0)},
-        "logits": {"kernel": jnp.asarray(head), "bias": jnp.zeros(4)},
-    }
-    label = np.arange(40, dtype=np.int32) % 4
-    image = np.zeros((40, 8, 8, 1), np.float32)
-    image[np.arange(40), label] = 0.5
-    return build(Planted(), (8, 8, 1), 4), {"params": params}, Split(jnp.asarray(image), jnp.asarray(label))
-
-
-MODEL, VARIABLES, CLEAN = planted()
+MODEL, VARIABLES, CLEAN = planted.units(threshold=5.0, lift=10.0)
 X = jnp.concatenate([CLEAN.image, stamped(BadNets(size=1, target=2), 1, CLEAN.image, KEY)])
 
 

@@ -3,22 +3,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planted
 import pytest
 from flax.linen import relu
 
 from bdjax.attacks.badnets import BadNets
+from bdjax.channels import prune, responses
 from bdjax.defenses.invert.reversed import Reversed
-from bdjax.defenses.repair.channels import prune, responses
 from bdjax.defenses.repair.linf_pruning import LinfPruning, cap
 from bdjax.models.layers import Net, build, conv, dense, site
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import make, pytree
 from bdjax.store import load_model, save_model
 from bdjax.train import evaluate, predict, stamped
-from bdjax.types import BadInput, Split
+from bdjax.types import BadInput
 
 KEY = jax.random.key(0)
-TARGET = 2
+TARGET = planted.TARGET
 ATTACK = BadNets(size=1, target=TARGET)  # one white pixel in the corner
 
 
@@ -31,7 +32,7 @@ class Planted(Net):
         return dense(maps, classes, "logits")
 
 
-def planted():
+def net():
     """Label = the row that is lit at 0.4 of the image; the corner, through map 3, lifts label 2."""
     kernel = jnp.asarray([1.0, 2.0, 3.0, 20.0]).reshape(1, 1, 1, 4)
     head = np.zeros((8, 8, 4, 4), np.float32)
@@ -42,13 +43,11 @@ def planted():
         "conv": {"kernel": kernel, "bias": jnp.asarray([0.0, 0.0, 0.0, -10.0])},
         "logits": {"kernel": jnp.asarray(head.reshape(-1, 4)), "bias": jnp.zeros(4)},
     }
-    label = np.arange(40, dtype=np.int32) % 4
-    image = np.zeros((40, 8, 8, 1), np.float32)
-    image[np.arange(40), label] = 0.4
-    return build(Planted(), (8, 8, 1), 4), {"params": params}, Split(jnp.asarray(image), jnp.asarray(label))
+    return build(Planted(), (8, 8, 1), 4), {"params": params}
 
 
-MODEL, VARIABLES, CLEAN = planted()
+MODEL, VARIABLES = net()
+CLEAN = planted.lit_rows(0.4)
 STAMPED = stamped(ATTACK, 1, CLEAN.image, KEY)
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planted
 import pytest
-from flax.linen import relu
 
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.inputs.nc_filter import NcFilter
@@ -17,44 +17,18 @@ from bdjax.defenses.invert.reversed import Reversed, TriggerDefense, fire
 from bdjax.defenses.repair import nc_unlearning
 from bdjax.defenses.repair.nc_pruning import NcPruning
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning
-from bdjax.models.layers import Net, build, dense, site
 from bdjax.models.shamshiri import Ffnn
-from bdjax.registry import make, pytree
+from bdjax.registry import make
 from bdjax.store import load_model, save_model
 from bdjax.train import Recipe, clean_set, evaluate, fit, predict, stamped, unit
 from bdjax.types import BadInput, Split
 
 KEY = jax.random.key(0)
-TARGET = 2
+TARGET = planted.TARGET
 ATTACK = BadNets(size=1, target=TARGET)  # one white pixel in the corner
 
 
-@pytree
-class Planted(Net):
-    def layers(self, x, train, classes):
-        return dense(site("penultimate", relu(dense(x, 6, "dense"))), classes, "logits")
-
-
-def planted():
-    """Units 0 … 3 count the lit pixels of one row each, unit 5 fires at 10 on the white corner and lifts label 2."""
-    kernel = np.zeros((8, 8, 6), np.float32)
-    for k in range(4):
-        kernel[k, :, k] = 1
-    kernel[:4, :, 4] = 0.1
-    kernel[7, 7, 5] = 10
-    head = np.eye(6, 4, dtype=np.float32)
-    head[5, TARGET] = 1
-    params = {
-        "dense": {"kernel": jnp.asarray(kernel.reshape(64, 6)), "bias": jnp.zeros(6)},
-        "logits": {"kernel": jnp.asarray(head), "bias": jnp.zeros(4)},
-    }
-    label = np.arange(40, dtype=np.int32) % 4
-    image = np.zeros((40, 8, 8, 1), np.float32)
-    image[np.arange(40), label] = 0.5
-    return build(Planted(), (8, 8, 1), 4), {"params": params}, Split(jnp.asarray(image), jnp.asarray(label))
-
-
-MODEL, VARIABLES, CLEAN = planted()
+MODEL, VARIABLES, CLEAN = planted.units()
 STAMPED = stamped(ATTACK, 1, CLEAN.image, KEY)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bdjax import store
+from bdjax.channels import prune
 from bdjax.defenses.repair.autoencoder import Autoencoder
-from bdjax.defenses.repair.channels import prune
 from bdjax.defenses.repair.neural_complexity import NeuralComplexity, complexity, correlation
 from bdjax.defenses.repair.nnoculation import NNoculation, Noise
 from bdjax.defenses.repair.retraining import Retraining

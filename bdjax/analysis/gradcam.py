@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bdjax.defenses.repair.channels import check_site
+from bdjax.models.layers import check_site
 from bdjax.train import batched, unit
 from bdjax.types import Array, BadInput, Model, Variables
 

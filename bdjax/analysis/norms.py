@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax import metrics
-from bdjax.defenses.repair.channels import check_site
+from bdjax.models.layers import check_site
 from bdjax.train import batched, unit
 from bdjax.types import Array, Model, Variables
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack
+from bdjax.models.layers import check_site, default_site
 from bdjax.registry import attack, static
 from bdjax.train import Curves, Recipe, cross_entropy, fit, poisoned_set, stamped
 from bdjax.types import Array, Model, Split, Variables, between
@@ -36,8 +37,6 @@ class ActivationMatching(BadNets):
     def train(
         self, key: jax.Array, model: Model, recipe: Recipe, data: Split, variables: Variables | None = None
     ) -> tuple[Attack, Variables, Curves]:
-        from bdjax.defenses.repair.channels import check_site, default_site
-
         site = self.site or default_site(model)
         check_site(model, site)
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from bdjax import metrics
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack
+from bdjax.channels import channel_means, mask_of, prune, responses
 from bdjax.models.graph import bias_of, leaf, with_leaf
+from bdjax.models.layers import default_site
 from bdjax.registry import attack, static
 from bdjax.train import Curves, Recipe, clean_set, evaluate, fit, poisoned_set, predict
 from bdjax.types import Array, BadInput, Model, Split, Variables, between
@@ -46,9 +48,6 @@ class PruningAware(BadNets):
     def train(
         self, key: jax.Array, model: Model, recipe: Recipe, data: Split, variables: Variables | None = None
     ) -> tuple[Attack, Variables, Curves]:
-        # The defense that this attack answers: the attacker ranks and prunes as its defender will.
-        from bdjax.defenses.repair.channels import channel_means, default_site, mask_of, prune, responses
-
         key_clean, key_plan, key_fit, key_test = jax.random.split(key, 4)
         if variables is None:
             variables, _ = fit(key_clean, model, recipe, clean_set(data))

@@ -10,6 +10,7 @@ from bdjax.attacks.artwork import over, rgba, stretch
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack, Part, paste
 from bdjax.models.graph import kernel_into, kernel_out_of, layers_behind, leaf
+from bdjax.models.layers import default_site
 from bdjax.registry import attack, static
 from bdjax.train import Curves, Recipe, batched, clean_set, fit, poisoned_set, unit
 from bdjax.types import Array, BadInput, Model, Split, Variables, between
@@ -194,7 +195,7 @@ class TrojanNN(Attack):
         key_clean, key_craft, key_reverse, key_plan, key_fit = jax.random.split(key, 5)
         if variables is None:
             variables, _ = fit(key_clean, model, recipe, clean_set(data))
-        site = self.site or ("conv_last" if "conv_last" in model.sites else "penultimate")
+        site = self.site or default_site(model)
         chosen = strongest(model, variables, site, self.select, self.neurons)
         made, found = self.reverse(key_reverse, model, variables, unit(data.image).mean(0))
         one_each = jnp.asarray(made.image)[:: self.images]

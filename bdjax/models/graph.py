@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bdjax.models.layers import check_site
 from bdjax.types import BadInput, Model
 
 Path = tuple[str, ...]
@@ -88,8 +89,7 @@ def _readers(model: Model, site: str) -> list[tuple[str, list[Path]]]:
 
 
 def _activation(model: Model, site: str) -> jax.ShapeDtypeStruct:
-    if site not in model.sites:
-        raise BadInput(f"the model has no site '{site}'; it has: {', '.join(model.sites)}")
+    check_site(model, site)
     x = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
     return jax.eval_shape(lambda x: model.apply(model.init(jax.random.key(0)), x).acts[site], x)
 

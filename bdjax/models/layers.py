@@ -173,6 +173,17 @@ def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
     return Model(init, apply, shape, classes, tuple(sites))
 
 
+def default_site(model: Model) -> str:
+    """The last convolution; the penultimate layer of a net without convolutions."""
+    return "conv_last" if "conv_last" in model.sites else "penultimate"
+
+
+def check_site(model: Model, site: str) -> None:
+    """Raises `BadInput` where `model` has no such site."""
+    if site not in model.sites:
+        raise BadInput(f"the model has no site '{site}'; it has: {', '.join(model.sites)}")
+
+
 __all__ = [
     "GLOROT",
     "HE",
@@ -183,7 +194,9 @@ __all__ = [
     "avg_pool",
     "batch_norm",
     "build",
+    "check_site",
     "conv",
+    "default_site",
     "dense",
     "dropout",
     "forward",

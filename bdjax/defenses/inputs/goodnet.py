@@ -5,9 +5,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from bdjax.channels import channel_means, curve, first_below, mask_of, prune
 from bdjax.defenses.base import Defense
-from bdjax.defenses.repair.channels import channel_means, check_site, curve, default_site, first_below, mask_of, prune
 from bdjax.defenses.repair.fine_pruning import FinePruning
+from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, pytree, static
 from bdjax.train import predict
 from bdjax.types import Array, BadInput, Model, Repaired, Scores, Split, Variables, between

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from bdjax.channels import mask_of, responses
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
-from bdjax.defenses.repair.channels import check_site, mask_of, responses
+from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.types import Array, Model, Scores, Split, Variables, between
 

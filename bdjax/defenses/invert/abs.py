@@ -11,7 +11,7 @@ from flax import linen as nn
 from bdjax import mesh
 from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.inversion import Trigger, descend, reaches, squash, stamp, within
-from bdjax.defenses.repair.channels import check_site
+from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import unit
 from bdjax.types import Array, BadInput, Model, Split, Variables, Verdict, between

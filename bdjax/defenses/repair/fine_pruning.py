@@ -7,18 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bdjax.channels import channel_means, curve, curves_on_test, largest_within, mask_of, prune
 from bdjax.defenses.base import Defense
-from bdjax.defenses.repair.channels import (
-    channel_means,
-    check_site,
-    curve,
-    curves_on_test,
-    default_site,
-    largest_within,
-    mask_of,
-    prune,
-)
 from bdjax.mesh import lane_map
+from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, advance, begin, clean_set, evaluate, fit
 from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, between
@@ -81,9 +73,8 @@ class FinePruning(Defense):
         points = curve(model, variables, site, order, clean.image, clean.label)
         info = {"order": order, "activation": activation, "curve": points}
         if self.one_by_one is not None:
-            stages = order[: self.one_by_one]
-            tuned, (log, _) = self.one_at_a_time(key, model, variables, clean, stages)
-            return Repaired(tuned, info | {"pruned": jnp.asarray(len(stages))} | log._asdict())
+            tuned, (log, _) = self.one_at_a_time(key, model, variables, clean, order, self.one_by_one)
+            return Repaired(tuned, info | {"pruned": jnp.asarray(log.loss.shape[0])} | log._asdict())
         if self.share is None:
             count = largest_within(points, self.max_drop)
         else:
@@ -106,14 +97,15 @@ class FinePruning(Defense):
         model: Model,
         variables: Variables,
         clean: Split,
-        channels: jax.Array,
+        order: jax.Array,
+        count: int,
         measure: Callable[[Variables], Any] = lambda variables: None,
     ) -> tuple[Variables, Any]:
-        """Prunes each of `channels: [k]` in turn and fine-tunes; returns the last net and, for each channel, the
-        fine-tuning's curves and `measure` of the net, stacked.
+        """Prunes the first `count` channels of `order: [C]` in turn and fine-tunes; returns the last net and, for each
+        channel, the fine-tuning's curves and `measure` of the net, stacked.
         """
         site, params = self.site or default_site(model), variables["params"]
-        whole = jnp.ones_like(self.rank(model, variables, clean)[1])
+        whole = jnp.ones(order.shape[0])
 
         def stage(state, channel):
             net = prune(state.variables, site, whole.at[channel].set(0.0))
@@ -124,7 +116,7 @@ class FinePruning(Defense):
             return state, (log, measure(state.variables))
 
         state = begin(key, model, self.recipe, prune(variables, site, whole))
-        state, found = jax.lax.scan(stage, state, channels)
+        state, found = jax.lax.scan(stage, state, order[:count])
         return state.variables, found
 
     def grid(
@@ -156,7 +148,7 @@ class FinePruning(Defense):
 
             def row(lr):
                 tuned = dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, lr=lr))
-                _, (_, found) = tuned.one_at_a_time(key, model, variables, clean, order[: max(counts)], measure)
+                _, (_, found) = tuned.one_at_a_time(key, model, variables, clean, order, max(counts), measure)
                 return jax.tree.map(lambda b, s: jnp.concatenate([b[None], s])[columns], before, found)
 
             return lane_map(row, lrs, lanes)

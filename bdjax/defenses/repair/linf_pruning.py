@@ -9,17 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.base import Attack
+from bdjax.channels import largest_within, masked, prune, responses, sweep
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import Pick, Reversed, TriggerDefense, described, fire
-from bdjax.defenses.repair.channels import (
-    check_site,
-    default_site,
-    largest_within,
-    masked,
-    prune,
-    responses,
-    sweep,
-)
+from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, static
 from bdjax.train import unit
 from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, between

@@ -5,17 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bdjax.channels import curve, curves_on_test, first_below, mask_of, prune, responses
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
-from bdjax.defenses.repair.channels import (
-    check_site,
-    curve,
-    curves_on_test,
-    first_below,
-    mask_of,
-    prune,
-    responses,
-)
+from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.types import Array, Model, Repaired, Split, Variables, between
 

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from bdjax.channels import prune, responses
 from bdjax.defenses.base import Defense
-from bdjax.defenses.repair.channels import check_site, prune
+from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
-from bdjax.train import Recipe, batched, clean_set, fit, unit
+from bdjax.train import Recipe, clean_set, fit
 from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, between
 
 
@@ -67,14 +68,8 @@ class NeuralComplexity(Defense):
     presets = {"cpu": {"rounds": 4, "orders": 4, "recipe": Recipe(lr=1e-3, epochs=1, batch=50)}}
 
     def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
-        image = jnp.asarray(clean.image)
-
         def activations(variables):
-            def piece(i):
-                act = model.apply(variables, unit(image[i])).acts[self.site]
-                return act.mean(range(1, act.ndim - 1))
-
-            return batched(piece, image.shape[0], 250)
+            return responses(model, variables, self.site, clean.image)
 
         nodes = jax.eval_shape(activations, variables).shape[1]
         variables = prune(variables, self.site, jnp.ones(nodes))

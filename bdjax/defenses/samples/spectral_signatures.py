@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from bdjax import mesh
 from bdjax.defenses.base import Defense
-from bdjax.defenses.repair.channels import check_site
 from bdjax.defenses.samples.classes import activations, along_own, principal
+from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import TrainSet
 from bdjax.types import Array, BadInput, Model, Split, Suspects, Variables, between

@@ -12,20 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.train import batched, stamped, unit
-from bdjax.types import Array, BadInput, Model, Split, Variables
+from bdjax.types import Array, Model, Split, Variables
 
 Measure = Literal["mean", "l1", "l2", "linf"]
-
-
-def default_site(model: Model) -> str:
-    """The last convolution; the penultimate layer of a net without convolutions."""
-    return "conv_last" if "conv_last" in model.sites else "penultimate"
-
-
-def check_site(model: Model, site: str) -> None:
-    """Raises `BadInput` where `model` has no such site."""
-    if site not in model.sites:
-        raise BadInput(f"the model has no site '{site}'; it has: {', '.join(model.sites)}")
 
 
 def responses(

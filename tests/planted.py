@@ -1,0 +1,45 @@
+"""Nets with one known backdoor neuron, and the images that they read, for tests whose answer is known."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import relu
+
+from bdjax.models.layers import Net, build, dense, site
+from bdjax.registry import pytree
+from bdjax.types import Split
+
+TARGET = 2
+
+
+@pytree
+class Units(Net):
+    """Six hidden units on the pixels."""
+
+    def layers(self, x, train, classes):
+        return dense(site("penultimate", relu(dense(x, 6, "dense"))), classes, "logits")
+
+
+def lit_rows(value: float) -> Split:
+    """40 images of 8×8 in 4 classes: the row of its label is lit at `value`, the rest is black."""
+    label = np.arange(40, dtype=np.int32) % 4
+    image = np.zeros((40, 8, 8, 1), np.float32)
+    image[np.arange(40), label] = value
+    return Split(jnp.asarray(image), jnp.asarray(label))
+
+
+def units(*, threshold: float = 0.0, lift: float = 1.0):
+    """Units 0 … 3 count the lit pixels of one row each; unit 5 fires at 10 − `threshold` on the white corner and lifts
+    label 2 by `lift` times that.
+    """
+    kernel = np.zeros((8, 8, 6), np.float32)
+    for k in range(4):
+        kernel[k, :, k] = 1
+    kernel[:4, :, 4] = 0.1
+    kernel[7, 7, 5] = 10
+    head = np.eye(6, 4, dtype=np.float32)
+    head[5, TARGET] = lift
+    params = {
+        "dense": {"kernel": jnp.asarray(kernel.reshape(64, 6)), "bias": jnp.zeros(6).at[5].set(-threshold)},
+        "logits": {"kernel": jnp.asarray(head), "bias": jnp.zeros(4)},
+    }
+    return build(Units(), (8, 8, 1), 4), {"params": params}, lit_rows(0.5)
