@@ -162,6 +162,18 @@ def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
     }
 
 
+def mean(rows: Iterable[Row], row: str, metric: str, table: str | None = None) -> float:
+    """The mean of a metric over the seeds of a row; NaN where there is none."""
+    mine = [r for r in rows if r["row"] == row and table in (None, r["table"]) and not r.get("error")]
+    found = _stat([r["metrics"].get(metric) for r in mine], None)["mean"]
+    return math.nan if found is None else found
+
+
+def verdict(whole: bool, part: bool) -> str:
+    """The verdict of a `Trend`: `whole`, the claim holds as it was made; `part`, in part."""
+    return "reproduced" if whole else "partly" if part else "not"
+
+
 # --- How numbers are written ---
 
 

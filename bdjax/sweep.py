@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +43,20 @@ GROUP = 8, 64
 """How many victims a CPU and an accelerator take at a time: their rows are written before the next ones are begun."""
 
 
+class Probe(Protocol):
+    """A measurement of a net, a `pytree` class: `{name: array}`, pure and safe under jit and vmap. Scalars become metrics
+    of the row, all else its arrays.
+    """
+
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Any, attack: Any, clean: Split, test: Split
+    ) -> dict[str, Any]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """One row of a table, for one seed. `reported`: the paper's values of our metrics; `substitute`: what stands in for
-    its data.
+    its data; `probe`: what else is measured of the net, after the defense if there is one.
     """
 
     table: str
@@ -59,6 +69,7 @@ class Cell:
     seed: int = 0
     reported: Mapping[str, float] = dataclasses.field(default_factory=dict)
     substitute: str | None = None
+    probe: "Probe | None" = None
 
     @property
     def stage(self) -> str | None:
@@ -79,7 +90,8 @@ class Cell:
     @cached_property
     def run(self) -> str:
         """Content hash of the row."""
-        return registry.digest(self.victim, self.defense, self.table, self.row)
+        probes = () if self.probe is None else (self.probe,)
+        return registry.digest(self.victim, self.defense, self.table, self.row, *probes)
 
 
 def grid(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
@@ -348,7 +360,7 @@ class Runner:
         self.stop.check()
         fitting = [cell for cell in needing if cell.victim in victims]
         self.unfit += [cell for cell in needing if cell.victim not in victims]
-        for alike in _grouped(fitting, lambda c: compile_key(c.defense)):
+        for alike in _grouped(fitting, lambda c: compile_key(c.defense, c.probe)):
             whole = [cell for cell in alike if np.isfinite(victims[cell.victim].loss)]
             if lost := [cell for cell in alike if not np.isfinite(victims[cell.victim].loss)]:
                 self._failed(lost, "training diverged: the loss is not finite")
@@ -359,7 +371,7 @@ class Runner:
             for piece in _pieces(whole, room(self.places, self.lanes)):
                 self.unfit += self._halved(piece, judge)
                 self.stop.check()
-        for alike in _grouped((c for c in cells if c.stage == "train"), lambda c: compile_key(c.defense)):
+        for alike in _grouped((c for c in cells if c.stage == "train"), lambda c: compile_key(c.defense, c.probe)):
             for piece in _pieces(alike, room(self.places, self.lanes)):
                 self.unfit += self._halved(piece, lambda piece: self._judged(piece, model, shared, None, none))
                 self.stop.check()
@@ -580,6 +592,10 @@ class Runner:
         if stage != "inputs":  # what passes a filter is measured there
             measured = self._ran("evaluate", _measured, judged, shared, keys, attacks, variables)
             found, arrays = {**measured[0], **found}, {**measured[1], **arrays}
+        if cells[0].probe is not None:
+            probes = self._stacked([cell.probe for cell in cells])
+            probed = self._ran("evaluate", _probed, judged, shared, keys, probes, attacks, variables)
+            found, arrays = {**found, **probed[0]}, {**arrays, **probed[1]}
         found, arrays = jax.device_get((found, arrays))
         if "flagged" in arrays and attacks is not None:
             target = np.asarray(attacks.target)[: len(cells)]  # the rest is padding
@@ -625,9 +641,8 @@ class Runner:
 
     def _row(self, cell: Cell, found: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
         names = {part: registry.name_of(getattr(cell, part)) for part in ("dataset", "model", "attack", "defense")}
-        config = {
-            part: registry.describe(getattr(cell, part)) for part in ("dataset", "model", "recipe", "attack", "defense")
-        }
+        parts = ("dataset", "model", "recipe", "attack", "defense", *(["probe"] if cell.probe is not None else []))
+        config = {part: registry.describe(getattr(cell, part)) for part in parts}
         return {
             "run": cell.run, "experiment": self.experiment, "scale": self.scale, "table": cell.table, "row": cell.row,
             **names, "seed": cell.seed, "config": config, "metrics": found, "reported": dict(cell.reported),
@@ -708,6 +723,10 @@ def _measured(model: Model, shared: Any, key: jax.Array, attack: Any, variables:
     acc_train = metrics.accuracy(predict(model, variables, train.image).argmax(-1), train.label)
     found = {"acc_train": acc_train, "acc_test": found.pop("acc"), **found}
     return split_scalars(found)
+
+
+def _probed(model: Model, shared: Any, key: jax.Array, probe: Probe, attack: Any, variables: Any) -> tuple[dict, dict]:
+    return split_scalars(probe(jax.random.fold_in(key, 3), model, variables, attack, shared[1], shared[2]))
 
 
 def split_scalars(found: Mapping[str, Any]) -> tuple[dict, dict]:

@@ -181,12 +181,11 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
 def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
     """What the paper claims, and what our rows say."""
 
-    def mean(row: str, metric: str) -> float:
-        values = [r["metrics"][metric] for r in rows if r["row"] == row and r["metrics"].get(metric) is not None]
-        return float(np.mean(values)) if values else float("nan")
+    from bdjax import report
+    from bdjax.report import verdict
 
-    def verdict(whole: bool, part: bool) -> str:
-        return "reproduced" if whole else "partly" if part else "not"
+    def mean(row: str, metric: str) -> float:
+        return report.mean(rows, row, metric)
 
     for net in ("CNN", "FFNN"):
         asr, gap = mean(net, "asr_nt"), mean(f"{net}, clean twin", "acc_test") - mean(net, "acc_test")

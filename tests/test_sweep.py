@@ -24,7 +24,7 @@ from bdjax.models.shamshiri import Ffnn
 from bdjax.progress import Terminated
 from bdjax.store import Store
 from bdjax.sweep import Cell, Runner, chain, grid, groups, replace, sample, zipped
-from bdjax.train import Recipe
+from bdjax.train import Recipe, predict, stamped
 from bdjax.types import BadInput
 
 DATA = registry.make("dataset", "fashion-mnist-sample", train_size=600, test_size=200)
@@ -165,7 +165,7 @@ EXPERIMENT = """
     from bdjax.defenses.repair.fine_pruning import FinePruning
     from bdjax.models.shamshiri import Ffnn
     from bdjax.sweep import Cell, grid
-    from bdjax.train import Recipe
+    from bdjax.train import Recipe, predict, stamped
 
     TITLE, SCALES = "a small one", ("smoke",)
 
@@ -464,3 +464,27 @@ def test_status_from_files_alone(small, tmp_path, capsys):
     assert "4.0" in out and "60 s" in out and "silent for 60 min: killed?" in out  # 4 of 8 rows in a minute
     with pytest.raises(BadInput, match=r"no progress\.json"):
         experiment.status(tmp_path / "nowhere")
+
+
+@registry.pytree
+class Doubt:
+    """How sure a net is of stamped images: an example of a probe."""
+
+    power: float = 1.0
+
+    def __call__(self, key, model, variables, attack, clean, test):
+        images = stamped(attack, 1, test.image, key)
+        sure = jax.nn.softmax(predict(model, variables, images)).max(-1) ** self.power
+        return {"sure": sure.mean(), "each": sure}
+
+
+def test_a_probe_measures_the_net_that_the_row_is_about(tmp_path):
+    pruned = replace(DEFENDED[0], ["row"], "pruned")
+    cells = [replace(c, ["probe"], Doubt(p)) for c in (BASE, pruned) for p in (1.0, 2.0)]
+    assert len({c.run for c in (BASE, *cells)}) == 5 and len({c.victim for c in (BASE, *cells)}) == 1
+    rows = Runner(Store(tmp_path), "test", quiet=True).run(cells)
+    sure = [row["metrics"]["sure"] for row in rows]
+    assert sure[1] < sure[0] and sure[3] < sure[2] and sure[0] != sure[2]
+    assert [row["config"]["probe"]["power"] for row in rows] == [1.0, 2.0, 1.0, 2.0]
+    each = Store(tmp_path).arrays(cells[1].run)["each"]
+    assert np.isclose(each.mean(), sure[1], atol=1e-6)
