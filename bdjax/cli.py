@@ -1,4 +1,4 @@
-"""The command line: `bdjax run | sweep | status | list | data | train | defend | report`."""
+"""The command line: `bdjax run | sweep | status | bench | list | data | train | defend | report`."""
 
 import contextlib
 import dataclasses
@@ -312,6 +312,20 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(data_dir() / "compiled"))
 
 
+def _bench() -> Callable:
+    """The benchmarks stand beside the package, in a clone of the project."""
+    try:
+        from benchmarks.__main__ import bench
+    except ImportError as error:
+        reason = f"`bdjax bench` needs the project's folder `benchmarks`: install a clone by `pip install -e .` ({error})"
+
+        def bench() -> None:
+            """Measure what training and the defenses cost: in a clone of the project."""
+            raise BadInput(reason)
+
+    return bench
+
+
 def command(args: Sequence[str]) -> None:
     """Parses and runs one command."""
     from bdjax.train import Recipe
@@ -329,6 +343,7 @@ def command(args: Sequence[str]) -> None:
         "train": _with_fields(Train, {**methods["train"], "recipe": Recipe()}),
         "defend": _with_fields(Defend, methods["defend"]),
         "report": report,
+        "bench": _bench(),
     }
     if args and args[0] == "data":
         if list(args[1:2]) not in (["prepare"], ["--help"], ["-h"]):

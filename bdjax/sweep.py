@@ -800,7 +800,9 @@ def _inputs(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any
         far, every, nt, auroc = jax.vmap(measure)(score[1:], flagged[1:], predictions[1:], answers[1:], aimed)
         found |= {"far": far.mean(), "asr_all": every.mean(), "asr_nt": nt.mean(), "auroc": auroc.mean()}
         arrays |= {"score_trojan": score[1:], "far_per_trigger": far}
-    return found, arrays, None
+    extra = defense.report(key, model, variables, test, attack, scores)
+    more = split_scalars({**{k: v for k, v in scores.info.items() if k != "answer"}, **extra})
+    return {**more[0], **found}, {**more[1], **arrays}, None
 
 
 def _samples(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any) -> Judged:

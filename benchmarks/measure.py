@@ -1,5 +1,6 @@
 """Fair timing on a noisy machine: alternating runs, medians, and the machine's own matmul rate in the same run."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -7,37 +8,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
-from bdjax.types import Model
-
-REPEATS = 5
+from bdjax.types import Model, Split
 
 
 class Case(NamedTuple):
-    """One line of a benchmark. `flops`: multiply-adds of matrix products and convolutions × 2 that the work asks for;
-    `items`: victims, shadow nets, … that share the work, where the case shows what one more costs.
+    """One point of a curve. `series`: what grows, such as "STRIP, replicas"; `size`: how large it is here; `program`:
+    pure, of `args`; `rival`: the same work in PyTorch; `flops`: of the matrix products and convolutions that the work
+    asks for; `baseline`: (what it is, how it is run), such as a plain inference, to count the program's time in.
     """
 
-    name: str
-    ours: Callable[[], Any]
-    rival: Callable[[], Any] | None
+    series: str
+    size: int
+    program: Callable[..., Any]
+    args: tuple[Any, ...]
+    rival: Callable[[], Any] | None = None
     flops: float | None = None
-    items: int | None = None
-
-
-class Result(NamedTuple):
-    """Medians in seconds; `ratio` = rival / ours; `matmul_share`: our rate as a share of the machine's float32 matmul
-    rate; `item_s`: ours, divided by the items.
-    """
-
-    case: str
-    ours_s: float
-    rival_s: float | None
-    ratio: float | None
-    matmul_share: float | None
-    device: str
-    item_s: float | None = None
+    baseline: tuple[str, Callable[[], Any]] | None = None
 
 
 def seconds(fn: Callable[[], Any]) -> float:
@@ -54,18 +43,57 @@ def matmul(n: int = 2048) -> tuple[Callable[[], Any], float]:
     return lambda: product(a, a), 2.0 * n**3
 
 
-def run(case: Case, device: str, repeats: int = REPEATS) -> Result:
-    """Alternates ours, rival and matmul `repeats` times after a warm-up of each."""
+def run(case: Case, repeats: int) -> dict[str, float]:
+    """Compiles the case, then alternates ours, a matmul, the rival and the baseline `repeats` times after a warm-up.
+
+    Returns `size`, `compile_s`, `run_s`, `low_s` and `high_s` (median, least and most), `rate` (sizes a second),
+    `peak_mb` (arguments, results and scratch of the compiled program), `matmul_share` (our rate as a share of the
+    float32 matmul's), `torch_s`, `ratio` = torch / ours, and `times_<baseline>` = ours / baseline.
+    """
+    args = jax.device_put(case.args)
+    start = time.perf_counter()
+    program = jax.jit(case.program).lower(*args).compile()
+    compiling = time.perf_counter() - start
     product, product_flops = matmul()
-    parts = [case.ours, product] + ([case.rival] if case.rival else [])
-    for part in parts:
+    parts = {"ours": lambda: program(*args), "matmul": product}
+    parts |= {"torch": case.rival} if case.rival else {}
+    parts |= {"baseline": case.baseline[1]} if case.baseline else {}
+    for part in parts.values():
         seconds(part)
-    taken = [[seconds(part) for part in parts] for _ in range(repeats)]
-    ours, square, *rest = (statistics.median(column) for column in zip(*taken, strict=True))
-    rival = rest[0] if rest else None
-    ratio = statistics.median(row[2] / row[0] for row in taken) if rest else None
-    share = None if case.flops is None else case.flops / ours / (product_flops / square)
-    return Result(case.name, ours, rival, ratio, share, device, ours / case.items if case.items else None)
+    taken = {name: [] for name in parts}
+    for _ in range(repeats):
+        for name, part in parts.items():
+            taken[name].append(seconds(part))
+    ours = taken["ours"]
+    found = {"size": case.size, "compile_s": compiling, "run_s": statistics.median(ours), "low_s": min(ours), "high_s": max(ours)}  # fmt: skip
+    found |= {"rate": case.size / found["run_s"], "peak_mb": peak(program) / 1e6}
+    if case.flops is not None:
+        found["matmul_share"] = case.flops / found["run_s"] / (product_flops / statistics.median(taken["matmul"]))
+    if case.rival is not None:
+        found["torch_s"] = statistics.median(taken["torch"])
+        found["ratio"] = statistics.median(rival / mine for rival, mine in zip(taken["torch"], ours))
+    if case.baseline is not None:
+        found[f"times_{case.baseline[0]}"] = statistics.median(a / b for a, b in zip(ours, taken["baseline"]))
+    return found
+
+
+def peak(program: Any) -> float:
+    """Bytes that a compiled program holds at a time, as its compiler planned it."""
+    plan = program.memory_analysis()
+    sizes = (plan.argument_size_in_bytes, plan.output_size_in_bytes, plan.temp_size_in_bytes)
+    return float(sum(sizes) - plan.alias_size_in_bytes)
+
+
+def exponent(sizes: Any, times: Any) -> float:
+    """The slope of log(time) over log(size): 1 where twice the size takes twice as long; NaN for a single size."""
+    if len(set(sizes)) < 2:
+        return math.nan
+    return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(np.asarray(times, float)), 1)[0])
+
+
+def few(split: Split, count: int) -> Split:
+    """The first `count` images of a split."""
+    return Split(split.image[:count], split.label[:count])
 
 
 def forward_flops(model: Model, images: int) -> float:

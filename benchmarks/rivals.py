@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 
-def cnn(classes: int = 10, hidden: int = 2048) -> nn.Sequential:
+def cnn(classes: int = 10, hidden: int = 2048, features: int = 64) -> nn.Sequential:
     """The CNN of `bdjax.models.shamshiri.Cnn` at 28×28×1."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(3136, hidden), nn.ReLU(), nn.Linear(hidden, classes),
+        nn.Conv2d(32, features, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(49 * features, hidden), nn.ReLU(), nn.Linear(hidden, classes),
     )  # fmt: skip
 
 
@@ -176,6 +176,18 @@ def mntd(shadows: int, image: torch.Tensor, label: torch.Tensor, batch: int, met
             ).backward()
             optimizer.step()
     return queries.detach()
+
+
+def pruning_curve(model: nn.Sequential, image: torch.Tensor, label: torch.Tensor, layer: int) -> list[float]:
+    """Accuracy as channels after `layer` modules are pruned one by one; what stands before them is computed once."""
+    found = []
+    with torch.inference_mode():
+        act = model[:layer](image.float() / 255)
+        for channel in [None, *act.mean((0, 2, 3)).argsort().tolist()]:
+            if channel is not None:
+                act[:, channel] = 0
+            found.append((model[layer:](act).argmax(1) == label).float().mean().item())
+    return found
 
 
 def abs_stimulation(model: nn.Sequential, x: torch.Tensor, layer: int, levels: int = 5) -> list[Any]:

@@ -25,6 +25,7 @@ from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.layers import build
 from bdjax.models.nc_gtsrb import NcGtsrb
 from bdjax.models.shamshiri import Cnn
+from bdjax.models.strip import StripMnist
 from bdjax.sweep import Cell, grid
 from bdjax.train import Recipe
 from bdjax.types import BadInput
@@ -37,17 +38,12 @@ GREY: dict[str, tuple[str, str | None, dict[str, Any]] | None] = {
     "no attack": None,
     "BadNets, 5×5 square": ("badnets", "square", {}),
     "BadNets, all-to-all pattern": ("badnets", "pattern", {"labels": "all-to-all", "rate": 0.5}),
-    "BadNets, source-specific": (
-        "badnets", "square", {"labels": "source-specific", "sources": (1, 2, 3, 4, 5, 6), "cover": 0.1},
-    ),
     "Blended, noise key": ("blended", None, {"test_alpha": 0.3}),
-    "Input-instance-key": ("input-instance-key", None, {}),
     "Multi-trigger, 10 digits → 1 target": ("multi-trigger", "digits-one", {"rate": 0.3}),
     "Entropy manipulation": ("entropy-manipulation", None, {}),
     "Large trigger": ("badnets", "large-trigger", {}),
 }  # fmt: skip
 COLOR = {
-    "BadNets, 4×4 square": ("badnets", "nc", {}),
     "Post-it note, random place": ("post-it", None, {"rate": 0.2}),
     "Gotham": ("gotham", None, {"target": 35}),
 }
@@ -66,8 +62,8 @@ SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
     "cpu": (
         (
             Cell(
-                "MNIST", BEFORE, Mnist(train_size=10_000, test_size=1_000), BadNetsCnn(pool="max"),
-                Recipe(epochs=8, batch=64),
+                "MNIST", BEFORE, Mnist(train_size=6_000, test_size=1_000), StripMnist(),
+                Recipe(epochs=10, batch=64),
             ),
             GREY,
         ),

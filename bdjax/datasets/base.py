@@ -23,6 +23,7 @@ class Source:
     """A source of images: a method `read`; `load` checks, splits and caches what it gives.
 
     `train_size`, `test_size`: use a stratified part only; the defender's share `holdout` comes out of `train_size`.
+    `top_classes`: only these many classes, those with the most training images, numbered anew in their old order.
     """
 
     data_dir: str | None = static(None)
@@ -30,6 +31,7 @@ class Source:
     train_size: int | None = static(None)
     test_size: int | None = static(None)
     seed: int = static(0)
+    top_classes: int | None = static(None)
 
     def read(self) -> tuple[Split, Split | None, tuple[str, ...]]:
         """The official training set, test set (None: `load` splits one off) and class names (empty: labels only)."""
@@ -129,6 +131,17 @@ def _part(where: object, field: str, split: Split, size: int | None, seed: int) 
     return split[pick(np.asarray(split.label), size, seed)]
 
 
+def _largest(train: Split, test: Split | None, count: int) -> tuple[Split, Split | None, np.ndarray]:
+    """Both sets without all but the `count` largest classes, and the old numbers of these."""
+    kept = np.sort(np.argsort(-np.bincount(train.label), kind="stable")[:count])
+
+    def only(split: Split) -> Split:
+        split = split[np.isin(split.label, kept)]
+        return split._replace(label=np.searchsorted(kept, split.label).astype(np.int32))
+
+    return only(train), None if test is None else only(test), kept
+
+
 def _missing(label: Array, classes: int) -> int | None:
     present = np.unique(label)
     gaps = np.flatnonzero(present != np.arange(len(present)))
@@ -149,6 +162,11 @@ def _load(source: Source) -> Dataset:
             raise BadInput(f"{where}: a label is {high} but there are {classes} classes; give 0 to {classes - 1}")
     if (missing := _missing(train.label, classes)) is not None:
         raise BadInput(f"{where}: class {missing} has no training image; number the classes 0 to K-1 without a gap")
+    if source.top_classes is not None:
+        if not 2 <= source.top_classes <= classes:
+            raise BadInput(f"{where}: top_classes is {source.top_classes}; give 2 to {classes}")
+        train, test, kept = _largest(train, test, source.top_classes)
+        names, classes = tuple(names[k] for k in kept) if names else (), len(kept)
     if test is None:
         train, test = divide(train, TEST_SHARE, source.seed)
     if train.image.shape[1:] != test.image.shape[1:]:

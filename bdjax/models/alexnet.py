@@ -9,19 +9,22 @@ class AlexNet(Net):
     """Five 3×3 convolutions, the last of 128 channels, and a dense layer (Krizhevsky et al., 2012).
 
     A reconstruction of the traffic-sign net of Cheng et al., who say "AlexNet" and show 128 channels in the last
-    convolution. Like other versions for 32×32 pixels it has 3×3 kernels and `stride` 2 in the first layer. `hidden`:
-    width of the dense layer, after which half of the units are dropped in training. Kernels start as He's.
+    convolution. Like other versions for 32×32 pixels it has 3×3 kernels and `stride` 2 in the first layer. `features`:
+    channels of the convolutions; `hidden`: width of the dense layer, after which half of the units are dropped in
+    training. Kernels start as He's.
     """
 
+    features: tuple[int, int, int, int, int] = static((64, 192, 384, 256, 128))
     stride: int = static(2)
     hidden: int = static(512)
     smallest = 8
 
     def layers(self, x, train, classes):
-        x = max_pool(act("conv_1", conv(x, 64, 3, "conv_1", stride=self.stride, init=HE)), 2, padding="SAME")
-        x = max_pool(act("conv_2", conv(x, 192, 3, "conv_2", init=HE)), 2, padding="SAME")
-        x = act("conv_3", conv(x, 384, 3, "conv_3", init=HE))
-        x = act("conv_4", conv(x, 256, 3, "conv_4", init=HE))
-        x = max_pool(act("conv_last", conv(x, 128, 3, "conv_5", init=HE)), 2, padding="SAME")
+        one, two, three, four, five = self.features
+        x = max_pool(act("conv_1", conv(x, one, 3, "conv_1", stride=self.stride, init=HE)), 2, padding="SAME")
+        x = max_pool(act("conv_2", conv(x, two, 3, "conv_2", init=HE)), 2, padding="SAME")
+        x = act("conv_3", conv(x, three, 3, "conv_3", init=HE))
+        x = act("conv_4", conv(x, four, 3, "conv_4", init=HE))
+        x = max_pool(act("conv_last", conv(x, five, 3, "conv_5", init=HE)), 2, padding="SAME")
         x = dropout(act("penultimate", dense(x, self.hidden, "dense", init=HE)), 0.5, train)
         return dense(x, classes, "logits")

@@ -1,5 +1,7 @@
 """Neural Cleanse's filter: an input that fires the neurons which a reversed trigger fires is turned away."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
+from bdjax.train import stamped
 from bdjax.types import Array, Model, Scores, Split, Variables, between
 
 
@@ -54,6 +57,16 @@ class NcFilter(TriggerDefense):
         score = jnp.where(info["repaired"], -activation(responses(model, variables, self.site, x)), 0.0)
         info |= {"gap": gap, "top": top, "clean": -benign.mean(), "reversed": activation(loud).mean()}
         return Scores(score, boundary, score <= boundary, info)
+
+    def report(
+        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Scores
+    ) -> dict[str, jax.Array]:
+        """`original: []`: the mean activation of the top neurons over `test` under the attack's own first trigger."""
+        if attack is None:
+            return {}
+        top = result.info["top"]
+        fired = responses(model, variables, self.site, stamped(attack, 1, test.image, key))
+        return {"original": (fired @ top / top.sum()).mean()}
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)

@@ -161,6 +161,53 @@ class NeuralCleanse(Defense):
 
     def search(self, key: jax.Array, model: Model, variables: Variables, images: Array, labels: jax.Array) -> Found:
         """The smallest working trigger for each of `labels: [L]`, whatever the others are. `images: [N, H, W, C]`."""
+        start, step = self._moves(key, model, variables, images)
+
+        def done(state: Search) -> jax.Array:
+            return state.schedule.stopped | (state.schedule.steps >= self.steps)
+
+        attempts = jnp.arange(self.inits)
+        items = (jnp.repeat(labels, self.inits), jnp.tile(attempts, labels.shape[0]))
+        kept = jnp.ones(labels.shape, bool)
+        if self.screen is None or self.screen >= labels.shape[0]:
+            end: Search = mesh.drain(start, step, done, items, self.lanes)
+        else:
+            states, kept = self._screened(mesh.lane_map(start, items, self.lanes), step, done, self.screen)
+            rows = jnp.argsort(~kept, stable=True)[: self.screen, None] * self.inits + attempts[None]
+            rows = rows.reshape(-1)
+            best = mesh.drain(lambda state: state, step, done, jax.tree.map(lambda v: v[rows], states), self.lanes)
+            end = jax.tree.map(lambda every, these: every.at[rows].set(these), states, best)
+
+        qualified = jnp.isfinite(end.schedule.best)
+        trigger = jax.tree.map(
+            lambda best, last: jnp.where(qualified.reshape(-1, 1, 1, 1), best, last), end.best, squash(end.raw)
+        )
+        norm = trigger.mask.sum((1, 2, 3))
+        norm = jnp.where(jnp.isnan(norm), jnp.inf, norm)
+        found = Found(trigger, norm, qualified, end.schedule.steps, end.schedule.cost, jnp.repeat(kept, self.inits))
+        # Of each label's attempts the one with the smallest norm among those that qualified.
+        pick = jnp.argmin(end.schedule.best.reshape(-1, self.inits), 1) + jnp.arange(labels.shape[0]) * self.inits
+        return jax.tree.map(lambda leaf: leaf[pick], found)
+
+    def history(
+        self, key: jax.Array, model: Model, variables: Variables, images: Array, labels: jax.Array, steps: int
+    ) -> jax.Array:
+        """|m|₁ of each label's mask after each of `steps` outer steps, none of them the last: `[steps, L]`."""
+        start, step = self._moves(key, model, variables, images)
+
+        def one(label):
+            def go(state, _):
+                state = step(state)
+                return state, squash(state.raw).mask.sum()
+
+            return jax.lax.scan(go, start((label, jnp.zeros((), jnp.int32))), length=steps)[1]
+
+        return mesh.lane_map(one, labels, self.lanes).T
+
+    def _moves(
+        self, key: jax.Array, model: Model, variables: Variables, images: Array
+    ) -> tuple[Callable[[Any], Search], Callable[[Search], Search]]:
+        """How a search starts, from `(label, attempt)`, and an outer step of it."""
         images = jnp.asarray(images)
         n = images.shape[0]
         rule = optax.adam(self.lr, b1=0.5, b2=0.9)  # type: ignore[arg-type]
@@ -190,31 +237,7 @@ class NeuralCleanse(Defense):
             best = jax.tree.map(lambda a, b: jnp.where(better, a, b), trigger, state.best)
             return Search(state.label, state.attempt, raw, opt_state, best, schedule)
 
-        def done(state: Search) -> jax.Array:
-            return state.schedule.stopped | (state.schedule.steps >= self.steps)
-
-        attempts = jnp.arange(self.inits)
-        items = (jnp.repeat(labels, self.inits), jnp.tile(attempts, labels.shape[0]))
-        kept = jnp.ones(labels.shape, bool)
-        if self.screen is None or self.screen >= labels.shape[0]:
-            end: Search = mesh.drain(start, step, done, items, self.lanes)
-        else:
-            states, kept = self._screened(mesh.lane_map(start, items, self.lanes), step, done, self.screen)
-            rows = jnp.argsort(~kept, stable=True)[: self.screen, None] * self.inits + attempts[None]
-            rows = rows.reshape(-1)
-            best = mesh.drain(lambda state: state, step, done, jax.tree.map(lambda v: v[rows], states), self.lanes)
-            end = jax.tree.map(lambda every, these: every.at[rows].set(these), states, best)
-
-        qualified = jnp.isfinite(end.schedule.best)
-        trigger = jax.tree.map(
-            lambda best, last: jnp.where(qualified.reshape(-1, 1, 1, 1), best, last), end.best, squash(end.raw)
-        )
-        norm = trigger.mask.sum((1, 2, 3))
-        norm = jnp.where(jnp.isnan(norm), jnp.inf, norm)
-        found = Found(trigger, norm, qualified, end.schedule.steps, end.schedule.cost, jnp.repeat(kept, self.inits))
-        # Of each label's attempts the one with the smallest norm among those that qualified.
-        pick = jnp.argmin(end.schedule.best.reshape(-1, self.inits), 1) + jnp.arange(labels.shape[0]) * self.inits
-        return jax.tree.map(lambda leaf: leaf[pick], found)
+        return start, step
 
     def _screened(self, states: Search, step: Callable, done: Callable, screen: int) -> tuple[Search, jax.Array]:
         """All searches, `states`, until the ranks of the labels' norms are consistent, and the `screen` leaders: `[L]`."""

@@ -80,7 +80,7 @@ class TriggerDefense(Defense):
     """Base of the defenses that start from a trigger.
 
     `nc`: the search for it. `found`: triggers found before, `Reversed.of(verdict)`, instead of a search. `label`: the
-    target label, if it is known: the search is for this one alone. `original`: the attack itself, whose triggers are
+    target label, or labels `[L]`, if known: the search is for these alone. `original`: the attack itself, whose triggers are
     then used. A known label and the original triggers are what no defender has: oracles. `pick`: which labels of a
     search are suspects, those "flagged" or the one with the "smallest" norm. Without a suspect nothing is repaired;
     with several, each clean image carries the trigger of one of them, drawn evenly.
@@ -100,11 +100,11 @@ class TriggerDefense(Defense):
         """The reversed triggers and which of them are suspects."""
         if self.label is None:
             return self.found or Reversed.of(self.nc(key, model, variables, clean), self.pick)
-        label = jnp.asarray(self.label, jnp.int32).reshape(1)
+        label = jnp.asarray(self.label, jnp.int32).reshape(-1)
         if self.found is not None:
-            return dataclasses.replace(self.found, suspect=self.found.label == label)
+            return dataclasses.replace(self.found, suspect=jnp.isin(self.found.label, label))
         trigger = self.nc.search(key, model, variables, clean.image, label).trigger
-        return Reversed(trigger.mask, trigger.pattern, label, jnp.ones(1, bool))
+        return Reversed(trigger.mask, trigger.pattern, label, jnp.ones(label.shape, bool))
 
     def fired(
         self, key: jax.Array, model: Model, variables: Variables, clean: Split

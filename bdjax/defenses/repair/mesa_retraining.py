@@ -36,12 +36,13 @@ class MesaRetraining(Defense):
     of which carries a patch of a flagged label and keeps its own; images of flagged labels stay clean, as stamping them
     would teach the backdoor. Where no label is flagged, the net is returned as it was.
 
-    `info`: MESA's `flagged: [K]`, `asr: [K, β]`; `loss`, `acc` by epoch of the retraining.
+    `info`: `repaired: []`, whether any label was flagged; MESA's `flagged: [K]`, `asr: [K, β]`; `loss`, `acc` by epoch of
+    the retraining.
 
     Presets: `paper`; `cpu`, MESA's, and as many patches in 1,000 images as the paper has in 10,000.
 
     Differs from the paper: patches of all thresholds are mixed in every epoch, there one threshold each; no label is
-    given.
+    given, unless `mesa` has one.
     """
 
     rate: Array | float = 0.01
@@ -57,6 +58,10 @@ class MesaRetraining(Defense):
         },
     }
 
+    @property
+    def oracle(self) -> bool:
+        return self.mesa.oracle
+
     def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
         key_mesa, key_rows, key_fit = jax.random.split(key, 3)
         verdict = self.mesa(key_mesa, model, variables, clean)
@@ -66,7 +71,8 @@ class MesaRetraining(Defense):
         plan = poison_rows(key_rows, label, [Part(~verdict.flagged[label], self.rate, 1, label)])
         tuned, log = fit(key_fit, model, self.recipe, TrainSet(clean.image, plan, stamper), variables=variables)
         kept = jax.tree.map(lambda new, old: jnp.where(verdict.infected, new, old), tuned, dict(variables))
-        return Repaired(kept, {"flagged": verdict.flagged, "asr": verdict.info["asr"]} | log._asdict())
+        info = {"repaired": verdict.infected, "flagged": verdict.flagged, "asr": verdict.info["asr"]}
+        return Repaired(kept, info | log._asdict())
 
     def check(self, model: Model, clean: Split) -> None:
         between("rate of stamped images", self.rate, 0, 1)
