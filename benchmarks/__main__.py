@@ -2,11 +2,14 @@
 training and of every defense as they grow; beside them a lean PyTorch loop where the extra `torch` is installed.
 """
 
+import contextlib
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,11 +22,13 @@ from bdjax import plots, registry, report
 from bdjax.experiment import local_devices
 from bdjax.registry import near
 from bdjax.store import Store, read_rows
-from bdjax.sweep import commit, device_name, say
+from bdjax.sweep import commit, device_name
 from bdjax.types import BadInput
 from benchmarks import measure
 
 SHARED = {"measure", "rivals", "__main__"}
+TITLE = "What training and the defenses cost"
+HEADS = ("compile s", "ours s", "a second", "peak MB", "matmul", "torch s", "ratio")
 NOTES = (
     "Compile seconds are without any cache. A run is the median of alternating runs of ours, a matrix product and PyTorch; "
     "the share is that of the float32 matmul rate of the same run.",
@@ -41,21 +46,21 @@ def bench(
     names_: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(name="names")] = (),
     scale: Literal["smoke", "cpu", "paper"] = "cpu",
     out: Path | None = None,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     repeats: int = 3,
     devices: int | None = None,
     compare: Path | None = None,
-    quiet: bool = False,
 ) -> None:
-    """Measure what training and the defenses cost as they grow; goes on where it stopped.
+    """Measure what training and the defenses cost as they grow.
 
     Args:
         names_: train, neural_cleanse, strip, ensemble …; all if not given.
         scale: Which sizes: smoke, cpu or paper.
-        out: Results folder; results/bench-SCALE-COMMIT if not given.
+        out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not given.
+        json_: One JSON object a line: case, ours_s, rival_s, ratio, matmul_share, device, and more.
         repeats: How often ours, a matmul and the rival alternate.
         devices: How many devices `devices` spreads over; a CPU counts as that many (8 if not given).
-        compare: A folder or results file of an earlier run: print new / old of every case.
-        quiet: No progress.
+        compare: A folder or results file of an earlier run: prints new / old of every case.
     """
     for name in names_:
         if name not in names():
@@ -65,31 +70,47 @@ def bench(
     old = None if compare is None else _rows(compare)
     if devices is not None:
         local_devices(devices)
-    folder = out or Path("results") / f"bench-{scale}-{commit() or 'installed'}"
-    store = Store(folder)
-    for name in names_ or names():
-        if name == "devices" and devices is None and jax.default_backend() == "cpu":
-            # A process has as many CPU devices as it was started with.
-            again = [sys.executable, "-m", "benchmarks", "devices", "--scale", scale, "--out", str(folder)]
-            subprocess.run([*again, "--repeats", str(repeats), "--devices", "8", *["--quiet"] * quiet], check=True)
-            continue
-        with store.locked():
-            for row in _measured(name, scale, repeats, {row["run"] for row in store.rows()}):
+    with contextlib.ExitStack() as stack:
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bdjax-")))
+        store, made = Store(folder), []
+        if not json_:
+            print(f"{'case':36}" + "".join(f"{head:>10}" for head in HEADS), flush=True)
+        for name in names_ or names():
+            for row in _alone(name, scale, repeats, store, devices):
                 store.append([row])
-                say(report.line(row), quiet)
-    rows = store.rows()
-    if names_ == ("devices",) and devices is not None:
+                made.append(row)
+                print(json.dumps(flat(row)) if json_ else line(row), flush=True)
+    if json_:
         return
-    report.print_table(rows, Console())
-    slopes = [f"{series}: time grows with exponent {slope:.2f}" for series, slope in exponents(rows).items()]
-    print("\n".join(slopes))
-    page = report.write(
-        folder, rows, curves(rows), "What training and the defenses cost", [*NOTES, *slopes],
-        command=f"bdjax bench --scale {scale}",
-    )  # fmt: skip
+    slopes = [f"{series}: time grows with exponent {slope:.2f}" for series, slope in exponents(made).items()]
+    print("\n".join(["", *slopes]))
+    if out is not None:
+        command = f"bdjax bench --scale {scale}"
+        page = report.write(out, store.rows(), curves(store.rows()), TITLE, [*NOTES, *slopes], command=command)
+        print(f"results: {store.results}\npage: {page}")
     if old is not None:
-        compared(rows, old)
-    print(f"results: {store.results}\npage: {page}")
+        compared(made, old)
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as scripts read it."""
+    found = row["metrics"]
+    return {
+        "case": f"{row['table']} = {found['size']}", "ours_s": row["seconds"]["run"], "rival_s": found.get("torch_s"),
+        "ratio": found.get("ratio"), "matmul_share": found.get("matmul_share"), "device": row["device"],
+        "compile_s": row["seconds"]["compile"], **{k: v for k, v in found.items() if k not in ("ratio", "matmul_share", "torch_s")},
+    }  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as people read it."""
+    found, spent = row["metrics"], row["seconds"]
+    share = found.get("matmul_share")
+    cells = [f"{spent['compile']:.1f}", f"{spent['run']:.3f}", f"{found['rate']:.3g}", f"{found['peak_mb']:.0f}"]
+    cells += ["–" if share is None else f"{100 * share:.0f} %"]
+    cells += [f"{found[name]:.{digits}f}" if name in found else "–" for name, digits in (("torch_s", 3), ("ratio", 2))]
+    extra = "".join(f"  {v:.2f} × one {k[6:]}" for k, v in found.items() if k.startswith("times_"))
+    return f"{row['table']} = {found['size']}".ljust(36) + "".join(f"{cell:>10}" for cell in cells) + extra
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -99,24 +120,36 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return read_rows([file])
 
 
-def _measured(name: str, scale: str, repeats: int, done: set[str]) -> Iterable[dict[str, Any]]:
-    """A row for each case of a benchmark that is not done yet."""
+def _alone(name: str, scale: str, repeats: int, store: Store, devices: int | None) -> Iterator[dict[str, Any]]:
+    """The rows of a benchmark; `devices` in a process of its own: a process has the CPU devices it was started with."""
+    if name == "devices" and devices is None and jax.default_backend() == "cpu":
+        again = [sys.executable, "-m", "benchmarks", "devices", "--scale", scale, "--repeats", str(repeats)]
+        with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
+            subprocess.run([*again, "--devices", "8", "--json", "--out", folder], check=True, stdout=subprocess.DEVNULL)
+            yield from Store(folder).rows()
+    else:
+        yield from _measured(name, scale, repeats, {row["run"]: row for row in store.rows()})
+
+
+def _measured(name: str, scale: str, repeats: int, done: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each case of a benchmark."""
     try:
         from benchmarks import rivals
     except ImportError:
         rivals = None
     for case in importlib.import_module(f"benchmarks.{name}").cases(rivals, scale):
-        label = f"{case.series.partition(', ')[2]} = {case.size}"
         run = registry.digest(case.series, case.size, scale, device_name())
         if run in done:
+            yield done[run]
             continue
         found = measure.run(case, repeats)
         spent = {"compile": round(found.pop("compile_s"), 3), "run": found.pop("run_s")}
         yield {
-            "run": run, "experiment": "bench", "scale": scale, "table": case.series, "row": label, "dataset": None,
-            "model": None, "attack": None, "defense": None, "seed": 0, "config": {"repeats": repeats}, "metrics": found,
-            "reported": {}, "seconds": spent, "oracle": False, "substitute": None, "device": device_name(),
-            "jax": jax.__version__, "torch": None if rivals is None else rivals.torch.__version__, "commit": commit(),
+            "run": run, "experiment": "bench", "scale": scale, "table": case.series,
+            "row": f"{case.series.partition(', ')[2]} = {case.size}", "dataset": None, "model": None, "attack": None,
+            "defense": None, "seed": 0, "config": {"repeats": repeats}, "metrics": found, "reported": {},
+            "seconds": spent, "oracle": False, "substitute": None, "device": device_name(), "jax": jax.__version__,
+            "torch": None if rivals is None else rivals.torch.__version__, "commit": commit(),
         }  # fmt: skip
 
 

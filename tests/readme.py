@@ -44,6 +44,28 @@ def results(file: str) -> str:
     return "\n\n".join([*parts, source(rows[0])])
 
 
+def pivot(argument: str) -> str:
+    """A metric of a committed results file over two axes: `FILE METRIC X Y`."""
+    from bdjax import report
+
+    file, metric, x, y = argument.split()
+    path = ROOT / file
+    if not path.exists():
+        return f"`{file}` is not there yet."
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    table = report.pivot(rows, x, y, metric)
+    factor, digits = (100, 1) if report.is_percent(metric) else (1, 2)
+    shown = [
+        [f"{factor * mean:.{digits}f} ± {factor * sd:.{digits}f}" for mean, sd in zip(*line)]
+        for line in zip(table.mean, table.sd)
+    ]
+    heads = [f"{report.label_of(metric)}, {x} =", *(f"{value:g}" for value in table.x)]
+    lines = [heads, ["---"] + ["--:"] * len(table.x), *([str(name), *cells] for name, cells in zip(table.y, shown))]
+    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    note = f"Mean ± s.d. over {int(table.n.max())} runs. Scale `{rows[0]['scale']}`, {rows[0]['device']}, jax {rows[0]['jax']}."
+    return f"{body}\n\n{note}"
+
+
 def source(row: dict) -> str:
     """How a table was made."""
     return (
@@ -99,10 +121,15 @@ def generate(text: str) -> str:
 
     def fill(match: re.Match) -> str:
         name, _, argument = match["name"].partition(" ")
-        made = {"methods": methods, "results": lambda: results(argument), "attacks": lambda: attacks(argument)}[name]()
+        made = {
+            "methods": methods,
+            "results": lambda: results(argument),
+            "attacks": lambda: attacks(argument),
+            "pivot": lambda: pivot(argument),
+        }[name]()
         return f"<!-- {match['name']} -->\n{made}\n<!-- end -->"
 
-    return re.sub(r"<!-- (?P<name>(methods|results|attacks)[^>]*?) -->.*?<!-- end -->", fill, text, flags=re.S)
+    return re.sub(r"<!-- (?P<name>(methods|results|attacks|pivot)[^>]*?) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
 if __name__ == "__main__":
