@@ -45,7 +45,7 @@ GREY: dict[str, tuple[str, str | None, dict[str, Any]] | None] = {
 }  # fmt: skip
 COLOR = {
     "Post-it note, random place": ("post-it", None, {"rate": 0.2}),
-    "Gotham": ("gotham", None, {"target": 35}),
+    "Gotham": ("gotham", None, {"target": 5}),
 }
 BEFORE = "no defense"
 # The victims without attack, one a net, and what they are attacked with.
@@ -69,7 +69,7 @@ SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
         ),
         (
             Cell(
-                "GTSRB", BEFORE, Gtsrb(train_size=10_000, test_size=1_000),
+                "GTSRB, ten classes", BEFORE, Gtsrb(train_size=6_000, test_size=1_000, top_classes=10),
                 Cnn("VALID", hidden=256, features=(16, 32)), Recipe(epochs=10, batch=64),
             ),
             COLOR,
