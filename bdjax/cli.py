@@ -317,7 +317,9 @@ def _bench() -> Callable:
     try:
         from benchmarks.__main__ import bench
     except ImportError as error:
-        reason = f"`bdjax bench` needs the project's folder `benchmarks`: install a clone by `pip install -e .` ({error})"
+        reason = (
+            f"`bdjax bench` needs the project's folder `benchmarks`: install a clone by `pip install -e .` ({error})"
+        )
 
         def bench() -> None:
             """Measure what training and the defenses cost: in a clone of the project."""

@@ -120,6 +120,15 @@ def run(
     return rows
 
 
+def there(dataset: Any) -> bool:
+    """Whether a data set is at hand; where it is not, a line says so, and an experiment leaves its rows out."""
+    try:
+        return bool(dataset.load())
+    except BadInput as error:
+        print(f"left out: {error}")
+        return False
+
+
 def notes(module: ModuleType) -> list[str]:
     """The points of an experiment's docstring, a line each."""
     return [" ".join(point.split()) for point in (module.__doc__ or "").split("\n- ")[1:]]

@@ -240,6 +240,7 @@ def runtime(cases: Mapping[str, tuple[Any, Any]], xlabel: str, ylabel: str = "se
         sizes.extend(size)
     _log_x(axes, sizes)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
     _legend(axes)
     return figure
 

@@ -28,6 +28,7 @@ from bdjax.augment import Augmentation
 from bdjax.datasets.files import Faces
 from bdjax.datasets.public import Cifar10, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
+from bdjax.experiment import there
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.cla import Cla
 from bdjax.models.deepid import DeepId
@@ -37,7 +38,6 @@ from bdjax.models.shamshiri import Cnn
 from bdjax.store import Store
 from bdjax.sweep import Cell, Runner, grid
 from bdjax.train import Recipe, stamped, unit
-from bdjax.types import BadInput
 
 TITLE = "Attack zoo: every attack on real images"
 
@@ -157,18 +157,9 @@ REASONS = {
 """Why a row of scale cpu stays below what its paper claims, as far as it was found out."""
 
 
-def there(cell: Cell) -> bool:
-    """Whether the data are at hand."""
-    try:
-        return bool(cell.dataset.load())
-    except BadInput as error:
-        print(f"left out: {error}")
-        return False
-
-
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """A row an attack, and the clean twin of each net."""
-    for twin in filter(there, SCALES[scale]):
+    for twin in (twin for twin in SCALES[scale] if there(twin.dataset)):
         yield from grid(twin, seed=range(seeds or SEEDS[scale]))
         for row, (attack, preset, fields, reported) in ROWS[twin.table].items():
             made = registry.make("attack", attack, preset, **fields)

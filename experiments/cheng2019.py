@@ -55,13 +55,13 @@ from bdjax.datasets.sample import Sample
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import Reversed, described
 from bdjax.defenses.repair.linf_pruning import LinfPruning
+from bdjax.experiment import there
 from bdjax.models.alexnet import AlexNet
 from bdjax.models.layers import default_site
 from bdjax.registry import pytree, static
 from bdjax.store import Store
 from bdjax.sweep import Cell, grid
 from bdjax.train import Recipe, predict, stamped, unit
-from bdjax.types import BadInput
 
 TITLE = "Cheng et al. (2019): ℓ∞ pruning of a backdoored traffic-sign net"
 
@@ -222,15 +222,6 @@ class Inside:
         return out
 
 
-def there(cell: Cell) -> bool:
-    """Whether the data are at hand."""
-    try:
-        return bool(cell.dataset.load())
-    except BadInput as error:
-        print(f"left out: {error}")
-        return False
-
-
 def row_of(rule: str | None, tau: int | None) -> str:
     """A row of Table 1."""
     return "None" if rule is None or tau is None else f"{rule}, as τ = {tau}: {100 * DROPS[tau]:.2f} points"
@@ -242,7 +233,7 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     target = s.labels[0]
     attack = BadNets(size=4, row=-2, col=-2, target=target)
     base = Cell(STUDY, "", s.data, s.net, s.recipe, attack)
-    if not there(base):
+    if not there(s.data):
         return
 
     def rows(table, row, rate, **fields):

@@ -21,6 +21,7 @@ from typing import Any
 from bdjax import registry
 from bdjax.datasets.public import Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
+from bdjax.experiment import there
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.layers import build
 from bdjax.models.nc_gtsrb import NcGtsrb
@@ -98,11 +99,9 @@ def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """For each attack the victim, then every defense that applies."""
     for clean, attacks in SCALES[scale]:
-        try:
-            data = clean.dataset.load()
-        except BadInput as error:
-            print(f"left out: {error}")
+        if not there(clean.dataset):
             continue
+        data = clean.dataset.load()
         model = build(clean.model, data.shape, data.classes)
         for title, made in attacks.items():
             attack = None if made is None else registry.make("attack", made[0], made[1], **made[2])

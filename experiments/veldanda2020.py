@@ -57,6 +57,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.defenses.repair.mesa_retraining import MesaRetraining
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning
+from bdjax.experiment import there
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.cla import Cla
 from bdjax.models.deepid import DeepId
@@ -67,7 +68,7 @@ from bdjax.models.shamshiri import Cnn
 from bdjax.store import Store
 from bdjax.sweep import Cell, grid
 from bdjax.train import Recipe, evaluate, stamped, unit
-from bdjax.types import BadInput, Model, Split
+from bdjax.types import Model, Split
 
 TITLE = "Veldanda & Garg (2020): nine BadNets against five defenses"
 
@@ -321,15 +322,6 @@ class LastPool:
 # --- The rows ---
 
 
-def there(cell: Cell) -> bool:
-    """Whether the data are at hand."""
-    try:
-        return bool(cell.dataset.load())
-    except BadInput as error:
-        print(f"left out: {error}")
-        return False
-
-
 def reported(name: str, column: str) -> dict[str, float]:
     """The numbers of Table 3 under our names."""
     values = [value / 100 for value in PAPER[column].get(name, ())]
@@ -449,9 +441,9 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """Every BadNet, as it is and under each defense; then the grid and the adaptive attacks."""
     s = SCALES[scale]._replace(seeds=seeds or SCALES[scale].seeds)
     for name in s.names:
-        if there(badnet(s, name)[0]):
+        if there(badnet(s, name)[0].dataset):
             yield from of_badnet(s, name)
-    if there(Cell("", "", *s.bench[:3])):
+    if there(s.bench.data):
         yield from of_bench(s)
 
 

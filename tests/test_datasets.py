@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax import datasets
+from bdjax import datasets, registry
 from bdjax.datasets import base, prepared
 from bdjax.datasets.public import Gtsrb, Mnist
 from bdjax.types import BadInput, Split
@@ -332,7 +332,7 @@ def test_gtsrb_archives(tmp_path, monkeypatch):
 def test_prepare_real_files_without_tensorflow(tmp_path):
     code = f"""if True:
         import sys
-        from bdjax import datasets
+        from bdjax import datasets, registry
         from bdjax.datasets.public import FashionMnist
         whole = FashionMnist.parse
         def part(*files):  # All is checked and read; a part is written, to be quick.
@@ -361,3 +361,18 @@ def test_sources_are_hashable_configurations():
         assert hash(source) == hash(dataclasses.replace(source)) and all(
             map(registry.is_static, dataclasses.fields(source))
         )
+
+
+def test_the_largest_classes_alone_are_numbered_anew(tmp_path):
+    label = np.array([0, 1, 1, 1, 2, 2, 3, 3, 3, 3])
+    image = np.zeros((10, 8, 8, 3), np.uint8) + label.astype(np.uint8)[:, None, None, None]
+    np.savez(tmp_path / "train.npz", image=image, label=label, names=np.array(list("abcd")))
+    np.savez(tmp_path / "test.npz", image=image[::3], label=label[::3])
+    where = {"path": str(tmp_path / "train.npz"), "test": str(tmp_path / "test.npz")}
+    data = registry.make("dataset", "npz", **where, top_classes=2).load()
+    assert data.names == ("b", "d") and data.classes == 2
+    assert sum(len(split.label) for split in (data.train, data.clean)) == 7
+    np.testing.assert_array_equal(data.test.label, [0, 1, 1])
+    np.testing.assert_array_equal(data.test.image[:, 0, 0, 0], [1, 3, 3])
+    with pytest.raises(BadInput, match="give 2 to 4"):
+        registry.make("dataset", "npz", **where, top_classes=9).load()

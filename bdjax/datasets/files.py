@@ -78,29 +78,13 @@ class H5(Npz):
 
 @dataset("faces")
 class Faces(Npz):
-    """Aligned faces, 55×47×3, as `.h5` or `.npz` (Wolf et al., 2011); the file says how many people there are.
-
-    `least`: only people with at least this many training images, numbered anew.
-    """
-
-    least: int = static(1)
+    """Aligned faces, 55×47×3, as `.h5` or `.npz` (Wolf et al., 2011); the file says how many people there are."""
 
     def read(self):
         train, test, names = super().read()
         if train.image.shape[1:] != (55, 47, 3):
             raise BadInput(f"{self.path}: images are {train.image.shape[1:]}; aligned faces are (55, 47, 3)")
-        if self.least <= 1:
-            return train, test, names
-        often = np.flatnonzero(np.bincount(train.label) >= self.least)
-        if not len(often):
-            raise BadInput(f"{self.path}: nobody has {self.least} training images: lower least")
-
-        def of_them(split):
-            split = split[np.isin(split.label, often)]
-            return split._replace(label=np.searchsorted(often, split.label).astype(np.int32))
-
-        names = tuple(names[k] for k in often) if names else ()
-        return of_them(train), None if test is None else of_them(test), names
+        return train, test, names
 
 
 @dataset("chest-xray")
