@@ -66,6 +66,28 @@ def pivot(argument: str) -> str:
     return f"{body}\n\n{note}"
 
 
+def papers(_: str) -> str:
+    """For every experiment with committed results and claims: how many of them hold."""
+    from bdjax import experiment
+
+    heads = ["paper", "experiment", "scale", "rows", "reproduced", "partly", "not"]
+    lines = [heads, ["---"] * 3 + ["--:"] * 4]
+    for path in sorted((ROOT / "experiments" / "results").glob("*.jsonl")):
+        name, _, scale = path.stem.rpartition("-")
+        source = ROOT / "experiments" / f"{name}.py"
+        module = experiment.load(source) if source.exists() else None
+        if not hasattr(module, "trends"):
+            continue
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        verdicts = [verdict for _, verdict, _ in module.trends(rows)]
+        counts = [str(verdicts.count(word)) for word in ("reproduced", "partly", "not")]
+        page = path.with_suffix(".md")
+        link = f"[{name}.py](experiments/{name}.py)"
+        link += f", [tables](experiments/results/{page.name})" if page.exists() else ""
+        lines.append([module.TITLE, link, scale, str(len(rows)), *counts])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def source(row: dict) -> str:
     """How a table was made."""
     return (
@@ -126,10 +148,13 @@ def generate(text: str) -> str:
             "results": lambda: results(argument),
             "attacks": lambda: attacks(argument),
             "pivot": lambda: pivot(argument),
+            "papers": lambda: papers(argument),
         }[name]()
         return f"<!-- {match['name']} -->\n{made}\n<!-- end -->"
 
-    return re.sub(r"<!-- (?P<name>(methods|results|attacks|pivot)[^>]*?) -->.*?<!-- end -->", fill, text, flags=re.S)
+    return re.sub(
+        r"<!-- (?P<name>(methods|results|attacks|pivot|papers)[^>]*?) -->.*?<!-- end -->", fill, text, flags=re.S
+    )
 
 
 if __name__ == "__main__":
