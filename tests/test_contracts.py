@@ -1,0 +1,66 @@
+"""What every registered defense promises: pure, safe under jit and vmap over key, variables and every number it has."""
+
+import jax
+import pytest
+
+from bdjax import registry
+from bdjax.attacks.badnets import BadNets
+from bdjax.models.layers import build
+from bdjax.models.shamshiri import Cnn
+from bdjax.sweep import compile_key, stack
+from bdjax.train import Recipe, poisoned_set, unit
+
+DEFENSES = registry.entries("defense")
+
+
+def small(entry):
+    return entry.cls(**getattr(entry.cls, "presets", {}).get("cpu", {}))
+
+
+@pytest.mark.parametrize("entry", DEFENSES, ids=lambda entry: entry.name)
+def test_every_defense_is_one_traceable_program_over_keys_nets_and_numbers(entry, sample):
+    """Traced, not compiled: a branch on a number, a size that depends on one, or an impure call would raise here."""
+    model = build(Cnn("VALID", hidden=16, features=(4, 4)), sample.shape, sample.classes)
+    clean, defense = sample.clean, small(entry)
+    defense.check(model, clean)
+    runs = 2
+    keys = jax.random.split(jax.random.key(0), runs)
+    nets = jax.eval_shape(jax.vmap(model.init), keys)
+    defenses = stack([defense] * runs)
+    train = poisoned_set(jax.random.key(1), sample.train, BadNets(), sample.classes)
+    images = sample.test.image[:8]
+
+    def run(key, variables, defense):
+        return {
+            "train": lambda: defense(key, model, Recipe(epochs=1), train, clean),
+            "samples": lambda: defense(key, model, variables, train),
+            "inputs": lambda: defense(key, model, variables, clean, images),
+        }.get(entry.stage, lambda: defense(key, model, variables, clean))()
+
+    found = jax.eval_shape(jax.vmap(run), keys, nets, defenses)
+    if entry.stage in ("repair", "train"):
+        wrapped = defense.wrap(model)
+        wanted = jax.eval_shape(jax.vmap(wrapped.init), keys)
+        shapes = [
+            jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree["params"]) for tree in (found.variables, wanted)
+        ]
+        assert shapes[0] == shapes[1], "variables of the model that `wrap` names"
+        out = jax.eval_shape(jax.vmap(lambda v: wrapped.apply(v, unit(images)).logits), found.variables)
+        assert out.shape[:2] == (runs, 8)
+    elif entry.stage in ("invert", "models"):
+        assert found.index.shape == found.infected.shape == (runs,)
+        assert found.flagged.shape == (runs, sample.classes) and found.flagged.dtype == bool
+    elif entry.stage == "inputs":
+        assert found.score.shape == found.flagged.shape == (runs, 8) and found.flagged.dtype == bool
+    else:
+        assert found.score.shape == found.removed.shape == (runs, *train.plan.label.shape)
+    assert isinstance(found.info, dict)
+
+
+@pytest.mark.parametrize("entry", DEFENSES, ids=lambda entry: entry.name)
+def test_every_preset_is_a_defense_of_its_own_and_equal_ones_share_programs(entry):
+    for name in getattr(entry.cls, "presets", {}):
+        one, two = (registry.make("defense", entry.name, name) for _ in range(2))
+        assert compile_key(one) == compile_key(two) and hash(compile_key(one)[0]) == hash(compile_key(two)[0])
+        assert registry.digest(one) == registry.digest(two)
+    assert entry.cls().oracle is False, "no oracle by default"
