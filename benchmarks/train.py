@@ -12,7 +12,7 @@ from bdjax.models.shamshiri import Cnn
 from bdjax.train import Recipe, advance, begin, poisoned_set
 from benchmarks.measure import Case, few, forward_flops
 
-IMAGES = {32: 960, 128: 2560, 512: 5120}
+IMAGES = 1920
 SCALES = {"smoke": (32,), "cpu": (32, 128), "paper": (32, 128, 512)}
 
 
@@ -20,7 +20,7 @@ def cases(rivals, scale: str) -> Iterator[Case]:
     data = datasets.load()
     model = build(Cnn(), data.shape, data.classes)
     for batch in SCALES[scale]:
-        split = few(data.train, IMAGES[batch])
+        split = few(data.train, IMAGES)
         key, recipe = jax.random.key(0), Recipe(batch=batch, epochs=1)
 
         def epoch(key, state, split, recipe=recipe):
@@ -31,5 +31,5 @@ def cases(rivals, scale: str) -> Iterator[Case]:
             image, label = rivals.tensors(split.image, split.label)
             net, poisoned = rivals.cnn(), rivals.torch.rand(len(label)) < 0.1
             rival = partial(rivals.train, net, image, label, poisoned, batch)
-        work = 3 * forward_flops(model, IMAGES[batch])
+        work = 3 * forward_flops(model, IMAGES // batch * batch)
         yield Case("Training, batch", batch, epoch, (key, begin(key, model, recipe), split), rival, work)

@@ -88,6 +88,35 @@ def papers(_: str) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def runtime(file: str) -> str:
+    """What a committed run of the benchmarks measured, series by series."""
+    from benchmarks.__main__ import exponents, flat
+
+    path = ROOT / file
+    if not path.exists():
+        return f"`{file}` is not there yet."
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    slopes = exponents(rows)
+    heads = ["case", "compile s", "ours s", "peak MB", "matmul share", "PyTorch s", "PyTorch / ours", "exponent"]
+    lines, before = [heads, ["---"] + ["--:"] * 7], None
+    for row in rows:
+        found = flat(row)
+        share, rival = found["matmul_share"], found["rival_s"]
+        cells = [found["case"], f"{found['compile_s']:.1f}", f"{found['ours_s']:.3f}", f"{found['peak_mb']:.0f}"]
+        cells += [
+            "" if share is None else f"{100 * share:.0f} %",
+            *(["", ""] if rival is None else [f"{rival:.3f}", f"{found['ratio']:.2f}"]),
+        ]
+        slope = slopes.get(row["table"]) if row["table"] != before else None
+        lines.append([*cells, "" if slope is None else f"{slope:.2f}"])
+        before = row["table"]
+    body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    inferences = [found["times_inference"] for found in map(flat, rows) if "times_inference" in found]
+    strip = f" STRIP with N = 10 costs {inferences[0]:.2f} plain inferences of the same images." if inferences else ""
+    first = rows[0]
+    return f"{body}\n\nMedians. {first['device']}, jax {first['jax']}, torch {first['torch']}.{strip}"
+
+
 def source(row: dict) -> str:
     """How a table was made."""
     return (
@@ -149,11 +178,12 @@ def generate(text: str) -> str:
             "attacks": lambda: attacks(argument),
             "pivot": lambda: pivot(argument),
             "papers": lambda: papers(argument),
+            "runtime": lambda: runtime(argument),
         }[name]()
         return f"<!-- {match['name']} -->\n{made}\n<!-- end -->"
 
     return re.sub(
-        r"<!-- (?P<name>(methods|results|attacks|pivot|papers)[^>]*?) -->.*?<!-- end -->", fill, text, flags=re.S
+        r"<!-- (?P<name>(methods|results|attacks|pivot|papers|runtime)[^>]*?) -->.*?<!-- end -->", fill, text, flags=re.S
     )
 
 
