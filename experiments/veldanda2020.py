@@ -38,17 +38,15 @@ the generative model for none, unless it is told the target (FSA, SG).
 import dataclasses
 import statistics
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bdjax import registry, report
-from bdjax.augment import Augmentation
 from bdjax.channels import channel_means
-from bdjax.datasets.files import Faces
-from bdjax.datasets.public import Cifar10, Gtsrb, Mnist
+from bdjax.datasets.public import Mnist
 from bdjax.datasets.sample import Sample
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.invert.abs import Abs
@@ -59,16 +57,14 @@ from bdjax.defenses.repair.mesa_retraining import MesaRetraining
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning
 from bdjax.experiment import there
 from bdjax.models.badnets_cnn import BadNetsCnn
-from bdjax.models.cla import Cla
 from bdjax.models.deepid import DeepId
 from bdjax.models.layers import default_site
-from bdjax.models.nc_gtsrb import NcGtsrb
-from bdjax.models.nin import Nin
 from bdjax.models.shamshiri import Cnn
 from bdjax.store import Store
 from bdjax.sweep import Cell, grid
 from bdjax.train import Recipe, evaluate, stamped, unit
 from bdjax.types import Model, Split
+from bdjax.zoo import veldanda
 
 TITLE = "Veldanda & Garg (2020): nine BadNets against five defenses"
 
@@ -93,14 +89,11 @@ def swept(column: str) -> str:
 
 
 class BadNet(NamedTuple):
-    """A row of Table 2: what is attacked, and how. `targets`: the paper's; `parts`: names of several triggers; `side`:
+    """A row of Table 2. `net`: whose recipe it has; `targets`: the paper's; `parts`: names of several triggers; `side`:
     of the patch that the generative model is told, as a share of the shorter side of the image; None: out of its scope.
     """
 
     net: str
-    attack: str
-    preset: str | None
-    fields: dict[str, Any]
     targets: tuple[int, ...]
     parts: tuple[str, ...] = ()
     side: float | None = None
@@ -108,16 +101,15 @@ class BadNet(NamedTuple):
 
 FACE_PARTS = ("ls", "eb", "sg")
 BADNETS = {
-    "AAA": BadNet("MNIST", "badnets", "pattern", {"labels": "all-to-all", "rate": 0.5}, (1,), side=0.11),
-    "CLA": BadNet("CLA", "clean-label", "veldanda", {"strength": 1.0}, (0,), side=0.5),
-    "TCA": BadNet("CIFAR-10", "trigger-combination", None, {"target": 7}, (7,)),
-    "PN": BadNet("GTSRB", "post-it", None, {"rate": 0.15}, (0,)),
-    "FSA": BadNet("GTSRB", "gotham", None, {}, (35,), side=0.5),
-    "SG": BadNet("Faces", "sunglasses", None, {}, (0,), side=20 / 47),
-    "LS": BadNet("Faces", "lipstick", None, {}, (0,)),
-    "MTSTA": BadNet("Faces", "multi-trigger", "mtsta", {"rate": 0.15}, (4, 4, 4), FACE_PARTS),
-    # `target` is not this attack's, but says which label counts as flagged.
-    "MTMTA": BadNet("Faces", "multi-trigger", "mtmta", {"rate": 0.15, "target": 1}, (1, 5, 8), FACE_PARTS),
+    "AAA": BadNet("MNIST", (1,), side=0.11),
+    "CLA": BadNet("CLA", (0,), side=0.5),
+    "TCA": BadNet("CIFAR-10", (7,)),
+    "PN": BadNet("GTSRB", (0,)),
+    "FSA": BadNet("GTSRB", (35,), side=0.5),
+    "SG": BadNet("Faces", (0,), side=20 / 47),
+    "LS": BadNet("Faces", (0,)),
+    "MTSTA": BadNet("Faces", (4, 4, 4), FACE_PARTS),
+    "MTMTA": BadNet("Faces", (1, 5, 8), FACE_PARTS),
 }
 # Table 3 in %: CA, then the ASR of each trigger; STRIP: FAR of each trigger.
 PAPER: dict[str, dict[str, tuple[float, ...]]] = {
@@ -168,21 +160,21 @@ BROKEN: dict[str, tuple[str, tuple[str, str | None, dict[str, Any]]]] = {
 
 
 class Victim(NamedTuple):
-    """Data, net and recipe: a column of Table 4. `substitute`: what stands in for the paper's data."""
+    """Data, net and recipe."""
 
     data: Any
     model: Any
     recipe: Recipe
-    substitute: str | None = None
 
 
 class Scale(NamedTuple):
-    """What a scale changes. `sign`: FSA's target; `second`: learning rate of Figure 1's second recipe; `bench`: the net
-    of the grid and of the adaptive attacks; `rates`: its learning rates by optimiser, `batches` its batch sizes.
+    """What a scale changes. `tiny`: stands in for all nets of `zoo` (None: they are taken at this scale); `second`:
+    learning rate of Figure 1's second recipe; `bench`: the net of the grid and of the adaptive attacks; `rates`: its
+    learning rates by optimiser, `batches` its batch sizes.
     """
 
-    nets: dict[str, Victim]
-    sign: int
+    name: Literal["paper", "cpu"]
+    tiny: Victim | None
     second: float
     bench: Victim
     rates: dict[str, tuple[float, ...]]
@@ -200,28 +192,16 @@ class Scale(NamedTuple):
 TINY = Victim(
     Sample(train_size=400, test_size=100), Cnn("VALID", hidden=16, features=(4, 4)), Recipe(epochs=1, batch=50)
 )
-SMALL = Cnn("VALID", hidden=128, features=(16, 32))
-PEOPLE = Faces(path="faces_train.npz", test="faces_test.npz")
+FACES = {"path": "faces_train.npz", "test": "faces_test.npz"}
 SCALES = {
     "smoke": Scale(
-        dict.fromkeys(RECIPES, TINY._replace(substitute="Fashion-MNIST")), 5, 3e-3, TINY, {"adam": (1e-3, 3e-3)}, (40,),
+        "cpu", TINY, 3e-3, TINY, {"adam": (1e-3, 3e-3)}, (40,),
         FinePruning(recipe=Recipe(epochs=1)), NeuralCleanse(steps=2, batches=2, batch=8), Strip(0.03, n=4, inputs=20),
         Mesa(hidden=8, batch=16, epochs=1, noise_size=8, samples=8), MesaRetraining.presets["cpu"],
         Abs(images=10, top=2, per_site=1, steps=2), 1, ("CLA", "SG", "MTMTA"),
     ),
     "cpu": Scale(
-        {
-            "MNIST": Victim(Mnist(train_size=6_000, test_size=500), BadNetsCnn(pool="max"), Recipe(epochs=6, batch=32)),
-            "CLA": Victim(Mnist(train_size=6_000, test_size=500), Cla(), Recipe(epochs=6, batch=32)),
-            "CIFAR-10": Victim(Cifar10(train_size=6_000, test_size=500), SMALL, Recipe(epochs=8, batch=32)),
-            "GTSRB": Victim(
-                Gtsrb(train_size=5_000, test_size=500, top_classes=16), SMALL, Recipe(epochs=9, batch=32),
-            ),
-            "Faces": Victim(
-                dataclasses.replace(PEOPLE, top_classes=10), DeepId(), Recipe(epochs=9, batch=32), "faces of 10 people",
-            ),
-        },
-        14, 3e-3,
+        "cpu", None, 3e-3,
         Victim(
             Mnist(train_size=3_000, test_size=500), Cnn("VALID", hidden=64, features=(8, 16)),
             Recipe(epochs=6, batch=32),
@@ -233,22 +213,7 @@ SCALES = {
         Abs(images=10, top=6, per_site=1, steps=100),
     ),
     "paper": Scale(
-        {
-            "MNIST": Victim(Mnist(), BadNetsCnn(pool="max", fc_linear=True), Recipe(lr=1e-4, epochs=50, batch=32)),
-            "CLA": Victim(Mnist(), Cla(), Recipe(lr=1.0, epochs=25, batch=32, optimizer="adadelta")),
-            "CIFAR-10": Victim(
-                Cifar10(), Nin(),
-                Recipe(
-                    lr=0.01, epochs=200, batch=128, optimizer="sgd", nesterov=True, weight_decay=2e-4,
-                    drops=((81, 0.5), (141, 0.1)), augment=Augmentation(shift=0.125, flip=True),
-                ),
-            ),
-            "GTSRB": Victim(Gtsrb(), NcGtsrb(1 / 255), Recipe(epochs=15, batch=32)),
-            "Faces": Victim(
-                PEOPLE, DeepId(), Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta"), "the user's faces",
-            ),
-        },
-        35, 0.3,
+        "paper", None, 0.3,
         Victim(Mnist(), BadNetsCnn(pool="max"), Recipe(epochs=20, batch=128)),
         {"adam": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (0.003, 0.01, 0.03, 0.1), "adadelta": (0.1, 1.0)}, (32, 128, 512),
         FinePruning(), NeuralCleanse(screen=100), Strip(0.03), Mesa(), {}, Abs(),
@@ -365,15 +330,15 @@ def defenses(
 def badnet(s: Scale, name: str) -> tuple[Cell, tuple[int, ...]]:
     """The victim of a row of Table 3, and its targets."""
     about = BADNETS[name]
-    victim = s.nets[about.net]
-    targets = (s.sign,) if name == "FSA" else about.targets
-    fields = {**about.fields, "target": s.sign} if name == "FSA" else about.fields
-    attack = registry.make("attack", about.attack, about.preset, **fields)
-    probe = EachTrigger(about.parts) if about.parts else None
+    net = veldanda(name, s.name, **(FACES if about.net == "Faces" else {}))
+    attack, substitute = net.pop("attack"), "the user's faces" if about.net == "Faces" else None
+    victim = Victim(*net.values())
+    if s.tiny is not None:
+        victim, substitute = s.tiny, "Fashion-MNIST"
     return Cell(
         table3(BASELINE), name, victim.data, victim.model, victim.recipe, attack, reported=reported(name, BASELINE),
-        substitute=victim.substitute, probe=probe,
-    ), targets  # fmt: skip
+        substitute=substitute, probe=EachTrigger(about.parts) if about.parts else None,
+    ), (int(attack.target),) if name == "FSA" else about.targets  # fmt: skip
 
 
 def of_badnet(s: Scale, name: str) -> Iterator[Cell]:
@@ -410,7 +375,7 @@ def of_badnet(s: Scale, name: str) -> Iterator[Cell]:
 
 def of_bench(s: Scale) -> Iterator[Cell]:
     """The grid of hyper-parameters behind pitfall 1, the adaptive attacks behind pitfall 3, and clean twins."""
-    data, model, recipe, _ = s.bench
+    data, model, recipe = s.bench
     square = registry.make("attack", "badnets", "square")
     columns = {name: made for name, made in defenses(s, model, 5).items() if name in TICKS}
     plain = Cell(ADAPTIVE, PLAIN, data, model, recipe, square)

@@ -183,7 +183,10 @@ def generate(text: str) -> str:
         return f"<!-- {match['name']} -->\n{made}\n<!-- end -->"
 
     return re.sub(
-        r"<!-- (?P<name>(methods|results|attacks|pivot|papers|runtime)[^>]*?) -->.*?<!-- end -->", fill, text, flags=re.S
+        r"<!-- (?P<name>(methods|results|attacks|pivot|papers|runtime)[^>]*?) -->.*?<!-- end -->",
+        fill,
+        text,
+        flags=re.S,
     )
 
 

@@ -613,7 +613,7 @@ def test_filters_equal_imagemagick(name, colour):
 # --- Presets and bad input ---
 
 
-@pytest.mark.parametrize("name", zoo.NETS)
+@pytest.mark.parametrize("name", zoo.PAPER)
 def test_the_nine_nets(name):
     shapes = {"Mnist": (28, 28, 1), "Cifar10": (32, 32, 3), "Gtsrb": (32, 32, 3), "Faces": (55, 47, 3)}
     for scale in ("paper", "cpu"):
