@@ -129,6 +129,6 @@ def test_every_badnet_can_be_set_up():
     for name, about in HERE.BADNETS.items():
         cell, targets = HERE.badnet(s, name)
         assert cell.attack.triggers == max(len(about.parts), 1)
-        cell.attack.check((55, 47, 3), 10)
+        cell.attack.check((55, 47, 3), 16)
         assert len({c.run for c in HERE.of_badnet(s, name)}) == len(list(HERE.of_badnet(s, name)))
         assert name == "FSA" or targets == about.targets
