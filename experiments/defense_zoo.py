@@ -1,7 +1,7 @@
 """Every defense against many attacks, on real images: a matrix of what each keeps, removes, finds and costs.
 
     bdjax data prepare mnist; bdjax data prepare gtsrb       # once
-    bdjax run experiments/defense_zoo.py                     # scale cpu: under 3 hours on 2 cores
+    bdjax run experiments/defense_zoo.py                     # scale cpu: 1 to 2 hours on 2 cores (estimated)
     bdjax run experiments/defense_zoo.py --scale smoke       # a few defenses, tiny: no result
     bdjax run experiments/defense_zoo.py --scale paper       # the papers' settings, whole data sets: for an accelerator
 

@@ -1,7 +1,7 @@
 """Gu et al., "Empirical Defenses against Backdoor Attacks" (slides): STRIP and Neural Cleanse, every table and figure.
 
     bdjax data prepare mnist; bdjax data prepare cifar10; bdjax data prepare gtsrb    # once
-    bdjax run experiments/strip_neural_cleanse.py                  # scale cpu: about 20 minutes on 2 cores
+    bdjax run experiments/strip_neural_cleanse.py                  # scale cpu: about 20 minutes on 2 cores (estimated)
     bdjax run experiments/strip_neural_cleanse.py --scale smoke    # every kind of row once, tiny: no result
     bdjax run experiments/strip_neural_cleanse.py --scale paper    # the papers' nets, all data: for an accelerator
 

@@ -1,7 +1,7 @@
 """Veldanda & Garg, "On Evaluating Neural Network Backdoor Defenses" (2020, arXiv:2010.12186): Tables 1–5, Figures 1–3.
 
     bdjax data prepare mnist; bdjax data prepare cifar10; bdjax data prepare gtsrb   # once
-    bdjax run experiments/veldanda2020.py                  # scale cpu: about 20 minutes on 2 cores
+    bdjax run experiments/veldanda2020.py                  # scale cpu: about 30 minutes on 2 cores (estimated)
     bdjax run experiments/veldanda2020.py --scale smoke    # every kind of row once, on the embedded sample: no result
     bdjax run experiments/veldanda2020.py --scale paper    # whole data sets, the paper's nets: for an accelerator
 
