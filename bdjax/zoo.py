@@ -39,7 +39,7 @@ class Net(NamedTuple):
 
 _ADADELTA = {"optimizer": "adadelta", "lr": 1.0}
 _FACES = Net(("faces", {}), ("deepid", {}), {**_ADADELTA, "batch": 1283, "epochs": 200}, ("sunglasses", None, {}))
-_SIGNS = Net(("gtsrb", {}), ("nc-gtsrb", {}), {"batch": 32, "epochs": 15}, ("post-it", None, {}))
+_SIGNS = Net(("gtsrb", {}), ("nc-gtsrb", {"scale": 1 / 255}), {"batch": 32, "epochs": 15}, ("post-it", None, {}))
 _CLA = ("clean-label", "veldanda", {"strength": 1.0})  # with less the net reads the zero instead of the noise
 # Keras' L2 1e-4 is 1e-4·w² in the loss, 2e-4·w in the gradient.
 _SGD = {

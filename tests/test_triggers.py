@@ -623,6 +623,8 @@ def test_the_nine_nets(name):
         net["recipe"].check(10_000)
         build(net["model"], shape, 43)
     assert (net["attack"].triggers == 3) == name.startswith("MT")
+    # Table 4: all of them see pixels in [0, 1], or normalised.
+    assert getattr(zoo.veldanda(name)["model"], "scale", 1 / 255) == 1 / 255
     with pytest.raises(BadInput, match="AAA"):
         zoo.veldanda("BBB")
 
