@@ -107,8 +107,8 @@ def run(
     Store(folder).append(rows)  # what the shards have
     begun = time.monotonic()
     report.print_table(rows, console)
-    figures = module.figures(rows, store, scale) if hasattr(module, "figures") else []
-    trends = module.trends(rows) if hasattr(module, "trends") else []
+    figures = list(module.figures(rows, store, scale)) if hasattr(module, "figures") else []
+    trends = list(module.trends(rows)) if hasattr(module, "trends") else []
     clock.add("report", begun)
     seconds = clock.seconds | {"total": time.monotonic() - start}
     page = report.write(

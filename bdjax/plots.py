@@ -222,6 +222,14 @@ def pruning(pruned: Any, acc: Any, asr: Any, chosen: float | None = None, xlabel
     return curves(np.asarray(pruned).tolist(), lines, None, xlabel, percent=True, mark=chosen, mark_label="stop at")
 
 
+def power_law(size: Any, seconds: Any) -> tuple[float, float]:
+    """(b, a) of the line a·size^b through seconds over size, both logarithmic: b is 1 where twice the size takes twice as
+    long.
+    """
+    slope, offset = np.polyfit(np.log(np.asarray(size, np.float64)), np.log(np.asarray(seconds, np.float64)), 1)
+    return float(slope), float(np.exp(offset))
+
+
 @styled
 def runtime(cases: Mapping[str, tuple[Any, Any]], xlabel: str, ylabel: str = "seconds") -> Figure:
     """Seconds over size, both axes logarithmic, with exponents: `{name: (size: [X], seconds: [X] or [R, X])}`."""
@@ -232,8 +240,8 @@ def runtime(cases: Mapping[str, tuple[Any, Any]], xlabel: str, ylabel: str = "se
         size, seconds = np.asarray(size, np.float64), np.atleast_2d(np.asarray(seconds, np.float64))
         middle, color = np.median(seconds, 0), COLORS[i % len(COLORS)]
         if len(size) > 1:
-            slope, offset = np.polyfit(np.log(size), np.log(middle), 1)
-            axes.plot(size, np.exp(offset) * size**slope, color=color, linestyle=DASHES[i % len(DASHES)], linewidth=1.2)
+            slope, factor = power_law(size, middle)
+            axes.plot(size, factor * size**slope, color=color, linestyle=DASHES[i % len(DASHES)], linewidth=1.2)
             name = f"{name}, exponent {slope:.2f}"
         axes.plot(size, middle, marker=MARKERS[i % len(MARKERS)], color=color, linestyle="", label=name)
         axes.fill_between(size, seconds.min(0), seconds.max(0), color=color, alpha=0.18, linewidth=0)

@@ -162,10 +162,19 @@ def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
     }
 
 
+def seeds(rows: Iterable[Row], row: str, table: str | None = None) -> list[Row]:
+    """The finished seeds of a row."""
+    return [r for r in rows if r["row"] == row and table in (None, r["table"]) and not r.get("error")]
+
+
+def arrays(rows: Iterable[Row], store: Store, row: str, table: str | None = None) -> list[tuple[Row, dict[str, Any]]]:
+    """The finished seeds of a row, each with its arrays."""
+    return [(r, store.arrays(r["run"])) for r in seeds(rows, row, table)]
+
+
 def mean(rows: Iterable[Row], row: str, metric: str, table: str | None = None) -> float:
     """The mean of a metric over the seeds of a row; NaN where there is none."""
-    mine = [r for r in rows if r["row"] == row and table in (None, r["table"]) and not r.get("error")]
-    found = _stat([r["metrics"].get(metric) for r in mine], None)["mean"]
+    found = _stat([r["metrics"].get(metric) for r in seeds(rows, row, table)], None)["mean"]
     return math.nan if found is None else found
 
 

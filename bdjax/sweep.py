@@ -34,13 +34,15 @@ from bdjax.defenses.base import Defense
 from bdjax.models.layers import Net, build
 from bdjax.progress import Board, Progress, Stop
 from bdjax.store import Store, load_tree, recall, remember, renamed, save_tree
-from bdjax.train import Recipe, advance, begin, evaluate, poisoned_set, predict, stamped, unit
+from bdjax.train import Recipe, advance, begin, evaluate, fit, poisoned_set, predict, stamped, unit, without
 from bdjax.types import BadInput, Model, Repaired, Scores, Split, Suspects, Verdict
 
 CHECKPOINT_EVERY = 30.0
 """Seconds of training between two checkpoints."""
 GROUP = 8, 64
 """How many victims a CPU and an accelerator take at a time: their rows are written before the next ones are begun."""
+PROGRAMS = 64
+"""Compiled programs kept. Each has hundreds of memory maps, of which Linux allows a process 65,530."""
 
 
 class Probe(Protocol):
@@ -198,6 +200,10 @@ def groups(cells: Iterable[Cell], most: int, shard: tuple[int, int] | None = Non
 
 def _training(cell: Cell) -> Any:
     return cell.dataset, cell.model, compile_key(cell.recipe, cell.attack)
+
+
+def _judging(cell: Cell) -> Any:
+    return compile_key(cell.defense, cell.probe)
 
 
 def room(devices: Sequence[Any], lanes: int | str | None = None) -> int:
@@ -360,7 +366,7 @@ class Runner:
         self.stop.check()
         fitting = [cell for cell in needing if cell.victim in victims]
         self.unfit += [cell for cell in needing if cell.victim not in victims]
-        for alike in _grouped(fitting, lambda c: compile_key(c.defense, c.probe)):
+        for alike in _grouped(fitting, _judging):
             whole = [cell for cell in alike if np.isfinite(victims[cell.victim].loss)]
             if lost := [cell for cell in alike if not np.isfinite(victims[cell.victim].loss)]:
                 self._failed(lost, "training diverged: the loss is not finite")
@@ -371,7 +377,7 @@ class Runner:
             for piece in _pieces(whole, room(self.places, self.lanes)):
                 self.unfit += self._halved(piece, judge)
                 self.stop.check()
-        for alike in _grouped((c for c in cells if c.stage == "train"), lambda c: compile_key(c.defense, c.probe)):
+        for alike in _grouped((c for c in cells if c.stage == "train"), _judging):
             for piece in _pieces(alike, room(self.places, self.lanes)):
                 self.unfit += self._halved(piece, lambda piece: self._judged(piece, model, shared, None, none))
                 self.stop.check()
@@ -495,13 +501,17 @@ class Runner:
         key = (fn, model, compile_key(shared, items))
         each = -(-len(jax.tree.leaves(items)[0]) // len(self.places))
         try:
-            if key not in self.programs:
+            program = self.programs.pop(key, None)
+            if program is None:
                 lanes = self.widths.get(key) or self._lanes(key, each, fn, model, shared, items)
                 start = time.monotonic()
-                self.programs[key] = compiled(fn, model, shared, items, lanes, self.places, donate)
+                program = compiled(fn, model, shared, items, lanes, self.places, donate)
                 self.clock.add("compile", start)
+            self.programs[key] = program  # the last used is the last to go
+            while len(self.programs) > PROGRAMS:
+                del self.programs[next(iter(self.programs))]
             start = time.monotonic()
-            out = jax.block_until_ready(self.programs[key](shared, *items))
+            out = jax.block_until_ready(program(shared, *items))
         except jax.errors.JaxRuntimeError as error:
             self._narrow(key, each, fn, error)
         self.clock.add(stage, start)
@@ -576,6 +586,8 @@ class Runner:
         self.board.tell(doing=label)
         defenses = self._prepared(cells, model, shared)
         victims = victims or [(bound(cell, shared), cell.recipe) for cell in cells]
+        if stage == "samples":
+            victims = [(attack, (net, cell.recipe)) for (attack, net), cell in zip(victims, cells, strict=True)]
         # The suspects must be sought among the very rows that the victim was trained on: there the key is the training's.
         keys = [jax.random.key(cell.seed) for cell in cells]
         keys = keys if stage == "samples" else [jax.random.fold_in(key, 1) for key in keys]
@@ -805,7 +817,9 @@ def _inputs(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any
     return {**more[0], **found}, {**more[1], **arrays}, None
 
 
-def _samples(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any) -> Judged:
+def _samples(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, given: Any) -> Judged:
+    """ACC and ASR are those of a net that is trained again, without the suspects."""
+    variables, recipe = given
     train = poisoned_set(jax.random.fold_in(key, 2), shared[0], attack, model.classes)
     result: Suspects = defense(jax.random.fold_in(key, 1), model, variables, train)
     exists = jnp.arange(train.plan.kind.shape[0]) < train.plan.size
@@ -816,7 +830,8 @@ def _samples(model: Model, shared: Any, key: jax.Array, defense: Any, attack: An
         "auroc": metrics.auroc(result.score, result.score, exists & ~poison, poison), **result.info,
     }  # fmt: skip
     extra = defense.report(key, model, variables, shared[2], attack, result)
-    return *split_scalars({**found, **extra}), None
+    again, _ = fit(jax.random.fold_in(key, 3), model, recipe, without(train, result.removed))
+    return *split_scalars({**found, **extra}), again
 
 
 JUDGES: dict[str, Callable[..., Judged]] = {

@@ -120,6 +120,15 @@ def poisoned_set(key: jax.Array, split: Split, attack: Any, classes: int) -> Tra
     return TrainSet(split.image, attack.plan(key, jnp.asarray(split.label), classes), attack)
 
 
+def without(data: TrainSet, removed: jax.Array) -> TrainSet:
+    """`data` without the rows `removed: [M]`, to train on again: the kept rows come first, and only they exist."""
+    plan = data.plan
+    kept = ~removed & (jnp.arange(removed.shape[0]) < plan.size)
+    first = jnp.argsort(~kept, stable=True)
+    rows = (leaf[first] for leaf in (plan.source, plan.kind, plan.label, plan.weight))
+    return data._replace(plan=Plan(*rows, size=jnp.maximum(kept.sum(), 1)))
+
+
 def cross_entropy(model: Model, variables: Variables, x, label, weight, key) -> tuple[jax.Array, Any]:
     """The weighted mean cross-entropy of a batch."""
     out = model.apply(variables, x, train=True, key=key)

@@ -9,7 +9,7 @@ from bdjax import datasets
 from bdjax.channels import channel_means, curve
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
-from benchmarks.measure import Case, few
+from benchmarks.measure import Case
 
 CHANNELS = {"smoke": (8,), "cpu": (16, 32, 64, 128), "paper": (16, 32, 64, 128, 256, 512)}
 IMAGES = 200
@@ -17,7 +17,7 @@ IMAGES = 200
 
 def cases(rivals, scale: str) -> Iterator[Case]:
     data = datasets.load()
-    split = few(data.clean, IMAGES)
+    split = data.clean[slice(IMAGES)]
     for channels in CHANNELS[scale]:
         model = build(Cnn(features=(32, channels), hidden=256), data.shape, data.classes)
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
-from bdjax.types import Model, Split
+from bdjax.plots import power_law
+from bdjax.types import Model
 
 
 class Case(NamedTuple):
@@ -88,12 +88,7 @@ def exponent(sizes: Any, times: Any) -> float:
     """The slope of log(time) over log(size): 1 where twice the size takes twice as long; NaN for a single size."""
     if len(set(sizes)) < 2:
         return math.nan
-    return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(np.asarray(times, float)), 1)[0])
-
-
-def few(split: Split, count: int) -> Split:
-    """The first `count` images of a split."""
-    return Split(split.image[:count], split.label[:count])
+    return power_law(sizes, times)[0]
 
 
 def forward_flops(model: Model, images: int) -> float:

@@ -10,7 +10,7 @@ from bdjax.defenses.models.mntd import Mntd
 from bdjax.models.layers import build
 from bdjax.models.mntd import MntdMnist
 from bdjax.train import Recipe, unit
-from benchmarks.measure import Case, few, forward_flops
+from benchmarks.measure import Case, forward_flops
 
 SHADOWS = {"smoke": (4,), "cpu": (4, 8, 16), "paper": (4, 8, 16, 64, 256)}
 IMAGES = 1000
@@ -18,7 +18,7 @@ IMAGES = 1000
 
 def cases(rivals, scale: str) -> Iterator[Case]:
     data = datasets.load()
-    split = few(data.train, IMAGES)
+    split = data.train[slice(IMAGES)]
     model = build(MntdMnist(), data.shape, data.classes)
     for shadows in SHADOWS[scale]:  # half of them trojaned; nothing is held out on either side
         defense = Mntd(shadows=shadows // 2, validation=0, recipe=Recipe(epochs=1, batch=100))

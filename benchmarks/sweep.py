@@ -13,7 +13,7 @@ from bdjax.models.layers import build
 from bdjax.models.strip import StripMnist
 from bdjax.sweep import stack
 from bdjax.train import Recipe, fit, poisoned_set
-from benchmarks.measure import Case, few, forward_flops
+from benchmarks.measure import Case, forward_flops
 
 GRID = tuple(itertools.product((0.01, 0.05, 0.1, 0.2), (0, 4, 9, 7), (0, 1, 2, 3)))
 VICTIMS = {"smoke": (1,), "cpu": (1, 4, 8, 24, 64), "paper": (1, 4, 8, 24, 64)}
@@ -28,7 +28,7 @@ def cases(rivals, scale: str) -> Iterator[Case]:
 def case(rivals, series: str, size: int, victims: int, devices: int) -> Case:
     """The first `victims` of the grid, spread over `devices`."""
     data = datasets.load()
-    split = few(data.train, IMAGES)
+    split = data.train[slice(IMAGES)]
     model, recipe = build(StripMnist(), data.shape, data.classes), Recipe(epochs=1, batch=32)
 
     def train(split, item):

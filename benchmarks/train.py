@@ -10,7 +10,7 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
 from bdjax.train import Recipe, advance, begin, poisoned_set
-from benchmarks.measure import Case, few, forward_flops
+from benchmarks.measure import Case, forward_flops
 
 IMAGES = 1920
 SCALES = {"smoke": (32,), "cpu": (32, 128), "paper": (32, 128, 512)}
@@ -20,7 +20,7 @@ def cases(rivals, scale: str) -> Iterator[Case]:
     data = datasets.load()
     model = build(Cnn(), data.shape, data.classes)
     for batch in SCALES[scale]:
-        split = few(data.train, IMAGES)
+        split = data.train[slice(IMAGES)]
         key, recipe = jax.random.key(0), Recipe(batch=batch, epochs=1)
 
         def epoch(key, state, split, recipe=recipe):

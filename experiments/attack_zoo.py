@@ -18,13 +18,12 @@ folder (`BDJAX_DATA_DIR`). The rows of data sets that are not there are left out
 
 import dataclasses
 import itertools
-import statistics
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from bdjax import registry
 from bdjax.attacks.base import Attack
-from bdjax.augment import Augmentation
 from bdjax.datasets.files import Faces
 from bdjax.datasets.public import Cifar10, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
@@ -33,11 +32,11 @@ from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.cla import Cla
 from bdjax.models.deepid import DeepId
 from bdjax.models.nc_gtsrb import NcGtsrb
-from bdjax.models.nin import Nin
 from bdjax.models.shamshiri import Cnn
 from bdjax.store import Store
 from bdjax.sweep import Cell, Runner, grid
 from bdjax.train import Recipe, stamped, unit
+from bdjax.zoo import veldanda
 
 TITLE = "Attack zoo: every attack on real images"
 
@@ -46,6 +45,14 @@ TWIN = "clean twin"
 SMALL = Cnn("VALID", hidden=256, features=(16, 32))
 MNIST, FACES = Mnist(train_size=10_000, test_size=2_000), Faces(path="faces_train.npz", test="faces_test.npz")
 GTSRB, CIFAR = Gtsrb(train_size=10_000, test_size=2_000), Cifar10(train_size=10_000, test_size=2_000)
+
+
+def _paper(table: str, name: str, **data: Any) -> Cell:
+    """The clean twin of a net of Veldanda & Garg."""
+    net = veldanda(name, **data)
+    return Cell(table, TWIN, net["dataset"], net["model"], net["recipe"])
+
+
 # The clean twins, one a table: a row is a twin with an attack.
 SCALES: dict[str, tuple[Cell, ...]] = {
     "smoke": (
@@ -63,16 +70,10 @@ SCALES: dict[str, tuple[Cell, ...]] = {
     ),
     "paper": (
         Cell("MNIST", TWIN, Mnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)),
-        Cell("CLA", TWIN, Mnist(), Cla(), Recipe(lr=1.0, epochs=25, batch=32, optimizer="adadelta")),
-        Cell(
-            "CIFAR-10", TWIN, Cifar10(), Nin(),
-            Recipe(
-                lr=0.01, epochs=200, batch=128, optimizer="sgd", nesterov=True, weight_decay=2e-4,
-                drops=((81, 0.5), (141, 0.1)), augment=Augmentation(shift=0.125, flip=True),
-            ),
-        ),
+        _paper("CLA", "CLA"),
+        _paper("CIFAR-10", "TCA"),
         Cell("GTSRB", TWIN, Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)),
-        Cell("Faces", TWIN, FACES, DeepId(), Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta")),
+        _paper("Faces", "SG", path=FACES.path, test=FACES.test),
     ),
 }  # fmt: skip
 SEEDS = {"smoke": 1, "cpu": 1, "paper": 3}
@@ -199,17 +200,14 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
 
 def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
     """What the papers claim of each attack: it works, and accuracy stays within 3 points of the clean twin's."""
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in rows:
-        for metric in ("acc_test", "asr_nt"):
-            if (value := row["metrics"].get(metric)) is not None:
-                found.setdefault((row["table"], row["row"]), {}).setdefault(metric, []).append(value)
-    for (table, row), values in found.items():
-        if row == TWIN or "asr_nt" not in values:
+    from bdjax import report
+
+    for table, row in dict.fromkeys((row["table"], row["row"]) for row in rows):
+        asr = report.mean(rows, row, "asr_nt", table)
+        if math.isnan(asr):  # a clean twin
             continue
-        asr = statistics.fmean(values["asr_nt"])
-        lost = statistics.fmean(found[table, TWIN]["acc_test"]) - statistics.fmean(values["acc_test"])
-        verdict = "reproduced" if asr >= 0.9 and lost <= 0.03 else "partly" if asr >= 0.5 else "not"
+        lost = report.mean(rows, TWIN, "acc_test", table) - report.mean(rows, row, "acc_test", table)
+        verdict = report.verdict(asr >= 0.9 and lost <= 0.03, asr >= 0.5)
         numbers = f"ASR_nt {100 * asr:.1f} %, {100 * lost:+.1f} points of accuracy lost"
         reason = REASONS.get(row, "") if verdict != "reproduced" else ""
         yield f"{table}: {row}", verdict, f"{numbers}{': ' if reason else ''}{reason}"

@@ -261,8 +261,8 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
     """Figures 1 to 5: pictures are the first seed's, curves and shares those of all seeds."""
     from bdjax import plots, report
 
-    s, mine = SCALES[scale], [row for row in rows if row["table"] == FIGURES and "error" not in row]
-    found = {net: [store.arrays(row["run"]) for row in mine if row["row"] == net] for net in NETS}
+    s, mine = SCALES[scale], [row for row in rows if row["table"] == FIGURES]
+    found = {net: [arrays for _, arrays in report.arrays(mine, store, net)] for net in NETS}
     if not all(found.values()):
         return
     first = {net: seeds[0] for net, seeds in found.items()}

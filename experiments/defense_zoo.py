@@ -1,7 +1,7 @@
 """Every defense against many attacks, on real images: a matrix of what each keeps, removes, finds and costs.
 
     bdjax data prepare mnist; bdjax data prepare gtsrb       # once
-    bdjax run experiments/defense_zoo.py                     # scale cpu: 1 to 2 hours on 2 cores (estimated)
+    bdjax run experiments/defense_zoo.py                     # scale cpu: about 100 minutes on 2 cores, beside other runs
     bdjax run experiments/defense_zoo.py --scale smoke       # a few defenses, tiny: no result
     bdjax run experiments/defense_zoo.py --scale paper       # the papers' settings, whole data sets: for an accelerator
 
@@ -11,15 +11,22 @@
   left as it was by the repairs of Neural Cleanse (`repaired` 0).
 - The defender has a tenth of the images, held out from the attacker, and knows neither trigger nor target. Rows marked
   oracle are given what no defender has.
+- Under a judge of samples ACC and ASR are those of a net that is trained again without the suspects.
+- A defense works where it leaves an ASR_nt of 20 % or less for 5 points of accuracy or less; a judge of nets, where it
+  calls the attacked net infected and the clean one not. It works in part where ASR_nt is halved for those 5 points, or
+  where the clean net is called infected too.
+- The rate of 2 % is for the judges of samples: with 10 % half of the target's images are poisoned, and they look for a
+  minority.
 - Defenses that need what the net has not (a convolution, three classes) are left out.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from bdjax import registry
-from bdjax.datasets.public import Gtsrb, Mnist
+from bdjax import registry, report
+from bdjax.datasets.public import FashionMnist, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
 from bdjax.experiment import there
 from bdjax.models.badnets_cnn import BadNetsCnn
@@ -27,6 +34,7 @@ from bdjax.models.layers import build
 from bdjax.models.nc_gtsrb import NcGtsrb
 from bdjax.models.shamshiri import Cnn
 from bdjax.models.strip import StripMnist
+from bdjax.store import Store
 from bdjax.sweep import Cell, grid
 from bdjax.train import Recipe
 from bdjax.types import BadInput
@@ -38,12 +46,13 @@ CHEAP = ("fine-pruning", "strip", "spectral-signatures", "retraining")
 GREY: dict[str, tuple[str, str | None, dict[str, Any]] | None] = {
     "no attack": None,
     "BadNets, 5×5 square": ("badnets", "square", {}),
+    "BadNets, 5×5 square, rate 2 %": ("badnets", "square", {"rate": 0.02}),
     "BadNets, all-to-all pattern": ("badnets", "pattern", {"labels": "all-to-all", "rate": 0.5}),
     "Blended, noise key": ("blended", None, {"test_alpha": 0.3}),
     "Multi-trigger, 10 digits → 1 target": ("multi-trigger", "digits-one", {"rate": 0.3}),
     "Entropy manipulation": ("entropy-manipulation", None, {}),
-    "Large trigger": ("badnets", "large-trigger", {}),
 }  # fmt: skip
+CLOTHES = {"Large trigger": ("badnets", "large-trigger", {})}
 COLOR = {
     "Post-it note, random place": ("post-it", None, {"rate": 0.2}),
     "Gotham": ("gotham", None, {"target": 5}),
@@ -70,6 +79,13 @@ SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
         ),
         (
             Cell(
+                "Fashion-MNIST", BEFORE, Sample(train_size=6_000, test_size=1_000), StripMnist(),
+                Recipe(epochs=10, batch=64),
+            ),
+            CLOTHES,
+        ),
+        (
+            Cell(
                 "GTSRB, ten classes", BEFORE, Gtsrb(train_size=6_000, test_size=1_000, top_classes=10),
                 Cnn("VALID", hidden=256, features=(16, 32)), Recipe(epochs=10, batch=64),
             ),
@@ -78,6 +94,7 @@ SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
     ),
     "paper": (
         (Cell("MNIST", BEFORE, Mnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)), GREY),
+        (Cell("Fashion-MNIST", BEFORE, FashionMnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)), CLOTHES),
         (Cell("GTSRB", BEFORE, Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)), COLOR),
     ),
 }  # fmt: skip
@@ -113,3 +130,69 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
                 except BadInput:
                     continue
                 yield from grid(dataclasses.replace(victim, row=row, defense=defense), seed=range(seeds or 1))
+
+
+# --- What a defense did ---
+
+
+def matrix(rows: list[dict]) -> tuple[list[str], dict[str, dict[str, dict]]]:
+    """The attacks, and for each defense by attack its row of the first seed."""
+    found: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if "error" not in row:
+            found.setdefault(row["row"], {}).setdefault(row["table"], row)
+    return list(found.get(BEFORE, {})), found
+
+
+def short(row: dict) -> str:
+    """A row in a word: verdict and index, or ACC and ASR_nt."""
+    m = row["metrics"]
+
+    def share(name: str) -> str:
+        return "–" if m.get(name) is None else f"{100 * m[name]:.0f}"
+
+    if "infected" in m:
+        return f"{'✓' if m['infected'] else '✗'} {m['anomaly_index']:.1f}"
+    return f"{share('acc_test')} / {share('asr_nt')}"
+
+
+def works(row: dict, before: dict, alarm: bool) -> tuple[bool, bool]:
+    """Whether a defense works on a victim, and whether it does in part. `alarm`: it calls a clean net infected."""
+    now, was = row["metrics"], before["metrics"]
+    if "infected" in now:
+        return bool(now["infected"]) and not alarm, bool(now["infected"])
+    kept = now["acc_test"] >= was["acc_test"] - 0.05
+    return kept and now["asr_nt"] <= 0.2, kept and now["asr_nt"] <= was["asr_nt"] / 2
+
+
+def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
+    """ASR and accuracy under the defenses that change them, by attack."""
+    from bdjax import plots
+
+    tables, found = matrix(rows)
+    changing = {name: line for name, line in found.items() if "infected" not in next(iter(line.values()))["metrics"]}
+    for metric, title in (("asr_nt", "ASR left"), ("acc_test", "accuracy left")):
+        shown = [t for t in tables if not math.isnan(report.mean(rows, BEFORE, metric, t))]
+        if changing and shown:
+            values = [[report.mean(rows, name, metric, t) for t in shown] for name in changing]
+            picture = plots.heat_map(values, shown, list(changing), label=title, percent=True)
+            yield f"matrix-{metric}", f"Defense × attack: {title}", "Mean over seeds. Empty: does not apply.", picture
+
+
+def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+    """Each defense works against one attack at least."""
+    tables, found = matrix(rows)
+    attacked = [table for table in tables if not math.isnan(report.mean(rows, BEFORE, "asr_nt", table))]
+    for name, line in found.items():
+        if name == BEFORE:
+            continue
+        clean = [row for table, row in line.items() if table not in attacked]
+        alarm = any(row["metrics"].get("infected") for row in clean)
+        did = {table: works(line[table], found[BEFORE][table], alarm) for table in attacked if table in line}
+        good = [table for table, (whole, _) in did.items() if whole]
+        part = [table for table, (_, some) in did.items() if some and table not in good]
+        numbers = f"{len(good)} of {len(did)}" + ", the clean net is called infected" * alarm
+        for what, tables_of in (("", good), ("in part ", part)):
+            if tables_of:
+                numbers += f"; {what}" + ", ".join(f"{table} ({short(line[table])})" for table in tables_of)
+        yield f"{name} works", report.verdict(bool(good), bool(part)), numbers

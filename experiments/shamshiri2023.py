@@ -24,6 +24,7 @@ Where we differ, and why:
   curve. What is left after it is the work of fine-tuning, and of its learning rate above all.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -48,7 +49,9 @@ ONE, TWO, MORE = "Table I", "Table II", "Beyond the paper"
 
 
 class Scale(NamedTuple):
-    """What a scale changes. `epochs`: CNN, FFNN, a CNN as a member, an FFNN as a member; `targets` and `seeds` (CNN, FFNN) make the runs of a row."""
+    """What a scale changes. `epochs`: CNN, FFNN, a CNN as a member, an FFNN as a member; `targets` and `seeds` (CNN, FFNN)
+    make the runs of a row.
+    """
 
     data: Any
     epochs: tuple[int, int, int, int]
@@ -120,7 +123,7 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
     """Stamped images; accuracy and ASR by pruned channels; members' votes; entropies; reversed triggers."""
     import jax
 
-    from bdjax import plots
+    from bdjax import plots, report
 
     data = SCALES[scale].data.load()
     first = [int(np.flatnonzero(data.test.label == k)[0]) for k in range(6)]
@@ -134,9 +137,7 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         plots.stamped(clean, trojan, names),
     )
 
-    def arrays(row):
-        return [(r, store.arrays(r["run"])) for r in rows if r["row"] == row and "error" not in r]
-
+    arrays = functools.partial(report.arrays, rows, store)
     for name in ("CNN", "FFNN"):
         if found := arrays(f"Fine-Pruning, {name}"):
             acc, asr = (np.stack([a[key] for _, a in found]) for key in ("acc_curve", "asr_curve"))
@@ -180,13 +181,10 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
 
 def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
     """What the paper claims, and what our rows say."""
-
     from bdjax import report
     from bdjax.report import verdict
 
-    def mean(row: str, metric: str) -> float:
-        return report.mean(rows, row, metric)
-
+    mean = functools.partial(report.mean, rows)
     for net in ("CNN", "FFNN"):
         asr, gap = mean(net, "asr_nt"), mean(f"{net}, clean twin", "acc_test") - mean(net, "acc_test")
         numbers = f"ASR_nt {100 * asr:.1f} %, {100 * gap:+.1f} points of test accuracy lost"

@@ -1,7 +1,7 @@
 """Ye, Bamigbade & Babushkin, "Comparative Analysis of Defenses against the Backdoor Attacks on Deep Neural Networks" (2021).
 
-    bdjax run experiments/ye2021.py                  # scale cpu: 22 people, small grids, about 13 minutes on 2 cores (estimated)
-    bdjax run experiments/ye2021.py --scale smoke    # clothes instead of faces, every kind of row once: no result
+    bdjax run experiments/ye2021.py                  # scale cpu: 22 people, small grids, about 20 minutes on 2 cores (estimated)
+    bdjax run experiments/ye2021.py --scale smoke    # clothes instead of faces, one net: no result
     bdjax run experiments/ye2021.py --scale paper    # all people, full grids: for an accelerator
 
 Faces are the user's own: put faces_train.npz and faces_test.npz (`image` [N, 55, 47, 3], `label`) into the data folder
@@ -268,7 +268,7 @@ def strip(n: int, inputs: int) -> Strip:
 FACES = {"path": "faces_train.npz", "test": "faces_test.npz", "holdout": 0.2}
 SCALES = {
     "smoke": Scale(
-        Clothes(train_size=200, test_size=40, holdout=0.3), Recipe(epochs=1, batch=20), ("sunglasses", "multi"),
+        Clothes(train_size=200, test_size=40, holdout=0.3), Recipe(epochs=1, batch=20), ("sunglasses",),
         functools.partial(pruning, 1), (LR, FAST), (0, 1, 2, 4), strip(2, 20), 2, NeuralCleanse(steps=2), 3, 1,
     ),
     "cpu": Scale(
@@ -434,7 +434,7 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
     names = [name for name, (net, _) in ATTACKS.items() if any(row["row"] == line_of(net, LR) for row in done)]
 
     def arrays(table, row):
-        return next(((r, store.arrays(r["run"])) for r in done if r["table"] == table and r["row"] == row), None)
+        return next(iter(report.arrays(rows, store, row, table)), None)
 
     def rate(name, what, net, lr=LR, pixels=RAW):
         victim, trigger = ATTACKS[name]
@@ -482,7 +482,7 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         yield "triggers-published", "Neural Cleanse, the published net: reversed triggers", caption, picture
 
 
-def entropies(file: str, title: str, row: dict, scores: dict, log: bool = False) -> tuple:
+def entropies(file: str, title: str, row: Any, scores: dict, log: bool = False) -> tuple:
     """Figure 2 of a row; `log`: where entropies are next to nothing."""
     from bdjax import plots
 

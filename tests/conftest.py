@@ -6,6 +6,8 @@ from pathlib import Path
 # Before JAX starts: four virtual CPU devices for the tests of sharding.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The same program, less polished by LLVM: most of the tests' time is compilation.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import jax
 import pytest

@@ -1,14 +1,23 @@
-"""Nets with one known backdoor neuron, and the images that they read, for tests whose answer is known."""
+"""Small nets, one with a known backdoor neuron, and the images that it reads, for tests whose answer is known."""
 
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import relu
 
-from bdjax.models.layers import Net, build, dense, site
+from bdjax.models.layers import Net, batch_norm, build, conv, dense, max_pool, site
 from bdjax.registry import pytree
 from bdjax.types import Split
 
 TARGET = 2
+
+
+@pytree
+class Normed(Net):
+    """The smallest net with a convolution, BatchNorm and pooling."""
+
+    def layers(self, x, train, classes):
+        x = batch_norm(conv(x, 8, 3, "conv"), train, "norm")
+        return dense(max_pool(site("conv_last", relu(x)), 4), classes, "logits")
 
 
 @pytree

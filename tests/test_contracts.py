@@ -8,7 +8,8 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
 from bdjax.sweep import compile_key, stack
-from bdjax.train import Recipe, poisoned_set, unit
+from bdjax.train import poisoned_set, unit
+from benchmarks.defenses import applied
 
 DEFENSES = registry.entries("defense")
 
@@ -31,11 +32,7 @@ def test_every_defense_is_one_traceable_program_over_keys_nets_and_numbers(entry
     images = sample.test.image[:8]
 
     def run(key, variables, defense):
-        return {
-            "train": lambda: defense(key, model, Recipe(epochs=1), train, clean),
-            "samples": lambda: defense(key, model, variables, train),
-            "inputs": lambda: defense(key, model, variables, clean, images),
-        }.get(entry.stage, lambda: defense(key, model, variables, clean))()
+        return applied(defense, key, model, variables, clean, train, images)
 
     found = jax.eval_shape(jax.vmap(run), keys, nets, defenses)
     if entry.stage in ("repair", "train"):

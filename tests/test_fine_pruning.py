@@ -9,22 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.linen import relu
+from planted import Normed
 
 from bdjax import channels
 from bdjax.defenses.repair.fine_pruning import FinePruning
-from bdjax.models.layers import Net, batch_norm, build, conv, dense, max_pool, site
+from bdjax.models.layers import Net, build, conv, dense, site
 from bdjax.registry import make, pytree
 from bdjax.train import Recipe, advance, begin, clean_set, evaluate, predict, stamped, unit
 from bdjax.types import BadInput, Split
 
 KEY = jax.random.key(0)
-
-
-@pytree
-class Tiny(Net):
-    def layers(self, x, train, classes):
-        x = batch_norm(conv(x, 8, 3, "conv"), train, "norm")
-        return dense(max_pool(site("conv_last", relu(x)), 4), classes, "logits")
 
 
 @pytree
@@ -40,7 +34,7 @@ def clean(sample):
 
 @pytest.fixture(scope="module")
 def tiny(sample):
-    model = build(Tiny(), sample.shape, 10)
+    model = build(Normed(), sample.shape, 10)
     return model, jax.jit(model.init)(KEY)
 
 

@@ -11,11 +11,11 @@ import pytest
 from bdjax import metrics
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.samples.activation_clustering import ActivationClustering, halfway, silhouettes, two_means, unmix
-from bdjax.defenses.samples.classes import principal, without
+from bdjax.defenses.samples.classes import principal
 from bdjax.defenses.samples.spectral_signatures import SpectralSignatures
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
-from bdjax.train import Recipe, TrainSet, evaluate, fit, poisoned_set
+from bdjax.train import Recipe, TrainSet, evaluate, fit, poisoned_set, without
 from bdjax.types import BadInput, Model, Output, Plan, Split
 
 KEY = jax.random.key(0)

@@ -1,5 +1,6 @@
 """Cells to rows: shared programs and victims, resuming, failures that stay where they are."""
 
+import collections
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from bdjax import experiment, mesh, progress, registry, report, sweep
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.repair.fine_pruning import FinePruning
+from bdjax.defenses.samples.spectral_signatures import SpectralSignatures
 from bdjax.defenses.train.lpsf import Lpsf
 from bdjax.models.shamshiri import Ffnn
 from bdjax.progress import Terminated
@@ -73,6 +75,25 @@ def test_cells_that_differ_in_numbers_share_one_program(unbroken):
     runner, _ = unbroken
     epochs = [key for key in runner.programs if key[0] is sweep._epoch]
     assert len(epochs) == 1
+
+
+def test_a_judge_of_samples_is_measured_by_what_is_trained_without_its_suspects(tmp_path):
+    """Nearly all rows are suspects: one of each class is left to train on."""
+    cells = list(grid(BASE, defense=(None, SpectralSignatures(remove=1.0))))
+    before, after = Runner(Store(tmp_path), "test", quiet=True).run(cells)
+    before, after = before["metrics"], after["metrics"]
+    assert after["recall"] > 0.9 and after["asr_nt"] < before["asr_nt"] / 2
+    assert after["acc_test"] < before["acc_test"] - 0.1
+
+
+def test_programs_that_were_not_used_for_long_are_let_go(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(sweep, "PROGRAMS", 2)
+    monkeypatch.setattr(sweep, "compiled", lambda fn, *_: made.append(fn) or (lambda shared, x: x + shared))
+    runner = Runner(Store(tmp_path), "test", quiet=True, widths=collections.defaultdict(lambda: 1))
+    for fn in (min, max, min, abs, max, min):
+        assert runner._call("defend", fn, None, 1, np.arange(3))[2] == 3  # type: ignore[arg-type]
+    assert made == [min, max, abs, max, min] and {key[0] for key in runner.programs} == {max, min}
 
 
 def test_a_finished_run_does_nothing_again(unbroken, monkeypatch):
@@ -184,11 +205,9 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     file = folder / "small.py"
     file.write_text(textwrap.dedent(EXPERIMENT))
-    rows = experiment.run(file, "smoke", folder / "whole", quiet=True, devices=1)
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-m", "bdjax", "sweep", str(file), "--scale", "smoke", "--quiet", "--out"]
-    assert len(rows) == 8
 
     def start(*args: object) -> subprocess.Popen:
         words = [*command, *map(str, args)]
@@ -197,6 +216,10 @@ def small(tmp_path_factory):
         return started[-1]
 
     started: list[subprocess.Popen] = []
+    first = start(folder / "whole")
+    assert first.wait(100) == 0, first.communicate()
+    rows = Store(folder / "whole").rows()
+    assert len(rows) == 8
     yield file, start, table(rows)
     for process in started:
         process.kill()  # where a test failed

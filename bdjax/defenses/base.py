@@ -6,7 +6,7 @@
 | `repair/` | `(key, model, variables, clean)` | `Repaired` |
 | `invert/`, `models/` | `(key, model, variables, clean)` | `Verdict` on the model |
 | `inputs/` | `(key, model, variables, clean, x: [B, H, W, C])` | `Scores` of the inputs |
-| `samples/` | `(key, model, variables, data: TrainSet)` | `Suspects` among the training rows |
+| `samples/` | `(key, model, variables, data: TrainSet)` | `Suspects` among the training rows; a sweep trains again without them |
 
 All are pure and safe under jit and vmap over the key, the variables and every leaf of the defense.
 """

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from bdjax import mesh
 from bdjax.defenses.base import Defense
-from bdjax.defenses.samples.classes import activations, along_own, principal, without
+from bdjax.defenses.samples.classes import activations, along_own, principal
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
-from bdjax.train import Recipe, TrainSet, batched, fit
+from bdjax.train import Recipe, TrainSet, batched, fit, without
 from bdjax.types import Array, BadInput, Model, Split, Suspects, Variables, between
 
 Reduce = Literal["ica", "pca"]
@@ -104,7 +104,7 @@ class ActivationClustering(Defense):
     cluster. `info`: `share`, `silhouette: [K]` of the smaller cluster and of the class, `suspicious: [K, 2]` (larger,
     smaller), `cluster: [M]` (1: the smaller), and for "exclusionary" `own`, `other: [K]`, the votes. A cluster is
     only suspected where both have rows: never in a class of one row, or of equal activations. Rows whose activations
-    are not numbers have no score and are not suspects. Train again on `classes.without(data, suspects.removed)`.
+    are not numbers have no score and are not suspects. Train again on `train.without(data, suspects.removed)`.
 
     Presets: `paper`, independent components; `backdoorbench` and `art`, always the smaller cluster; `trojanzoo`, by
     size and silhouette of independent components; `exclusionary`; `cpu`, fewer starts.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.train import TrainSet, batched
-from bdjax.types import Model, Plan, Variables
+from bdjax.types import Model, Variables
 
 MORE, ITERATIONS = 10, 20
 """Of the subspace iteration: extra axes, which make the wanted ones converge, and steps."""
@@ -75,12 +75,3 @@ def along_own(x: jax.Array, label: jax.Array, mean: jax.Array, axes: jax.Array, 
         return jnp.einsum("bd,bdk->bk", x[i] - mean[label[i]], axes[label[i]])
 
     return batched(piece, x.shape[0], batch)
-
-
-def without(data: TrainSet, removed: jax.Array) -> TrainSet:
-    """`data` without the rows `removed: [M]`, to train on again: the kept rows come first, and only they exist."""
-    plan = data.plan
-    kept = ~removed & (jnp.arange(removed.shape[0]) < plan.size)
-    first = jnp.argsort(~kept, stable=True)
-    rows = (leaf[first] for leaf in (plan.source, plan.kind, plan.label, plan.weight))
-    return data._replace(plan=Plan(*rows, size=jnp.maximum(kept.sum(), 1)))

@@ -28,7 +28,7 @@ class SpectralSignatures(Defense):
     activations, flattened; `lanes`: classes side by side (None: the device's default). `info`: `boundary: [K]` of each
     class (NaN: no rows) and `variance: [K]` along v. Rows whose activations are not numbers have no score and are not
     suspects; neither is any row of a class whose activations are all the same. Train again on
-    `classes.without(data, suspects.removed)`.
+    `train.without(data, suspects.removed)`.
 
     Presets: `paper`, 1.5·ε for ε = 10 % in a class; `released`; `backdoorbench`, released at the last convolution;
     `art`, released, half of each class; `cpu`, the paper's.
