@@ -39,14 +39,16 @@ def explained(path: Path, action: str = "write"):
 
 @contextmanager
 def renamed(path: Path):
-    """A temporary sibling of `path` that becomes `path` when the block ends well, and vanishes when it does not."""
+    """A temporary sibling of `path` that becomes `path` when the block ends well, and vanishes when it does not. A folder
+    that was there before is moved aside whole, and deleted only when the new one stands.
+    """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
         try:
             yield temporary
-            if path.is_dir():
-                shutil.rmtree(path)
+            if path.is_dir():  # which no rename replaces
+                os.rename(path, temporary.parent / "before")
             os.replace(temporary, path)
         finally:
             shutil.rmtree(temporary.parent, ignore_errors=True)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,21 @@ def test_kill_9_while_saving_a_checkpoint(tmp_path):
     process.wait()
     tree = load_tree(tmp_path / "c", np.zeros(200_000, np.float32))
     assert len(np.unique(tree)) == 1
+
+
+def test_nothing_is_deleted_before_the_new_checkpoint_stands(tmp_path, monkeypatch):
+    deleted, rmtree = [], shutil.rmtree
+
+    def look(path, **options):
+        deleted.append(load_tree(tmp_path / "c", np.zeros(3)).tolist())
+        rmtree(path, **options)
+
+    save_tree(tmp_path / "c", np.zeros(3))
+    monkeypatch.setattr("bdjax.store.shutil.rmtree", look)
+    save_tree(tmp_path / "c", np.ones(3))
+    assert deleted
+    assert all(leaves == [1, 1, 1] for leaves in deleted)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 def test_round_trip_keeps_types(tmp_path):
