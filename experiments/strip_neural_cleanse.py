@@ -59,7 +59,7 @@ from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.deepid import DeepId
 from bdjax.models.nc_gtsrb import NcGtsrb
 from bdjax.models.resnet20 import ResNet20
-from bdjax.models.shamshiri import Cnn
+from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.models.strip import StripCifar10, StripMnist
 from bdjax.registry import static
 from bdjax.store import Store
@@ -227,7 +227,7 @@ class Scale(NamedTuple):
     seeds: int = 3
 
 
-TINY = (Sample(train_size=400, test_size=60), Cnn("VALID", hidden=16, features=(4, 4)), Recipe(epochs=1, batch=50))
+TINY = (Sample(train_size=400, test_size=60), Ffnn(hidden=(16,)), Recipe(epochs=1, batch=50))
 COLOR = Cnn("VALID", hidden=256, features=(16, 32))
 SEARCH = {"steps": 25, "batches": 4, "patience": 2, "start_at_zero": False, "init_cost": 1e-2}
 DIGITS = Mnist(train_size=10_000, test_size=500)

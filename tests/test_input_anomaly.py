@@ -19,17 +19,20 @@ def run():
 
 
 def test_svm_is_scikit_learns(run, sample):
+    """The scores are those of an SVM around four fifths of the clean images, the boundary a quantile of the others'."""
     from sklearn.svm import OneClassSVM
 
     clean, x = sample.clean[:150], sample.test.image[:40]
-    found = run(InputAnomaly(frr=0.3), clean, x)
-    flat = [images.reshape(len(images), -1) / np.float32(255) for images in (clean.image, x)]
-    np.testing.assert_allclose(found.score, OneClassSVM(nu=0.3).fit(flat[0]).decision_function(flat[1]), atol=1e-4)
-    np.testing.assert_array_equal(found.flagged, found.score <= found.boundary)
+    found = run(InputAnomaly(frr=0.3), clean, np.concatenate([x, clean.image]))
+    rows = np.asarray(jax.random.permutation(jax.random.split(KEY, 3)[0], 150))
+    flat = [images.reshape(len(images), -1) / np.float32(255) for images in (clean.image[rows[30:]], x)]
+    np.testing.assert_allclose(found.score[:40], OneClassSVM(nu=0.3).fit(flat[0]).decision_function(flat[1]), atol=1e-4)
+    np.testing.assert_array_equal(found.flagged, found.score < found.boundary)
+    assert np.asarray(found.flagged)[40:][rows[:30]].sum() == 9
     # Pixels in [0, 1] and the rates as a leaf give the same.
     rates = jnp.asarray([0.3, 0.05])
     both = jax.jit(jax.vmap(lambda frr: InputAnomaly(frr=frr)(KEY, MODEL, {}, clean, x / np.float32(255)).score))(rates)
-    np.testing.assert_allclose(both[0], found.score, atol=1e-4)
+    np.testing.assert_allclose(both[0], found.score[:40], atol=1e-4)
     assert float(jnp.abs(both[1] - both[0]).max()) > 0.1
 
 
@@ -46,7 +49,7 @@ def test_planted_anomaly(run, classifier):
 
 
 def test_real_images(run, sample, victim):
-    """At false alarms below 25 % the SVM rejects many stamped images; the tree, by its luck, between few and most."""
+    """At false alarms below 20 % the SVM rejects many stamped images; the tree, by its luck, between few and most."""
     _, _, attack = victim
     x = jnp.concatenate([sample.test.image / np.float32(255), stamped(attack, 1, sample.test.image, KEY)])
     clean = sample.train[::2]  # the images stand in the order of their classes
@@ -54,7 +57,7 @@ def test_real_images(run, sample, victim):
         flagged = np.asarray(run(InputAnomaly(classifier=classifier), clean, x).flagged)
         frr, caught = flagged[: len(sample.test.label)].mean(), flagged[len(sample.test.label) :].mean()
         print(classifier, frr, caught)
-        assert frr < 0.25 and caught > least
+        assert frr < 0.2 and caught > least
 
 
 def test_not_a_number_and_constant_images(run):

@@ -42,9 +42,9 @@ class InputAnomaly(Defense):
     - "tree": clean images against as many in which each pixel comes from another clean image, so that all but its own
       distribution is lost; leaves of 5 or more; score = P(clean) − ½.
 
-    An input is flagged if its score ≤ 0, the boundary. `frr`: for "svm", the share ν of the clean images that may lie
-    outside, in (0, 1]; the default is the paper's false positive rate. A tree has the rate that comes out. The model
-    is not looked at. An input that holds something that is not a number has no score and is not flagged.
+    A fifth of the images, at random, is held out of the learning: an input is flagged if it scores lower than all but
+    `frr` of them, in (0, 1]. The default is the paper's false positive rate; it is also the SVM's ν. The model is not
+    looked at. An input that holds something that is not a number has no score and is not flagged.
 
     Presets: `svm`, `tree`, `cpu` (the SVM).
     """
@@ -55,18 +55,20 @@ class InputAnomaly(Defense):
     presets = {"svm": {}, "tree": {"classifier": "tree"}, "cpu": {}}
 
     def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
-        key_shuffle, key_tree = jax.random.split(key)
-        known, asked = (unit(images).reshape(len(images), -1) for images in (clean.image, x))
+        key_split, key_shuffle, key_tree = jax.random.split(key, 3)
+        image, asked = (unit(images).reshape(len(images), -1) for images in (clean.image, x))
+        held, known = jnp.split(jax.random.permutation(key_split, image), [max(1, len(image) // 5)])
         shuffled = jax.random.permutation(key_shuffle, known, axis=0, independent=True)
         whole = jnp.isfinite(asked).all(1)
+        judged = jnp.concatenate([held, jnp.where(whole[:, None], asked, 0.0)])
+        frr = jnp.asarray(self.frr, jnp.float32)
         score = jax.pure_callback(
             {"svm": svm, "tree": tree}[self.classifier],
-            jax.ShapeDtypeStruct(whole.shape, jnp.float32),
-            known, shuffled, jnp.where(whole[:, None], asked, 0.0), jnp.asarray(self.frr, jnp.float32),
-            jax.random.randint(key_tree, (), 0, 2**31 - 1), vmap_method="sequential",
+            jax.ShapeDtypeStruct(judged.shape[:1], jnp.float32),
+            known, shuffled, judged, frr, jax.random.randint(key_tree, (), 0, 2**31 - 1), vmap_method="sequential",
         )  # fmt: skip
-        score = jnp.where(whole, score, jnp.nan)
-        return Scores(score, jnp.zeros(()), score <= 0, {})
+        boundary, score = jnp.quantile(score[: len(held)], frr), jnp.where(whole, score[len(held) :], jnp.nan)
+        return Scores(score, boundary, score < boundary, {})
 
     def check(self, model: Model, clean: Split) -> None:
         between("frr", self.frr, 1e-6, 1)
