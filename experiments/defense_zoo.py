@@ -12,12 +12,15 @@
 - The defender has a tenth of the images, held out from the attacker, and knows neither trigger nor target. Rows marked
   oracle are given what no defender has.
 - Under a judge of samples ACC and ASR are those of a net that is trained again without the suspects.
-- A defense works where it leaves an ASR_nt of 20 % or less for 5 points of accuracy or less; a judge of nets, where it
-  calls the attacked net infected and the clean one not. It works in part where ASR_nt is halved for those 5 points, or
-  where the clean net is called infected too.
-- The rate of 2 % is for the judges of samples: with 10 % half of the target's images are poisoned, and they look for a
-  minority.
-- Defenses that need what the net has not (a convolution, three classes) are left out.
+- A defense works where it leaves an ASR_nt of 20 % or less for 5 points of accuracy or less, a filter for 5 more than
+  the false rejections that it is set to; a judge of nets, where it calls the attacked net infected and the clean net of
+  the same images not. It works in part where ASR_nt is halved for that price, or where the clean net is called infected
+  too.
+- Rates of 2 and 1 % are for the judges of samples: with 10 % half of the target's images are poisoned, and they look
+  for a minority, spectral signatures for a tenth at most, which is what 1 % makes. The 3×3 square at random places is
+  the kind of trigger that MESA is for; 43 classes and the 4×4 square are Neural Cleanse's own.
+- Defenses that need what the net has not (a convolution, three classes) are left out. The victims with a rate of 1 %
+  and with 43 classes meet only the defenses that they stand here for.
 """
 
 import dataclasses
@@ -47,15 +50,27 @@ GREY: dict[str, tuple[str, str | None, dict[str, Any]] | None] = {
     "no attack": None,
     "BadNets, 5×5 square": ("badnets", "square", {}),
     "BadNets, 5×5 square, rate 2 %": ("badnets", "square", {"rate": 0.02}),
+    "BadNets, 5×5 square, rate 1 %": ("badnets", "square", {"rate": 0.01}),
     "BadNets, all-to-all pattern": ("badnets", "pattern", {"labels": "all-to-all", "rate": 0.5}),
     "Blended, noise key": ("blended", None, {"test_alpha": 0.3}),
     "Multi-trigger, 10 digits → 1 target": ("multi-trigger", "digits-one", {"rate": 0.3}),
     "Entropy manipulation": ("entropy-manipulation", None, {}),
 }  # fmt: skip
-CLOTHES = {"Large trigger": ("badnets", "large-trigger", {})}
+CLOTHES = {"no attack": None, "Large trigger": ("badnets", "large-trigger", {})}
+ANYWHERE = {"size": 3, "random_place": True, "color": (1.0, 1.0, 0.0), "rate": 0.2}
 COLOR = {
+    "no attack": None,
     "Post-it note, random place": ("post-it", None, {"rate": 0.2}),
+    "3×3 square, random place": ("badnets", None, ANYWHERE),
     "Gotham": ("gotham", None, {"target": 5}),
+}
+SIGNS = {"no attack": None, "BadNets, 4×4 square": ("badnets", "nc", {"target": 33})}
+CLEANSE = ("neural-cleanse", "nc-filter", "nc-pruning", "nc-unlearning")
+# Victims of one paper: the defenses that are run on them; every one on all others.
+ONLY = {
+    "MNIST: BadNets, 5×5 square, rate 1 %": ("activation-clustering", "spectral-signatures"),
+    "GTSRB, 43 classes: no attack": ("neural-cleanse",),
+    "GTSRB, 43 classes: BadNets, 4×4 square": CLEANSE,
 }
 BEFORE = "no defense"
 # The victims without attack, one a net, and what they are attacked with.
@@ -91,11 +106,18 @@ SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
             ),
             COLOR,
         ),
+        (
+            Cell(
+                "GTSRB, 43 classes", BEFORE, Gtsrb(train_size=10_000, test_size=1_000),
+                Cnn("VALID", hidden=256, features=(16, 32)), Recipe(epochs=8, batch=64, drops=((6, 0.1),)),
+            ),
+            SIGNS,
+        ),
     ),
     "paper": (
         (Cell("MNIST", BEFORE, Mnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)), GREY),
         (Cell("Fashion-MNIST", BEFORE, FashionMnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)), CLOTHES),
-        (Cell("GTSRB", BEFORE, Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)), COLOR),
+        (Cell("GTSRB", BEFORE, Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)), COLOR | SIGNS),
     ),
 }  # fmt: skip
 
@@ -125,6 +147,8 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
             victim = dataclasses.replace(clean, table=f"{clean.table}: {title}", attack=attack)
             yield from grid(victim, seed=range(seeds or 1))
             for row, defense in defenses(scale, attack):
+                if row not in ONLY.get(victim.table, (row,)):
+                    continue
                 try:
                     defense.check(model, data.clean)
                 except BadInput:
@@ -157,11 +181,12 @@ def short(row: dict) -> str:
 
 
 def works(row: dict, before: dict, alarm: bool) -> tuple[bool, bool]:
-    """Whether a defense works on a victim, and whether it does in part. `alarm`: it calls a clean net infected."""
+    """Whether a defense works on a victim, and whether it does in part. `alarm`: it calls the clean net infected."""
     now, was = row["metrics"], before["metrics"]
     if "infected" in now:
         return bool(now["infected"]) and not alarm, bool(now["infected"])
-    kept = now["acc_test"] >= was["acc_test"] - 0.05
+    set_to = row.get("config", {}).get("defense", {})
+    kept = now["acc_test"] >= was["acc_test"] - 0.05 - set_to.get("frr", set_to.get("fpr", 0.0))
     return kept and now["asr_nt"] <= 0.2, kept and now["asr_nt"] <= was["asr_nt"] / 2
 
 
@@ -186,12 +211,13 @@ def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
     for name, line in found.items():
         if name == BEFORE:
             continue
-        clean = [row for table, row in line.items() if table not in attacked]
-        alarm = any(row["metrics"].get("infected") for row in clean)
-        did = {table: works(line[table], found[BEFORE][table], alarm) for table in attacked if table in line}
+        alarms = {
+            table.split(": ")[0] for table in line if table not in attacked and line[table]["metrics"].get("infected")
+        }
+        did = {t: works(line[t], found[BEFORE][t], t.split(": ")[0] in alarms) for t in attacked if t in line}
         good = [table for table, (whole, _) in did.items() if whole]
         part = [table for table, (_, some) in did.items() if some and table not in good]
-        numbers = f"{len(good)} of {len(did)}" + ", the clean net is called infected" * alarm
+        numbers = f"{len(good)} of {len(did)}" + f", a false alarm on {' and '.join(sorted(alarms))}" * bool(alarms)
         for what, tables_of in (("", good), ("in part ", part)):
             if tables_of:
                 numbers += f"; {what}" + ", ".join(f"{table} ({short(line[table])})" for table in tables_of)

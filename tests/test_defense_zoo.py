@@ -38,7 +38,16 @@ def test_a_false_alarm_on_the_clean_net_counts_against_all():
     ((claim, verdict, numbers),) = HERE.trends(rows)
     assert (claim, verdict) == ("judge works", "reproduced") and numbers == f"1 of 1; {ATTACKED} (✓ 3.0)"
     ((_, verdict, numbers),) = HERE.trends([*rows, row("judge", CLEAN, **judge)])
-    assert verdict == "partly" and "the clean net is called infected" in numbers
+    assert verdict == "partly" and "a false alarm on MNIST" in numbers
+    ((_, verdict, _),) = HERE.trends([*rows, row("judge", "GTSRB: no attack", **judge)])
+    assert verdict == "reproduced", "the clean net of other images does not count"
+
+
+def test_a_filter_may_cost_the_rejections_that_it_is_set_to():
+    strict = row("filter", acc_test=0.82, asr_nt=0.0) | {"config": {"defense": {"frr": 0.122}}}
+    assert HERE.works(strict, BEFORE, False) == (True, True)
+    strict["metrics"]["acc_test"] = 0.80
+    assert HERE.works(strict, BEFORE, False) == (False, False)
 
 
 def test_the_maps_leave_judges_and_the_clean_net_out(tmp_path):

@@ -10,7 +10,7 @@ from bdjax.defenses.base import Defense
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, pytree, static
-from bdjax.train import predict
+from bdjax.train import Recipe, predict
 from bdjax.types import Array, BadInput, Model, Repaired, Scores, Split, Variables, between
 
 Flag = Literal["disagree", "agree"]
@@ -90,7 +90,7 @@ class Goodnet(Defense):
         "improved": {"light": FinePruning(**{**FinePruning.presets["csaw"], "one_by_one": 2})},
         "anti": {"repair": AntiNet(), "flag": "agree"},
         "anti-sunglasses": {"repair": AntiNet(channels=(5, 7, 10, 14, 23, 25), site="conv_2"), "flag": "agree"},
-        "cpu": {"repair": FinePruning(**FinePruning.presets["cpu"])},
+        "cpu": {"repair": FinePruning(one_by_one=4, recipe=Recipe(lr=1e-3, epochs=1, batch=32))},
     }
 
     @property

@@ -36,7 +36,7 @@ class FinePruning(Defense):
     Presets: `paper`, 48 of 60 channels and Adam at 1e-3 as in the authors' face script; `backdoorbench`, the
     penultimate layer, 100 epochs of SGD; `csaw`, Ye et al.'s (2021): one channel at a time, 10 epochs each, to 10 % of
     DeepID's 60 (their code counts double and stops at 4). On DeepID both papers prune `site="pool_3"`, not its last
-    convolution; the quirk is `reset="conv_3"`. `cpu`: one epoch at a time for 4 channels.
+    convolution; the quirk is `reset="conv_3"`. `cpu`: small batches, for a few hundred clean images.
 
     `info`: `order: [C]`, `activation: [C]` = ā, `curve: [C + 1]` accuracy on the clean images by pruned count (before
     any fine-tuning), `pruned` = k, `loss` and `acc` of the fine-tuning, by epoch, or by channel and epoch. For the curve
@@ -64,7 +64,7 @@ class FinePruning(Defense):
             "recipe": Recipe(lr=0.01, weight_decay=5e-4, epochs=100, batch=256, optimizer="sgd"),
         },
         "csaw": {"one_by_one": 6, "recipe": Recipe(lr=1e-3, epochs=10, batch=32)},
-        "cpu": {"one_by_one": 4, "recipe": Recipe(lr=1e-3, epochs=1, batch=32)},
+        "cpu": {"recipe": Recipe(lr=1e-3, epochs=10, batch=32)},
     }
 
     def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
