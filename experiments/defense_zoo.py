@@ -20,6 +20,9 @@
   for a minority. Spectral signatures are told a bound ε of its share in a class: 10 %, to which only a rate of 1 %
   keeps, or 20 %, to which 2 % keeps as well. The 3×3 square at random places is the kind of trigger that MESA is for;
   43 classes and the 4×4 square are Neural Cleanse's own.
+- Each repair of Neural Cleanse makes a search of its own, with other draws than the row `neural-cleanse`, and repairs
+  the labels that it flags; rows "smallest norm" take the label of the smallest norm, outlier or not, as for a net that
+  is known to be infected.
 - Defenses that need what the net has not (a convolution, three classes) are left out. The victims with a rate of 1 %
   and with 43 classes meet only the defenses that they stand here for.
 """
@@ -132,10 +135,12 @@ def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
     for entry in registry.entries("defense"):
         if scale == "smoke" and entry.name not in CHEAP:
             continue
-        presets = getattr(entry.cls, "presets", {})
-        yield entry.name, entry.cls(**presets.get("cpu", {}) if scale != "paper" else {})
+        preset = getattr(entry.cls, "presets", {}).get("cpu", {}) if scale != "paper" else {}
+        yield entry.name, entry.cls(**preset)
         if entry.name == "spectral-signatures" and attack is not None:
             yield "spectral-signatures, ε = 20 %", entry.cls(remove=0.3)
+        if entry.name in CLEANSE and hasattr(entry.cls, "pick"):
+            yield f"{entry.name}, smallest norm", entry.cls(**preset, pick="smallest")
     if attack is not None and scale != "smoke":
         nc = registry.make("defense", "neural-cleanse", None if scale == "paper" else "cpu")
         yield "nc-unlearning, original trigger", registry.make("defense", "nc-unlearning", nc=nc, original=attack)

@@ -150,16 +150,21 @@ def attacks(file: str) -> str:
 
 
 def defenses(file: str) -> str:
-    """The matrix of defenses and attacks."""
+    """The matrix of defenses and attacks, a table a data set."""
     rows = committed(file)
     module = experiment.load(ROOT / "experiments" / f"{rows[0]['experiment']}.py")
     tables, found = module.matrix(rows)
-    lines = [
-        [f"{name} (*oracle*)" if next(iter(line.values()))["oracle"] else name]
-        + [module.short(line[table]) if table in line else "" for table in tables]
-        for name, line in found.items()
-    ]
-    return f"{table_of(['defense', *tables], lines)}\n\nOne run each. {setting(rows[0])}"
+    text = []
+    for data in dict.fromkeys(table.split(": ")[0] for table in tables):
+        here = [table for table in tables if table.split(": ")[0] == data]
+        lines = [
+            [f"{name} (*oracle*)" if next(iter(line.values()))["oracle"] else name]
+            + [module.short(line[table]) if table in line else "" for table in here]
+            for name, line in found.items()
+            if set(here) & set(line)
+        ]
+        text.append(table_of([data, *(table.split(": ", 1)[1] for table in here)], lines))
+    return "\n\n".join([*text, f"One run each. {setting(rows[0])}"])
 
 
 PARTS = {part.__name__: part for part in (methods, results, pivot, papers, runtime, attacks, defenses)}
