@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import metrics, registry
+from bdjax.analysis.sizes import Sizes
 from bdjax.attacks.accessory import Accessory
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack
@@ -169,27 +170,6 @@ class Ranks:
         found = {"rank": mine, "overlap": overlap, "rank_last": mine[-1]}
         then = {"consistent": (1 + first).astype(jnp.float32), "share_kept": (mine[first] <= top).astype(jnp.float32)}
         return found | {name: jnp.where(ended.any(), value, jnp.nan) for name, value in then.items()}
-
-
-@registry.pytree
-class Sizes:
-    """The original trigger beside the reversed one of its label: `mask: [2, H, W, 1]`, `pattern: [2, H, W, C]`,
-    `l1_original`, `l1_reversed`, and `covered`, the share of the reversed mask that lies on the original one.
-    """
-
-    nc: NeuralCleanse = NeuralCleanse()
-
-    def __call__(self, key, model, variables, attack, clean: Split, test: Split) -> dict[str, Any]:
-        black, white = (stamped(attack, 1, jnp.full((1, *model.shape), v), key) for v in (0.0, 1.0))
-        mask = (1 - white + black).mean(-1, keepdims=True)
-        pattern = black / jnp.maximum(mask, 1e-6)
-        label = jnp.asarray(attack.target, jnp.int32).reshape(1)
-        trigger = self.nc.search(key, model, variables, clean.image, label).trigger
-        l1 = trigger.mask.sum()
-        covered = jnp.where(mask > 0, trigger.mask, 0).sum() / l1
-        found = {"l1_original": mask.sum(), "l1_reversed": l1, "share_covered": covered}
-        both = {"mask": jnp.concatenate([mask, trigger.mask]), "pattern": jnp.concatenate([pattern, trigger.pattern])}
-        return found | both
 
 
 @registry.pytree

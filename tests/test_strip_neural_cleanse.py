@@ -11,6 +11,7 @@ import planted
 import pytest
 
 from bdjax import experiment
+from bdjax.analysis.sizes import Sizes
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.inputs.nc_filter import NcFilter
 from bdjax.defenses.inputs.strip import Strip
@@ -71,7 +72,7 @@ def test_ranks_and_overlaps_of_a_planted_history(monkeypatch):
 
 
 def test_sizes_sees_the_original_trigger():
-    found = measured(slides.Sizes(NC))
+    found = measured(Sizes(NC))
     assert found["l1_original"] == pytest.approx(1) and 0 <= found["share_covered"] <= 1
     np.testing.assert_allclose(found["mask"][0], np.eye(8)[7][:, None, None] * np.eye(8)[7][None, :, None], atol=1e-6)
     assert found["pattern"][0, 7, 7, 0] == pytest.approx(1)

@@ -132,3 +132,12 @@ def test_every_badnet_can_be_set_up():
         cell.attack.check((55, 47, 3), 16)
         assert len({c.run for c in HERE.of_badnet(s, name)}) == len(list(HERE.of_badnet(s, name)))
         assert name == "FSA" or targets == about.targets
+
+
+@pytest.mark.parametrize(
+    ("reversed_", "covered", "verdict"), [(100, 1.0, "not"), (25, 1.0, "reproduced"), (100, 0.8, "partly")]
+)
+def test_a_reversed_trigger_misses_the_sunglasses_where_their_masks_hardly_overlap(reversed_, covered, verdict):
+    found = row(HERE.FIGURE2, "SG", l1_original=100.0, l1_reversed=float(reversed_), share_covered=covered)
+    claims = {claim: value for claim, value, _ in HERE.trends([found])}
+    assert claims["Neural Cleanse misses size and shape of the sunglasses"] == verdict
