@@ -168,8 +168,8 @@ def seeds(rows: Iterable[Row], row: str, table: str | None = None) -> list[Row]:
 
 
 def arrays(rows: Iterable[Row], store: Store, row: str, table: str | None = None) -> list[tuple[Row, dict[str, Any]]]:
-    """The finished seeds of a row, each with its arrays."""
-    return [(r, store.arrays(r["run"])) for r in seeds(rows, row, table)]
+    """The finished seeds of a row, each with its arrays; without those whose arrays were not kept with the rows."""
+    return [(r, found) for r in seeds(rows, row, table) if (found := store.arrays(r["run"]))]
 
 
 def mean(rows: Iterable[Row], row: str, metric: str, table: str | None = None) -> float:

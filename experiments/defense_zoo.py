@@ -1,7 +1,7 @@
 """Every defense against many attacks, on real images: a matrix of what each keeps, removes, finds and costs.
 
     bdjax data prepare mnist; bdjax data prepare gtsrb       # once
-    bdjax run experiments/defense_zoo.py                     # scale cpu: about 100 minutes on 2 cores, beside other runs
+    bdjax run experiments/defense_zoo.py                     # scale cpu: 2 to 3 hours on 2 cores, measured in parts beside other runs
     bdjax run experiments/defense_zoo.py --scale smoke       # a few defenses, tiny: no result
     bdjax run experiments/defense_zoo.py --scale paper       # the papers' settings, whole data sets: for an accelerator
 
