@@ -138,16 +138,23 @@ def _kernel_gradient(x, g, window: _Window, precision) -> jax.Array:
         rows = jnp.stack([s[..., 0] for s in _shifts(x, window)])
         return dot(rows, g, (((1, 2, 3), places), ((), ()))).reshape(*size, c, o)
 
-    def product(x, g):
-        return dot(jnp.concatenate(_shifts(x, window), -1), g, ((places, places), ((), ())))
+    def patches(x, g):
+        return dot(jnp.concatenate(_shifts(x, window), -1), g, ((places, places), ((), ()))).reshape(*size, c, o)
 
-    n = _fit(b, size[0] * size[1] * c * g.shape[1] * g.shape[2])
+    def swapped(x, g):  # images as channels: a plain convolution whose kernel is the output gradient
+        x, g = _padded(x, window).transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
+        out = lax.conv_general_dilated(x, g, window.dilation, "VALID", None, None, _NHWC, precision=precision)
+        return out.transpose(1, 2, 0, 3)
+
+    if _SLOW_NATIVE or window.strides != (1, 1) or size == (1, 1) or c < 4:
+        product, n = patches, _fit(b, size[0] * size[1] * c * g.shape[1] * g.shape[2])
+    else:  # 1.1 to 2 times as fast, while images and gradients take less than half of the cache
+        product, n = swapped, _fit(b, 5 * (x.size + g.size) // (2 * b))
     if n == b:
-        return product(x, g).reshape(*size, c, o)
+        return product(x, g)
     parts = x.reshape(b // n, n, *x.shape[1:]), g.reshape(b // n, n, *g.shape[1:])
-    zero = jnp.zeros((size[0] * size[1] * c, o), g.dtype)
-    total, _ = lax.scan(lambda total, part: (total + product(*part), None), zero, parts)
-    return total.reshape(*size, c, o)
+    zero = jnp.zeros((*size, c, o), g.dtype)
+    return lax.scan(lambda total, part: (total + product(*part), None), zero, parts)[0]
 
 
 def _input_gradient(g, kernel, shape, window: _Window, precision) -> jax.Array:
