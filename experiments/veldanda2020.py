@@ -504,7 +504,9 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
 
 
 def overlap(rows: list[dict]) -> float:
-    """Intersection over union of the sunglasses and what is reversed for them, from their L1 norms."""
+    """Intersection over union of the sunglasses and what is reversed for them, from their L1 norms: at most this, as all
+    that lies on the sunglasses counts, however faint they are there.
+    """
     l1, original, covered = (
         report.mean(rows, "SG", m, FIGURE2) for m in ("l1_reversed", "l1_original", "share_covered")
     )

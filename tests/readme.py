@@ -155,15 +155,15 @@ def defenses(file: str) -> str:
     module = experiment.load(ROOT / "experiments" / f"{rows[0]['experiment']}.py")
     tables, found = module.matrix(rows)
     text = []
-    for data in dict.fromkeys(table.split(": ")[0] for table in tables):
-        here = [table for table in tables if table.split(": ")[0] == data]
+    for data in dict.fromkeys(map(module.images, tables)):
+        here = [table for table in tables if module.images(table) == data]
         lines = [
             [f"{name} (*oracle*)" if next(iter(line.values()))["oracle"] else name]
             + [module.short(line[table]) if table in line else "" for table in here]
             for name, line in found.items()
             if set(here) & set(line)
         ]
-        text.append(table_of([data, *(table.split(": ", 1)[1] for table in here)], lines))
+        text.append(table_of([data, *(table.removeprefix(f"{data}: ") for table in here)], lines))
     return "\n\n".join([*text, f"One run each. {setting(rows[0])}"])
 
 
