@@ -1,7 +1,8 @@
-"""Random changes of training images: `augment(key, x) -> x` on `x: [B, H, W, C]` in [0, 1]; each image draws its own.
+"""Random changes of training images: `augment(key, x) -> x` on `x: [B, H, W, C]` in [0, 1]; each
+image draws its own.
 
-`Augmentation` combines them into the one object that `Recipe.augment` takes: hashable, and equal where its numbers are,
-so that programs are shared.
+`Augmentation` combines them into the one object that `Recipe.augment` takes: hashable, and equal
+where its numbers are, so that programs are shared.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ def flip(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def crop(key: jax.Array, x: jax.Array, padding: int = 4) -> jax.Array:
-    """A random window of the image's own size, after `padding` black pixels were added on each side."""
+    """A random window of the image's own size, after `padding` black pixels were added on each
+    side.
+    """
     wide = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     return _each(lambda k, v: pix.random_crop(k, v, x.shape[1:]), key, wide)
 
@@ -52,7 +55,8 @@ def rotate(key: jax.Array, x: jax.Array, degrees: float = 15.0) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """`rotate` (degrees), `shift` (share of a side), `crop` (pixels), `flip`, in this order; 0 and False leave out.
+    """`rotate` (degrees), `shift` (share of a side), `crop` (pixels), `flip`, in this order; 0 and
+    False leave out.
 
     >>> Recipe(augment=Augmentation(rotate=15, shift=0.1, flip=True))
     """

@@ -1,4 +1,6 @@
-"""The command line: `bdjax run | sweep | status | bench | list | data | train | defend | report`."""
+"""The command line:
+`bdjax run | sweep | status | bench | list | data | train | defend | report`.
+"""
 
 import contextlib
 import dataclasses
@@ -26,14 +28,15 @@ def run(
     lanes: int | None = None,
     quiet: bool = False,
 ) -> None:
-    """Run an experiment file: prints its table "paper vs ours", writes a results folder; goes on where it stopped.
+    """Run an experiment file: prints its table "paper vs ours", writes a results folder; goes on
+    where it stopped.
 
     Args:
         file: The experiment, such as experiments/shamshiri2023.py.
         scale: smoke, cpu or paper.
         out: Results folder; results/NAME-SCALE if not given.
         seeds: How many seeds; the scale's own number if not given.
-        lanes: Runs computed side by side on a device; if not given 1 on a CPU and all on an accelerator.
+        lanes: Runs side by side on a device; if not given 1 on a CPU and all on an accelerator.
         quiet: No progress.
     """
     from bdjax import experiment
@@ -63,9 +66,9 @@ def sweep(
         scale: smoke, cpu or paper.
         out: Results folder; results/NAME-SCALE if not given.
         seeds: How many seeds; the scale's own number if not given.
-        shard: i/n, i from 0: do every n-th victim, as one of n processes that know nothing of each other.
-        hosts: off; auto on a TPU slice or under Slurm; or ADDRESS:PORT,N,I: shard by jax.distributed.
-        lanes: Runs computed side by side on a device: auto measures that once and remembers it, or a number.
+        shard: i/n, i from 0: do every n-th victim, as one of n processes unaware of each other.
+        hosts: off; auto (TPU slice, Slurm); or ADDRESS:PORT,N,I: shard by jax.distributed.
+        lanes: Runs side by side on a device: auto measures that once and remembers it, or a number.
         devices: How many devices; all of this process if not given.
         resume: Go on where an earlier run stopped; --no-resume refuses a folder that has rows.
         dry_run: Print cells, groups, memory and expected time; train nothing.
@@ -73,12 +76,19 @@ def sweep(
     """
     from bdjax import experiment
 
-    options = {"shard": shard, "hosts": hosts, "devices": devices, "resume": resume, "dry_run": dry_run}
+    options = {
+        "shard": shard,
+        "hosts": hosts,
+        "devices": devices,
+        "resume": resume,
+        "dry_run": dry_run,
+    }
     experiment.run(file, scale, out, seeds, quiet, lanes, live=True, **options)
 
 
 def status(folder: Annotated[Path, Words]) -> None:
-    """Show what the processes of a run or sweep are doing, from its results folder alone: on any machine that sees it.
+    """Show what the processes of a run or sweep are doing, from its results folder alone: on any
+    machine that sees it.
 
     Args:
         folder: The results folder.
@@ -89,7 +99,8 @@ def status(folder: Annotated[Path, Words]) -> None:
 
 
 def list_methods(
-    kind: Annotated[Kinds | None, Words] = None, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    kind: Annotated[Kinds | None, Words] = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ):
     """List the methods: name, paper, year, arXiv, file.
 
@@ -99,7 +110,8 @@ def list_methods(
     """
     found = registry.entries(None if kind is None else kind.removesuffix("s"))
     rows = [
-        {name: getattr(entry, name) for name in ("kind", "name", "paper", "year", "arxiv", "file")} for entry in found
+        {name: getattr(entry, name) for name in ("kind", "name", "paper", "year", "arxiv", "file")}
+        for entry in found
     ]
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -115,9 +127,13 @@ def list_methods(
 
 
 def prepare(
-    name: Annotated[str, Words], manual_dir: Path | None = None, data_dir: Path | None = None, quiet: bool = False
+    name: Annotated[str, Words],
+    manual_dir: Path | None = None,
+    data_dir: Path | None = None,
+    quiet: bool = False,
 ) -> None:
-    """Prepare a full data set through tensorflow-datasets (without TensorFlow): checksums verified, idempotent.
+    """Prepare a full data set through tensorflow-datasets (without TensorFlow): checksums verified,
+    idempotent.
 
     Args:
         name: fashion-mnist, mnist, cifar10 or gtsrb.
@@ -137,7 +153,8 @@ def report(
     y: str | None = None,
     metric: str | None = None,
 ) -> None:
-    """Write tables and page of finished results again; several folders become one page; pivots over any two axes.
+    """Write tables and page of finished results again; several folders become one page; pivots over
+    any two axes.
 
     Args:
         folders: Results folders.
@@ -157,8 +174,8 @@ def report(
 class Train:
     """Train a victim of any attack × model × dataset; saves a checkpoint, prints ACC and ASR.
 
-    --attack, --model and --dataset take names of `bdjax list`, or NAME:PRESET; the fields of what was chosen are flags
-    such as --attack.rate. `--attack none` trains the clean twin.
+    --attack, --model and --dataset take names of `bdjax list`, or NAME:PRESET; the fields of what
+    was chosen are flags such as --attack.rate. `--attack none` trains the clean twin.
     """
 
     out: Path
@@ -179,16 +196,23 @@ class Train:
             if "error" in row:
                 raise BadInput(f"{row['error']}; try a lower --recipe.lr")
             model, attack, variables = runner.victim(cell)
-        about = {"recipe": cell.recipe, "dataset": cell.dataset, "attack": attack, "metrics": row["metrics"]}
+        about = {
+            "recipe": cell.recipe,
+            "dataset": cell.dataset,
+            "attack": attack,
+            "metrics": row["metrics"],
+        }
         save_model(self.out, cell.model, model, variables, **about)
         _show(row, self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Defend:
-    """Apply any defense to a checkpoint of `bdjax train`: prints metrics, saves the repaired model to --out.
+    """Apply any defense to a checkpoint of `bdjax train`: prints metrics, saves the repaired model
+    to --out.
 
-    --defense takes a name of `bdjax list defenses`, or NAME:PRESET; its fields are flags such as --defense.max-drop.
+    --defense takes a name of `bdjax list defenses`, or NAME:PRESET; its fields are flags such
+    as --defense.max-drop.
     """
 
     checkpoint: Annotated[Path, Words]
@@ -206,13 +230,25 @@ class Defend:
             writable(self.out)
         net, model, variables, about = load_model(self.checkpoint)
         flags: Any = self
-        cell = Cell("", "", about["dataset"], net, about["recipe"], about["attack"], flags.defense, self.seed)
+        cell = Cell(
+            "",
+            "",
+            about["dataset"],
+            net,
+            about["recipe"],
+            about["attack"],
+            flags.defense,
+            self.seed,
+        )
         with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
             runner = Runner(Store(folder), "defend", quiet=self.quiet)
             row, kept = runner.defend(cell, model, variables)
         if self.out is not None:
             if kept is None:
-                raise BadInput(f"{registry.name_of(flags.defense)} judges and repairs nothing: leave --out away")
+                raise BadInput(
+                    f"{registry.name_of(flags.defense)} judges and repairs nothing: leave --out "
+                    "away"
+                )
             about |= {"defenses": (*about["defenses"], flags.defense), "metrics": row["metrics"]}
             save_model(self.out, net, model, kept, **about)
         _show(row, self.out)
@@ -233,7 +269,9 @@ CHOICES = {
 
 
 def chosen(kinds: dict[str, str], args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Takes `--attack NAME:PRESET` and the like out of `args`: the configured methods, and what is left."""
+    """Takes `--attack NAME:PRESET` and the like out of `args`: the configured methods, and what is
+    left.
+    """
     names, left, words = dict(kinds), [], iter(args)
     for word in words:
         flag, equals, value = word.partition("=")
@@ -244,17 +282,25 @@ def chosen(kinds: dict[str, str], args: Sequence[str]) -> tuple[dict[str, Any], 
     made = {}
     for kind, named in names.items():
         name, _, preset = named.partition(":")
-        made[kind] = None if name == "none" and kind == "attack" else registry.make(kind, name, preset or None)
+        made[kind] = (
+            None
+            if name == "none" and kind == "attack"
+            else registry.make(kind, name, preset or None)
+        )
     return made, left
 
 
 def _with_fields(base: type, methods: dict[str, Any]) -> type:
     """The command `base` with the fields of the chosen methods as nested flags."""
     given = [
-        (name, type(value), dataclasses.field(default=value)) for name, value in methods.items() if value is not None
+        (name, type(value), dataclasses.field(default=value))
+        for name, value in methods.items()
+        if value is not None
     ]
     absent = {name: None for name, value in methods.items() if value is None}
-    made = dataclasses.make_dataclass(base.__name__, given, bases=(base,), namespace=absent, frozen=True, kw_only=True)
+    made = dataclasses.make_dataclass(
+        base.__name__, given, bases=(base,), namespace=absent, frozen=True, kw_only=True
+    )
     made.__doc__ = base.__doc__
     return made
 
@@ -264,7 +310,9 @@ RULES = tyro.constructors.ConstructorRegistry()
 
 @RULES.primitive_rule
 def _numbers(info: Any) -> Any:
-    """A field that may hold an array, so that sweeps can vmap it, is one number on the command line."""
+    """A field that may hold an array, so that sweeps can vmap it, is one number on the command
+    line.
+    """
     import jax
 
     members = get_args(info.type)
@@ -303,7 +351,9 @@ def _functions(info: Any) -> Any:
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs in the user's cache: the next run of the same experiment starts at once."""
+    """Keeps compiled programs in the user's cache: the next run of the same experiment starts at
+    once.
+    """
     import jax
 
     from bdjax.datasets.base import data_dir
@@ -321,7 +371,9 @@ def _bench() -> Callable:
     try:
         from benchmarks.__main__ import bench
     except ImportError as error:
-        reason = f"the project's folder `benchmarks`: install a clone by `pip install -e .` ({error})"
+        reason = (
+            f"the project's folder `benchmarks`: install a clone by `pip install -e .` ({error})"
+        )
         raise BadInput(f"`bdjax bench` needs {reason}") from error
     return bench
 
@@ -352,13 +404,17 @@ def command(args: Sequence[str]) -> None:
         args = ["data", *args[2:]] if args[1] == "prepare" else args
     if args and args[0] in ("run", "sweep", "train", "defend"):
         keep_compiled()
-    made = tyro.extras.subcommand_cli_from_dict(commands, prog="bdjax", args=list(args), registry=RULES)
+    made = tyro.extras.subcommand_cli_from_dict(
+        commands, prog="bdjax", args=list(args), registry=RULES
+    )
     if made is not None:
         made()
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted, 143 terminated."""
+    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
+    143 terminated.
+    """
     from bdjax.progress import Terminated
 
     with contextlib.suppress(BrokenPipeError):

@@ -1,7 +1,9 @@
-"""Runs an experiment file: its cells, then its figures, table and page. A sweep is an experiment with many cells.
+"""Runs an experiment file: its cells, then its figures, table and page. A sweep is an experiment
+with many cells.
 
-An experiment is a Python file with `TITLE`, `SCALES`, `cells(scale, seeds) -> [Cell]`, and, where it has them,
-`figures(rows, store, scale)` and `trends(rows)` as `report.write` wants them. The list in its docstring ("- …") stands on the page as notes.
+An experiment is a Python file with `TITLE`, `SCALES`, `cells(scale, seeds) -> [Cell]`, and, where
+it has them, `figures(rows, store, scale)` and `trends(rows)` as `report.write` wants them. The list
+in its docstring ("- …") stands on the page as notes.
 """
 
 import contextlib
@@ -30,7 +32,9 @@ def load(path: str | Path) -> ModuleType:
     """The experiment file as a module."""
     path = Path(path)
     if not path.is_file():
-        others = [p.as_posix() for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+        others = (
+            [p.as_posix() for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
+        )
         raise BadInput(f"no experiment file {path}{near(path.as_posix(), others)}")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     assert spec is not None and spec.loader is not None
@@ -61,11 +65,12 @@ def run(
     dry_run: bool = False,
     live: bool = False,
 ) -> list[dict[str, Any]]:
-    """Runs the experiment at `path`; returns its rows. What was finished by an earlier run is not done again.
+    """Runs the experiment at `path`; returns its rows. What was finished by an earlier run is not
+    done again.
 
-    `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `devices`: how many of this
-    process's; `resume=False` refuses a folder that has rows; `dry_run` prints what would be done; `live`: a table
-    instead of bars.
+    `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `devices`:
+    how many of this process's; `resume=False` refuses a folder that has rows; `dry_run` prints what
+    would be done; `live`: a table instead of bars.
     """
     width = lanes if lanes in (None, "auto") else number("lanes", lanes, 1)
     part = None if shard is None else part_of(shard)
@@ -82,7 +87,10 @@ def run(
     folder = Path(out or Path("results") / f"{Path(path).stem}-{scale}")
     earlier = read_rows(result_files(folder))
     if earlier and not resume:
-        raise BadInput(f"{folder} has {len(earlier)} rows: give another --out, or leave --no-resume away to go on")
+        raise BadInput(
+            f"{folder} has {len(earlier)} rows: give another --out, or leave --no-resume away to "
+            "go on"
+        )
     cells = list({cell.run: cell for cell in module.cells(scale, seeds)}.values())
     if dry_run:
         plan(cells, earlier, places, width, part)
@@ -95,14 +103,16 @@ def run(
             say(f"  {report.line(row)}", quiet)
 
     runner = Runner(
-        store, Path(path).stem, scale, width, places, quiet, on_rows=finished, clock=clock, live=live and not quiet
+        store, Path(path).stem, scale, width, places, quiet, on_rows=finished, clock=clock,
+        live=live and not quiet
     )  # fmt: skip
     rows = runner.run(cells)
     if runner.unfit:
         raise BadInput(runner.complaint())
     if len(rows) < len(cells):
-        print(f"results: {store.results}\nshard {shard or part} is done; {len(rows)} of {len(cells)} rows are there, "
-              "the page is written by the shard that ends last")  # fmt: skip
+        print(f"results: {store.results}\nshard {shard or part} is done; {len(rows)} of "
+              f"{len(cells)} rows are there, the page is written by the shard that ends "
+              "last")  # fmt: skip
         return rows
     Store(folder).append(rows)  # what the shards have
     begun = time.monotonic()
@@ -112,16 +122,23 @@ def run(
     clock.add("report", begun)
     seconds = clock.seconds | {"total": time.monotonic() - start}
     page = report.write(
-        folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends, seconds=seconds,
-        command=f"bdjax {'sweep' if live else 'run'} {shlex.quote(Path(path).as_posix())} --scale {scale}",
+        folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends,
+        seconds=seconds,
+        command=f"bdjax {'sweep' if live else 'run'} {shlex.quote(Path(path).as_posix())} --scale "
+                f"{scale}",
     )  # fmt: skip
-    say("seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()), quiet)
+    say(
+        "seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
+        quiet,
+    )
     print(f"results: {folder / 'results.jsonl'}\npage: {page}")
     return rows
 
 
 def there(dataset: Any) -> bool:
-    """Whether a data set is at hand; where it is not, a line says so, and an experiment leaves its rows out."""
+    """Whether a data set is at hand; where it is not, a line says so, and an experiment leaves its
+    rows out.
+    """
     try:
         return bool(dataset.load())
     except BadInput as error:
@@ -157,10 +174,11 @@ def part_of(shard: str) -> tuple[int, int]:
 
 
 def join(hosts: str) -> tuple[int, int] | None:
-    """Starts `jax.distributed` and returns which shard this process is; None where it is the only one.
+    """Starts `jax.distributed` and returns which shard this process is; None where it is the only
+    one.
 
-    The hosts wait for each other here alone. Then the connection is closed: work is never sent, and a host that dies
-    would take the others with it.
+    The hosts wait for each other here alone. Then the connection is closed: work is never sent, and
+    a host that dies would take the others with it.
     """
     address, _, rest = hosts.partition(",")
     try:
@@ -175,7 +193,9 @@ def join(hosts: str) -> tuple[int, int] | None:
         if isinstance(error, BadInput):
             raise
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise BadInput(f"--hosts {hosts}: {reason} (give off, auto or ADDRESS:PORT,COUNT,INDEX)") from error
+        raise BadInput(
+            f"--hosts {hosts}: {reason} (give off, auto or ADDRESS:PORT,COUNT,INDEX)"
+        ) from error
     return (jax.process_index(), jax.process_count()) if jax.process_count() > 1 else None
 
 
@@ -192,9 +212,15 @@ def local_devices(count: int | None) -> Sequence[Any]:
 
 
 def plan(
-    cells: list[Cell], rows: list[dict[str, Any]], devices: Sequence[Any], lanes: int | str | None, shard: Any
+    cells: list[Cell],
+    rows: list[dict[str, Any]],
+    devices: Sequence[Any],
+    lanes: int | str | None,
+    shard: Any,
 ) -> None:
-    """Prints what a run would do: cells, groups, memory, and the time that like rows took. Trains nothing."""
+    """Prints what a run would do: cells, groups, memory, and the time that like rows took. Trains
+    nothing.
+    """
     done = {row["run"] for row in rows}
     took: dict[Any, list[float]] = {}
     for row in rows:
@@ -202,10 +228,17 @@ def plan(
             took.setdefault(tuple(row[part] for part in PARTS), []).append(row["seconds"]["run"])
     made = groups(cells, room(devices, lanes), shard)
     table = Table(*PARTS, "cells", "to do", "groups", "MB of a group", "expected", box=None)
-    kinds = {tuple(name_of(getattr(cell, part)) for part in PARTS): None for group in made for cell in group}
+    kinds = {
+        tuple(name_of(getattr(cell, part)) for part in PARTS): None
+        for group in made
+        for cell in group
+    }
     known, unknown, memory = 0.0, 0, [footprint(group, devices, lanes) / 1e6 for group in made]
     for kind in kinds:
-        mine = [[cell for cell in group if tuple(name_of(getattr(cell, p)) for p in PARTS) == kind] for group in made]
+        mine = [
+            [cell for cell in group if tuple(name_of(getattr(cell, p)) for p in PARTS) == kind]
+            for group in made
+        ]
         alike = [cell for group in mine for cell in group]
         left = sum(cell.run not in done for cell in alike)
         seconds = left * statistics.fmean(took[kind]) if kind in took else None
@@ -213,18 +246,24 @@ def plan(
         size = max(size for size, group in zip(memory, mine, strict=True) if group)
         words = [str(len(alike)), str(left), str(sum(map(bool, mine))), f"{size:.0f}"]
         table.add_row(
-            *(name or "none" for name in kind), *words, "?" if seconds is None else progress.duration(seconds)
+            *(name or "none" for name in kind),
+            *words,
+            "?" if seconds is None else progress.duration(seconds),
         )
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
     count, victims = sum(map(len, made)), len({cell.victim for group in made for cell in group})
-    print(f"{count} cells, {victims} victims, {len(made)} groups on {len(devices)} × {devices[0].device_kind}"
-          f"{'' if shard is None else ', shard {}/{}'.format(*shard)}; {count - sum(c.run in done for g in made for c in g)} to do")  # fmt: skip
+    print(f"{count} cells, {victims} victims, {len(made)} groups on {len(devices)} × "
+          f"{devices[0].device_kind}{'' if shard is None else ', shard {}/{}'.format(*shard)}; "
+          f"{count - sum(c.run in done for g in made for c in g)} to do")  # fmt: skip
     print(
-        f"memory of a device: {max(memory, default=0):.0f} MB at least (data, training states, activations of a batch)"
+        f"memory of a device: {max(memory, default=0):.0f} MB at least (data, training states, "
+        "activations of a batch)"
     )
-    print(f"expected: {progress.duration(known)}, from the rows that are there, without compiling"
-          f"{f'; unknown for {unknown} cells: no like row is there yet' if unknown else ''}")  # fmt: skip
+    print(
+        f"expected: {progress.duration(known)}, from the rows that are there, without compiling"
+        + (f"; unknown for {unknown} cells: no like row is there yet" if unknown else "")
+    )
 
 
 PARTS = ("dataset", "model", "attack", "defense")
@@ -234,8 +273,14 @@ def status(folder: str | Path) -> None:
     """Prints what the runs that work on `folder` are doing, from its files alone."""
     found = progress.boards(Path(folder))
     if not found:
-        raise BadInput(f"{folder} has no progress.json: give the results folder of `bdjax run` or `bdjax sweep`")
+        raise BadInput(
+            f"{folder} has no progress.json: give the results folder of `bdjax run` or `bdjax "
+            "sweep`"
+        )
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(progress.table(found))
-    rows, left = len(read_rows(result_files(Path(folder)))), sum(run["total"] - run["rows"] for run in found)
+    rows, left = (
+        len(read_rows(result_files(Path(folder)))),
+        sum(run["total"] - run["rows"] for run in found),
+    )
     print(f"{rows} rows are there, {left} are to come from these")

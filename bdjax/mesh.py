@@ -1,7 +1,9 @@
-"""Where work runs: lanes (map or vmap), devices, hosts. The only `shard_map` of the project is here.
+"""Where work runs: lanes (map or vmap), devices, hosts. The only `shard_map` of the project is
+here.
 
-One knob, `lanes`: how many items of a batch of independent work are computed side by side. On a CPU one after another
-is fastest (a vmapped kernel becomes a slow grouped convolution); an accelerator wants many. The numbers are the same.
+One knob, `lanes`: how many items of a batch of independent work are computed side by side. On a CPU
+one after another is fastest (a vmapped kernel becomes a slow grouped convolution); an accelerator
+wants many. The numbers are the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +21,8 @@ def default_lanes(items: int) -> int:
 
 
 def widest(seconds: Callable[[int], float], most: int) -> int:
-    """The lanes, at most `most`, at which `seconds(lanes)`, the time of one item, is least: doubled from 1 for as long as
-    that saves a tenth.
+    """The lanes, at most `most`, at which `seconds(lanes)`, the time of one item, is least: doubled
+    from 1 for as long as that saves a tenth.
     """
     lanes, best = 1, seconds(1)
     while lanes < most and (took := seconds(min(2 * lanes, most))) < 0.9 * best:
@@ -43,44 +45,61 @@ def lane_map(fn: Callable, items: Any, lanes: int | None = None) -> Any:
     return jax.lax.map(fn, items, batch_size=None if lanes == 1 else lanes)
 
 
-def drain(start: Callable, step: Callable, done: Callable, items: Any, lanes: int | None = None) -> Any:
-    """Steps every item's state until it is done, `lanes` at a time; a lane that has finished takes the next item.
+def drain(
+    start: Callable, step: Callable, done: Callable, items: Any, lanes: int | None = None
+) -> Any:
+    """Steps every item's state until it is done, `lanes` at a time; a lane that has finished takes
+    the next item.
 
-    `start(item) -> state`, `step(state) -> state`, `done(state) -> bool []`. Returns the final states, stacked like
-    `items`. Early-stopped items cost nothing: there is no waiting for the slowest of a batch.
+    `start(item) -> state`, `step(state) -> state`, `done(state) -> bool []`. Returns the final
+    states, stacked like `items`. Early-stopped items cost nothing: there is no waiting for the
+    slowest of a batch.
     """
     n = _count(items)
     lanes = min(lanes or default_lanes(n), n)
     if lanes == 1:
-        return lane_map(lambda item: jax.lax.while_loop(lambda s: ~done(s), step, start(item)), items, 1)
+        return lane_map(
+            lambda item: jax.lax.while_loop(lambda s: ~done(s), step, start(item)), items, 1
+        )
 
     def pick(index):
         return jax.tree.map(lambda leaf: leaf[jnp.minimum(index, n - 1)], items)
 
     def choose(flag, new, old):
-        return jax.tree.map(lambda a, b: jnp.where(flag.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+        return jax.tree.map(
+            lambda a, b: jnp.where(flag.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old
+        )
 
     def round_(carry):
         state, item, following, out = carry
         state = choose(jax.vmap(done)(state), state, jax.vmap(step)(state))
         finished = jax.vmap(done)(state) & (item < n)
-        out = jax.tree.map(lambda o, s: o.at[jnp.where(finished, item, n)].set(s, mode="drop"), out, state)
-        # Finished lanes take the next items in turn; an index of n or more means that nothing is left for this lane.
+        out = jax.tree.map(
+            lambda o, s: o.at[jnp.where(finished, item, n)].set(s, mode="drop"), out, state
+        )
+        # Finished lanes take the next items in turn; an index of n or more means that nothing is
+        # left for this lane.
         item = jnp.where(finished, following + jnp.cumsum(finished) - 1, item)
         state = choose(finished, jax.vmap(lambda i: start(pick(i)))(item), state)
         return state, item, following + finished.sum(), out
 
     first = jnp.arange(lanes)
-    blank = jax.tree.map(lambda leaf: jnp.zeros((n, *leaf.shape), leaf.dtype), jax.eval_shape(lambda: start(pick(0))))
+    blank = jax.tree.map(
+        lambda leaf: jnp.zeros((n, *leaf.shape), leaf.dtype), jax.eval_shape(lambda: start(pick(0)))
+    )
     carry = (jax.vmap(lambda i: start(pick(i)))(first), first, jnp.asarray(lanes), blank)
     return jax.lax.while_loop(lambda c: (c[1] < n).any(), round_, carry)[3]
 
 
-def over_runs(fn: Callable, *, lanes: int | None = None, devices: Sequence[Any] | None = None) -> Callable:
-    """`run(shared, items) -> outputs`: `fn(shared, item)` for each of the leading-axis `items`, spread over `devices`.
+def over_runs(
+    fn: Callable, *, lanes: int | None = None, devices: Sequence[Any] | None = None
+) -> Callable:
+    """`run(shared, items) -> outputs`: `fn(shared, item)` for each of the leading-axis `items`,
+    spread over `devices`.
 
-    Each device works through its own runs, `lanes` at a time; nothing is ever sent between devices. The number of runs
-    is padded to a multiple of the devices with copies of the last one, whose results are dropped. Not jitted itself.
+    Each device works through its own runs, `lanes` at a time; nothing is ever sent between devices.
+    The number of runs is padded to a multiple of the devices with copies of the last one, whose
+    results are dropped. Not jitted itself.
     """
     devices = list(devices or jax.local_devices())
     if len(devices) == 1:
@@ -91,22 +110,30 @@ def over_runs(fn: Callable, *, lanes: int | None = None, devices: Sequence[Any] 
         return lane_map(lambda item: fn(shared, item), items, lanes)
 
     # check_vma: BatchNorm's statistics enter a scan unvarying and leave it varying over the mesh.
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("runs")), out_specs=P("runs"), check_vma=False)
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), P("runs")), out_specs=P("runs"), check_vma=False
+    )
 
     def run(shared, items):
         n = _count(items)
         padding = -n % len(devices)
-        items = jax.tree.map(lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], padding, 0)]), items)
+        items = jax.tree.map(
+            lambda leaf: jnp.concatenate([leaf, jnp.repeat(leaf[-1:], padding, 0)]), items
+        )
         return jax.tree.map(lambda leaf: leaf[:n], sharded(shared, items))
 
     return run
 
 
 def place(shared: Any, items: Any, devices: Sequence[Any] | None = None) -> tuple[Any, Any]:
-    """`shared` copied to every device and `items` split over them (where their number allows), before a program starts."""
+    """`shared` copied to every device and `items` split over them (where their number allows),
+    before a program starts.
+    """
     devices = list(devices or jax.local_devices())
     if len(devices) == 1:
         return jax.device_put((shared, items), devices[0])
     mesh = Mesh(devices, ("runs",))
     split = P("runs") if _count(items) % len(devices) == 0 else P()
-    return jax.device_put(shared, NamedSharding(mesh, P())), jax.device_put(items, NamedSharding(mesh, split))
+    return jax.device_put(shared, NamedSharding(mesh, P())), jax.device_put(
+        items, NamedSharding(mesh, split)
+    )

@@ -1,4 +1,6 @@
-"""The field's measures as pure functions. Rates are shares in [0, 1]; reports print them as percentages."""
+"""The field's measures as pure functions. Rates are shares in [0, 1]; reports print them as
+percentages.
+"""
 
 from typing import NamedTuple
 
@@ -15,14 +17,17 @@ def accuracy(predicted: jax.Array, label: jax.Array) -> jax.Array:
 
 
 class SuccessRates(NamedTuple):
-    """Attack success rates: `all` over every stamped image, `nt` over those whose own label is not the one aimed at."""
+    """Attack success rates: `all` over every stamped image, `nt` over those whose own label is not
+    the one aimed at.
+    """
 
     all: jax.Array
     nt: jax.Array
 
 
 def attack_success(predicted: jax.Array, aimed: jax.Array, label: jax.Array) -> SuccessRates:
-    """ASR over stamped images: `predicted: [N]`, `aimed: [N]` (-1 = not attacked, never counted), true `label: [N]`.
+    """ASR over stamped images: `predicted: [N]`, `aimed: [N]` (-1 = not attacked, never counted),
+    true `label: [N]`.
 
     NaN where no image counts.
     """
@@ -40,7 +45,8 @@ def _share(hit: jax.Array, among: jax.Array) -> jax.Array:
 def far_frr(
     flag_clean: jax.Array, flag_trojan: jax.Array, counted: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """False acceptance rate (trojaned inputs let through) and false rejection rate (clean inputs flagged).
+    """False acceptance rate (trojaned inputs let through) and false rejection rate (clean inputs
+    flagged).
 
     `counted: [N]` restricts the trojaned inputs, to those whose backdoor works, say.
     """
@@ -49,8 +55,8 @@ def far_frr(
 
 
 def auroc(low: jax.Array, high: jax.Array, low_counted=None, high_counted=None) -> jax.Array:
-    """P(a score of `high: [M]` > a score of `low: [N]`), ties one half: 1 = separated, 0.5 = chance. NaN where a side
-    is empty.
+    """P(a score of `high: [M]` > a score of `low: [N]`), ties one half: 1 = separated, 0.5 =
+    chance. NaN where a side is empty.
     """
     low_weight = jnp.ones_like(low, bool) if low_counted is None else low_counted
     high_weight = jnp.ones_like(high, bool) if high_counted is None else high_counted
@@ -73,7 +79,9 @@ def median_absolute_deviation(x: jax.Array) -> jax.Array:
 
 
 def anomaly_index(x: jax.Array) -> jax.Array:
-    """|x − median| / MAD for each of `x: [K]` (Wang et al., 2019); 0 where all are alike (MAD = 0 and x = median)."""
+    """|x − median| / MAD for each of `x: [K]` (Wang et al., 2019); 0 where all are alike (MAD = 0
+    and x = median).
+    """
     gap, mad = jnp.abs(x - jnp.median(x)), median_absolute_deviation(x)
     return jnp.where(gap == 0, 0.0, gap / mad)
 

@@ -1,7 +1,8 @@
 """Figures from arrays: one function a kind, each returns a matplotlib `Figure`.
 
-All share one style: narrow enough for a phone, colours that colour-blind readers can tell apart (Okabe & Ito), markers
-and line styles beside them. Blue is what is clean or accurate, vermilion what is trojaned or an attack's success.
+All share one style: narrow enough for a phone, colours that colour-blind readers can tell apart
+(Okabe & Ito), markers and line styles beside them. Blue is what is clean or accurate, vermilion
+what is trojaned or an attack's success.
 """
 
 import functools
@@ -76,7 +77,9 @@ def _legend(axes: Axes) -> None:
 
 
 def _log_x(axes: Axes, values: Any) -> None:
-    """A logarithmic x-axis with ticks at those of `values` that stand far enough apart to be read."""
+    """A logarithmic x-axis with ticks at those of `values` that stand far enough apart
+    to be read.
+    """
     ticks = np.unique(np.asarray(values, np.float64))
     kept = [ticks[0]]
     for tick in ticks[1:]:
@@ -92,8 +95,12 @@ def _log_x(axes: Axes, values: Any) -> None:
 
 
 @styled
-def images(pictures: Any, rows: Sequence[str] = (), columns: Sequence[str] = (), cell: float = 0.85) -> Figure:
-    """A grid of `pictures: [R, C, H, W, 1 or 3]` in [0, 1]; NaN pictures stay empty. `cell`: inches a picture."""
+def images(
+    pictures: Any, rows: Sequence[str] = (), columns: Sequence[str] = (), cell: float = 0.85
+) -> Figure:
+    """A grid of `pictures: [R, C, H, W, 1 or 3]` in [0, 1]; NaN pictures stay empty. `cell`: inches
+    a picture.
+    """
     pictures = np.asarray(pictures, np.float32)
     count, across = pictures.shape[:2]
     side = max((len(text) for text in rows), default=0) * 0.075
@@ -120,11 +127,20 @@ def images(pictures: Any, rows: Sequence[str] = (), columns: Sequence[str] = (),
 def _picture(axes: Axes, picture: np.ndarray) -> None:
     picture = np.clip(picture, 0, 1)
     picture = picture[..., 0] if picture.shape[-1] == 1 else picture
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=(0, 1, 0, 1), aspect=picture.shape[0] / picture.shape[1])
+    axes.imshow(
+        picture,
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        extent=(0, 1, 0, 1),
+        aspect=picture.shape[0] / picture.shape[1],
+    )
 
 
 def stamped(clean: Any, trojan: Any, titles: Sequence[str] = ()) -> Figure:
-    """Clean images, the same stamped, and |difference|, scaled up where it is faint. `clean, trojan: [N, H, W, C]`."""
+    """Clean images, the same stamped, and |difference|, scaled up where it is faint. `clean,
+    trojan: [N, H, W, C]`.
+    """
     clean, trojan = np.asarray(clean, np.float32), np.asarray(trojan, np.float32)
     gap = np.abs(trojan - clean)
     factor = max(1, int(1 / max(float(gap.max()), 1e-3)))
@@ -134,10 +150,21 @@ def stamped(clean: Any, trojan: Any, titles: Sequence[str] = ()) -> Figure:
 
 @styled
 def triggers(
-    mask: Any, pattern: Any, l1: Any, labels: Sequence[Any] = (), marked: Any = None, across: int = 5
+    mask: Any,
+    pattern: Any,
+    l1: Any,
+    labels: Sequence[Any] = (),
+    marked: Any = None,
+    across: int = 5,
 ) -> Figure:
-    """Reversed triggers mask·pattern and their L1. `mask: [K, H, W, 1]`, `pattern: [K, H, W, C]`, `marked: [K]`."""
-    mask, pattern, l1 = np.asarray(mask, np.float32), np.asarray(pattern, np.float32), np.asarray(l1)
+    """Reversed triggers mask·pattern and their L1. `mask: [K, H, W, 1]`, `pattern: [K, H, W, C]`,
+    `marked: [K]`.
+    """
+    mask, pattern, l1 = (
+        np.asarray(mask, np.float32),
+        np.asarray(pattern, np.float32),
+        np.asarray(l1),
+    )
     count = len(l1)
     labels = labels or [f"label {k}" for k in range(count)]
     marked = np.zeros(count, bool) if marked is None else np.asarray(marked, bool)
@@ -151,7 +178,8 @@ def triggers(
         axes.spines[:].set_visible(False)
         if k < count:
             _picture(axes, mask[k] * pattern[k])
-            axes.set_title(f"{labels[k]}\nL1 {l1[k]:.1f}", fontsize=9, color=TROJAN if marked[k] else "black", pad=4,
+            axes.set_title(f"{labels[k]}\nL1 {l1[k]:.1f}", fontsize=9,
+                           color=TROJAN if marked[k] else "black", pad=4,
                            fontweight="bold" if marked[k] else "normal")  # fmt: skip
             if marked[k]:
                 axes.spines[:].set(visible=True, color=TROJAN, linewidth=2.5)
@@ -175,21 +203,31 @@ def curves(
 ) -> Figure:
     """Lines over `x: [X]`, numbers or names.
 
-    A line is `[X]`, with its `spread: [X]` (± s.d.) or `[2, X]` (low, high), or `[R, X]`: R seeds, drawn as their mean
-    and range. `mark`: a place on the x-axis worth a dashed line.
+    A line is `[X]`, with its `spread: [X]` (± s.d.) or `[2, X]` (low, high), or `[R, X]`: R seeds,
+    drawn as their mean and range. `mark`: a place on the x-axis worth a dashed line.
     """
     figure, axes = _axes(3.2)
     named = not all(isinstance(value, (int, float, np.number)) for value in x)
     at = np.arange(len(x)) if named else np.asarray(x, np.float64)
     for i, (name, values) in enumerate(lines.items()):
         values = np.asarray(values, np.float64)
-        band = None if spread is None or name not in spread else np.asarray(spread[name], np.float64)
+        band = (
+            None if spread is None or name not in spread else np.asarray(spread[name], np.float64)
+        )
         if values.ndim == 2:
-            values, band = values.mean(0), np.stack([values.min(0), values.max(0)]) if len(values) > 1 else None
+            values, band = (
+                values.mean(0),
+                np.stack([values.min(0), values.max(0)]) if len(values) > 1 else None,
+            )
         color, style = colors[i % len(colors)], DASHES[i % len(DASHES)]
         many = len(at) > 25
         axes.plot(
-            at, values, color=color, linestyle=style, marker="" if many else MARKERS[i % len(MARKERS)], label=name
+            at,
+            values,
+            color=color,
+            linestyle=style,
+            marker="" if many else MARKERS[i % len(MARKERS)],
+            label=name,
         )
         if band is not None:
             low, high = band if band.ndim == 2 else (values - band, values + band)
@@ -197,12 +235,20 @@ def curves(
     if mark is not None:
         axes.axvline(mark, color=GREY, linestyle=(0, (3, 2)), linewidth=1.2)
         late = mark > (at.min() + at.max()) / 2
-        axes.annotate(f"{mark_label} {mark:g}", (mark, 0.5), xycoords=("data", "axes fraction"), color=GREY,
+        axes.annotate(f"{mark_label} {mark:g}", (mark, 0.5), xycoords=("data", "axes fraction"),
+                      color=GREY,
                       ha="right" if late else "left", xytext=(-4 if late else 4, 0),
                       textcoords="offset points", fontsize=9)  # fmt: skip
     if named:
-        axes.set_xticks(at, [str(value) for value in x], rotation=30 if max(len(str(v)) for v in x) > 6 else 0)
-    elif len(at) > 2 and at.min() > 0 and np.ptp(at) > 0 and np.diff(at).max() >= 5 * np.diff(at).min() > 0:
+        axes.set_xticks(
+            at, [str(value) for value in x], rotation=30 if max(len(str(v)) for v in x) > 6 else 0
+        )
+    elif (
+        len(at) > 2
+        and at.min() > 0
+        and np.ptp(at) > 0
+        and np.diff(at).max() >= 5 * np.diff(at).min() > 0
+    ):
         _log_x(axes, at)  # grown by factors, not by steps
     elif all(float(v).is_integer() for v in at):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -215,24 +261,40 @@ def curves(
     return figure
 
 
-def pruning(pruned: Any, acc: Any, asr: Any, chosen: float | None = None, xlabel: str = "pruned channels") -> Figure:
-    """Accuracy and attack success over `pruned: [P]` channels, mean and range of R seeds: `acc, asr: [R, P]`."""
+def pruning(
+    pruned: Any, acc: Any, asr: Any, chosen: float | None = None, xlabel: str = "pruned channels"
+) -> Figure:
+    """Accuracy and attack success over `pruned: [P]` channels, mean and range of R seeds: `acc,
+    asr: [R, P]`.
+    """
     acc, asr = np.atleast_2d(acc), np.atleast_2d(asr)
     lines = {"accuracy": acc, "attack success": asr}
-    return curves(np.asarray(pruned).tolist(), lines, None, xlabel, percent=True, mark=chosen, mark_label="stop at")
+    return curves(
+        np.asarray(pruned).tolist(),
+        lines,
+        None,
+        xlabel,
+        percent=True,
+        mark=chosen,
+        mark_label="stop at",
+    )
 
 
 def power_law(size: Any, seconds: Any) -> tuple[float, float]:
-    """(b, a) of the line a·size^b through seconds over size, both logarithmic: b is 1 where twice the size takes twice as
-    long.
+    """(b, a) of the line a·size^b through seconds over size, both logarithmic: b is 1 where twice
+    the size takes twice as long.
     """
-    slope, offset = np.polyfit(np.log(np.asarray(size, np.float64)), np.log(np.asarray(seconds, np.float64)), 1)
+    slope, offset = np.polyfit(
+        np.log(np.asarray(size, np.float64)), np.log(np.asarray(seconds, np.float64)), 1
+    )
     return float(slope), float(np.exp(offset))
 
 
 @styled
 def runtime(cases: Mapping[str, tuple[Any, Any]], xlabel: str, ylabel: str = "seconds") -> Figure:
-    """Seconds over size, both axes logarithmic, with exponents: `{name: (size: [X], seconds: [X] or [R, X])}`."""
+    """Seconds over size, both axes logarithmic, with exponents: `{name: (size: [X], seconds: [X] or
+    [R, X])}`.
+    """
     figure, axes = _axes(3.4)
     axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
     sizes = []
@@ -241,14 +303,26 @@ def runtime(cases: Mapping[str, tuple[Any, Any]], xlabel: str, ylabel: str = "se
         middle, color = np.median(seconds, 0), COLORS[i % len(COLORS)]
         if len(size) > 1:
             slope, factor = power_law(size, middle)
-            axes.plot(size, factor * size**slope, color=color, linestyle=DASHES[i % len(DASHES)], linewidth=1.2)
+            axes.plot(
+                size,
+                factor * size**slope,
+                color=color,
+                linestyle=DASHES[i % len(DASHES)],
+                linewidth=1.2,
+            )
             name = f"{name}, exponent {slope:.2f}"
-        axes.plot(size, middle, marker=MARKERS[i % len(MARKERS)], color=color, linestyle="", label=name)
-        axes.fill_between(size, seconds.min(0), seconds.max(0), color=color, alpha=0.18, linewidth=0)
+        axes.plot(
+            size, middle, marker=MARKERS[i % len(MARKERS)], color=color, linestyle="", label=name
+        )
+        axes.fill_between(
+            size, seconds.min(0), seconds.max(0), color=color, alpha=0.18, linewidth=0
+        )
         sizes.extend(size)
     _log_x(axes, sizes)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
+    axes.yaxis.set_minor_formatter(
+        lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else ""
+    )
     _legend(axes)
     return figure
 
@@ -264,14 +338,24 @@ def histograms(
     boundary_label: str = "boundary",
     bins: int = 40,
 ) -> Figure:
-    """Samples `{name: [n]}` as histograms over common bins, each a share of its own n, and a boundary."""
+    """Samples `{name: [n]}` as histograms over common bins, each a share of its own n, and a
+    boundary.
+    """
     figure, axes = _axes(2.9)
     arrays = {name: np.asarray(values, np.float64).ravel() for name, values in samples.items()}
     edges: Any = np.histogram_bin_edges(np.concatenate(list(arrays.values())), bins)
     for i, (name, values) in enumerate(arrays.items()):
         color = COLORS[i % len(COLORS)]
         weights = np.full(values.shape, 1 / max(len(values), 1))
-        axes.hist(values, edges, weights=weights, histtype="stepfilled", color=color, alpha=0.3, label=name)
+        axes.hist(
+            values,
+            edges,
+            weights=weights,
+            histtype="stepfilled",
+            color=color,
+            alpha=0.3,
+            label=name,
+        )
         axes.hist(
             values,
             edges,
@@ -283,7 +367,11 @@ def histograms(
         )
     if boundary is not None:
         axes.axvline(
-            boundary, color="black", linestyle=(0, (3, 2)), linewidth=1.2, label=f"{boundary_label} {boundary:.3g}"
+            boundary,
+            color="black",
+            linestyle=(0, (3, 2)),
+            linewidth=1.2,
+            label=f"{boundary_label} {boundary:.3g}",
         )
     axes.set(xlabel=xlabel, ylabel="share")
     _percent(axes.yaxis, whole=False)
@@ -291,19 +379,28 @@ def histograms(
     return figure
 
 
-def entropies(clean: Any, trojan: Any, boundary: float | None = None, xlabel: str = "entropy of the blends") -> Figure:
-    """STRIP's picture: the scores of clean and trojaned inputs, and the boundary under which an input is rejected."""
+def entropies(
+    clean: Any, trojan: Any, boundary: float | None = None, xlabel: str = "entropy of the blends"
+) -> Figure:
+    """STRIP's picture: the scores of clean and trojaned inputs, and the boundary under which an
+    input is rejected.
+    """
     return histograms({"clean": clean, "trojaned": trojan}, boundary, xlabel)
 
 
 @styled
-def boxes(groups: Mapping[str, Any], xlabel: str = "", line: float | None = None, line_label: str = "") -> Figure:
-    """Box plots of `{name: [n]}` with every value where there are at most 60, and a line worth comparing with."""
+def boxes(
+    groups: Mapping[str, Any], xlabel: str = "", line: float | None = None, line_label: str = ""
+) -> Figure:
+    """Box plots of `{name: [n]}` with every value where there are at most 60, and a line worth
+    comparing with.
+    """
     figure, axes = _axes(0.9 + 0.42 * len(groups))
     values = [np.asarray(v, np.float64).ravel() for v in groups.values()]
-    axes.boxplot(values, orientation="horizontal", tick_labels=list(groups), widths=0.55, showfliers=False,
-                 patch_artist=True,
-                 boxprops={"facecolor": "#dbe9f3", "edgecolor": CLEAN}, medianprops={"color": TROJAN, "linewidth": 2},
+    axes.boxplot(values, orientation="horizontal", tick_labels=list(groups), widths=0.55,
+                 showfliers=False, patch_artist=True,
+                 boxprops={"facecolor": "#dbe9f3", "edgecolor": CLEAN},
+                 medianprops={"color": TROJAN, "linewidth": 2},
                  whiskerprops={"color": CLEAN}, capprops={"color": CLEAN})  # fmt: skip
     for i, found in enumerate(values, 1):
         if len(found) <= 60:
@@ -314,7 +411,8 @@ def boxes(groups: Mapping[str, Any], xlabel: str = "", line: float | None = None
     axes.set_xlabel(xlabel)
     if line is not None:
         axes.axvline(line, color="black", linestyle=(0, (3, 2)), linewidth=1.2)
-        axes.annotate(line_label or f"{line:g}", (line, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
+        axes.annotate(line_label or f"{line:g}", (line, 1.0), xycoords=("data", "axes fraction"),
+                      xytext=(0, 3),
                       textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
     return figure
 
@@ -324,30 +422,54 @@ def boxes(groups: Mapping[str, Any], xlabel: str = "", line: float | None = None
 
 @styled
 def norms(
-    l1: Any, index: Any = None, flagged: Any = None, target: int | None = None, names: Sequence[str] = ()
+    l1: Any,
+    index: Any = None,
+    flagged: Any = None,
+    target: int | None = None,
+    names: Sequence[str] = (),
 ) -> Figure:
-    """Neural Cleanse: the L1 norm of each label's reversed mask, the anomaly index above. `l1, index, flagged: [K]`."""
+    """Neural Cleanse: the L1 norm of each label's reversed mask, the anomaly index above. `l1,
+    index, flagged: [K]`.
+    """
     l1 = np.asarray(l1, np.float64)
     count = len(l1)
     flagged = np.zeros(count, bool) if flagged is None else np.asarray(flagged, bool)
     figure, axes = _axes(3.0, WIDTH if count <= 16 else min(WIDTH + 0.16 * (count - 16), 9))
     at = np.arange(count)
-    for which, color, hatch, label in ((~flagged, CLEAN, "", "not flagged"), (flagged, TROJAN, "////", "flagged")):
+    for which, color, hatch, label in (
+        (~flagged, CLEAN, "", "not flagged"),
+        (flagged, TROJAN, "////", "flagged"),
+    ):
         if which.any():
-            style = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0, "width": 0.75}
+            style = {
+                "color": color,
+                "hatch": hatch,
+                "edgecolor": "white",
+                "linewidth": 0,
+                "width": 0.75,
+            }
             axes.bar(at[which], l1[which], label=label, **style)
     median = float(np.median(l1))
-    axes.axhline(median, color="black", linestyle=(0, (3, 2)), linewidth=1.2, zorder=1.5, label=f"median {median:.3g}")
+    axes.axhline(
+        median,
+        color="black",
+        linestyle=(0, (3, 2)),
+        linewidth=1.2,
+        zorder=1.5,
+        label=f"median {median:.3g}",
+    )
     for k, value in enumerate([] if index is None else np.asarray(index)):
         if count <= 16 or flagged[k]:
             box = {"facecolor": "white", "linewidth": 0, "pad": 0.5}
-            axes.annotate(f"{value:.1f}", (k, l1[k]), xytext=(0, 3), textcoords="offset points", ha="center",
+            axes.annotate(f"{value:.1f}", (k, l1[k]), xytext=(0, 3), textcoords="offset points",
+                          ha="center",
                           fontsize=8, bbox=box)  # fmt: skip
     axes.set_xticks(at if count <= 16 else at[::5])
     if names and count <= 16:
         axes.set_xticks(at, list(names), rotation=40, ha="right")
     if target is not None:
-        axes.plot([target], [0], "^", color="black", markersize=8, clip_on=False, label="true target",
+        axes.plot([target], [0], "^", color="black", markersize=8, clip_on=False,
+                  label="true target",
                   transform=axes.get_xaxis_transform(), zorder=5)  # fmt: skip
     axes.grid(False, axis="x")
     above = "" if index is None else "(above the bar: anomaly index)"
@@ -358,12 +480,14 @@ def norms(
 
 @styled
 def votes(clean: Any, trojan: Any, sees: Any = None) -> Figure:
-    """Ensemble members: the share of clean and of stamped images for which each votes for the target, and who saw the
-    trigger in training. `clean, trojan: [M]` shares, `sees: [M]` bool.
+    """Ensemble members: the share of clean and of stamped images for which each votes for the
+    target, and who saw the trigger in training. `clean, trojan: [M]` shares, `sees: [M]` bool.
     """
     shares = np.stack([np.asarray(clean, np.float64), np.asarray(trojan, np.float64)])
     count = shares.shape[1]
-    figure, axes = _axes(1.75 + (0.2 if sees is not None else 0), max(WIDTH, min(1.2 + 0.38 * count, 9)))
+    figure, axes = _axes(
+        1.75 + (0.2 if sees is not None else 0), max(WIDTH, min(1.2 + 0.38 * count, 9))
+    )
     picture = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     if count <= 20:
         for i, k in np.ndindex(2, count):
@@ -376,7 +500,14 @@ def votes(clean: Any, trojan: Any, sees: Any = None) -> Figure:
     if sees is not None:
         sees = np.asarray(sees, bool)
         for which, face in ((sees, "black"), (~sees, "white")):
-            axes.plot(np.flatnonzero(which), np.full(which.sum(), 1.85), "o", mfc=face, mec="black", markersize=5)
+            axes.plot(
+                np.flatnonzero(which),
+                np.full(which.sum(), 1.85),
+                "o",
+                mfc=face,
+                mec="black",
+                markersize=5,
+            )
         axes.set_yticks([0, 1, 1.85], ["clean", "stamped", "saw trigger"])
         axes.set_ylim(2.15, -0.5)
     axes.grid(False)
@@ -387,7 +518,15 @@ def votes(clean: Any, trojan: Any, sees: Any = None) -> Figure:
 
 
 def _value(axes: Axes, x: float, y: float, text: str, shade: float) -> None:
-    axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color="black" if shade > 0.55 else "white")
+    axes.text(
+        x,
+        y,
+        text,
+        ha="center",
+        va="center",
+        fontsize=8.5,
+        color="black" if shade > 0.55 else "white",
+    )
 
 
 @styled
@@ -400,7 +539,9 @@ def heat_map(
     label: str = "",
     percent: bool = False,
 ) -> Figure:
-    """`values: [Y, X]` over two axes; NaN stays blank. The number stands in each cell where there is room."""
+    """`values: [Y, X]` over two axes; NaN stays blank. The number stands in each cell where there
+    is room.
+    """
     values = np.asarray(values, np.float64)
     rows, columns = values.shape
     names = [_short(v) for v in x], [_short(v) for v in y]
@@ -412,9 +553,19 @@ def heat_map(
         for i, j in np.ndindex(rows, columns):
             if np.isfinite(values[i, j]):
                 shade = (values[i, j] - low) / ((high - low) or 1)
-                _value(axes, j, i, f"{100 * values[i, j]:.1f}" if percent else f"{values[i, j]:.3g}", shade)
+                _value(
+                    axes,
+                    j,
+                    i,
+                    f"{100 * values[i, j]:.1f}" if percent else f"{values[i, j]:.3g}",
+                    shade,
+                )
     step = (-(-columns // 24), -(-rows // 24))
-    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names[0])) > 6 else {}
+    turned = (
+        {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+        if max(map(len, names[0])) > 6
+        else {}
+    )
     axes.set_xticks(range(0, columns, step[0]), names[0][:: step[0]], **turned)
     axes.set_yticks(range(0, rows, step[1]), names[1][:: step[1]])
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -434,7 +585,9 @@ def _short(value: Any) -> str:
 
 
 def cams(pictures: Any, maps: Any, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> Figure:
-    """Grad-CAM laid over the images, each map on its own scale. `pictures: [R, C, H, W, 1 or 3]`, `maps: [R, C, H, W]`."""
+    """Grad-CAM laid over the images, each map on its own scale. `pictures: [R, C, H, W, 1 or 3]`,
+    `maps: [R, C, H, W]`.
+    """
     pictures, maps = np.asarray(pictures, np.float32), np.asarray(maps, np.float32)
     top = maps.max((2, 3), keepdims=True)
     heat = matplotlib.colormaps["inferno"](maps / np.where(top > 0, top, 1))[..., :3]
@@ -443,7 +596,9 @@ def cams(pictures: Any, maps: Any, rows: Sequence[str] = (), columns: Sequence[s
 
 @styled
 def activation_maps(means: Mapping[str, Any]) -> Figure:
-    """Mean activation of every channel, a square each, on one scale: `{"clean": [C], "stamped": [C]}`."""
+    """Mean activation of every channel, a square each, on one scale: `{"clean": [C], "stamped":
+    [C]}`.
+    """
     values = {name: np.asarray(value, np.float64).ravel() for name, value in means.items()}
     count = max(map(len, values.values()))
     across = min(count, 32)
@@ -451,24 +606,49 @@ def activation_maps(means: Mapping[str, Any]) -> Figure:
     figure = Figure((WIDTH, len(values) * (0.35 + 0.13 * down) + 0.5), layout="constrained")
     grid = figure.subplots(len(values), 1, squeeze=False)[:, 0]
     for axes, (name, value) in zip(grid, values.items()):
-        filled = np.concatenate([value, np.full(down * across - len(value), np.nan)]).reshape(down, across)
+        filled = np.concatenate([value, np.full(down * across - len(value), np.nan)]).reshape(
+            down, across
+        )
         picture = axes.imshow(filled, cmap="cividis", vmin=0, vmax=top or 1)
         axes.set(xticks=[], yticks=[], title=name)
         axes.grid(False)
-    figure.colorbar(picture, ax=list(grid), orientation="horizontal", aspect=40, label="mean activation of a channel")
+    figure.colorbar(
+        picture,
+        ax=list(grid),
+        orientation="horizontal",
+        aspect=40,
+        label="mean activation of a channel",
+    )
     return figure
 
 
 @styled
-def activation_norms(samples: Mapping[str, Any], auroc: Mapping[str, Any] | None = None, bins: int = 40) -> Figure:
-    """Histograms of ℓ1, ℓ2, ℓ∞: `{name: (l1: [N], l2: [N], linf: [N])}`; `auroc`: `{name: (l1, l2, linf)}` of some."""
+def activation_norms(
+    samples: Mapping[str, Any], auroc: Mapping[str, Any] | None = None, bins: int = 40
+) -> Figure:
+    """Histograms of ℓ1, ℓ2, ℓ∞: `{name: (l1: [N], l2: [N], linf: [N])}`; `auroc`: `{name: (l1, l2,
+    linf)}` of some.
+    """
     figure = Figure((WIDTH, 5.6), layout="constrained")
     for j, (axes, norm) in enumerate(zip(figure.subplots(3, 1), ("ℓ1", "ℓ2", "ℓ∞"))):
-        edges: Any = np.histogram_bin_edges(np.concatenate([np.asarray(v[j]) for v in samples.values()]), bins)
+        edges: Any = np.histogram_bin_edges(
+            np.concatenate([np.asarray(v[j]) for v in samples.values()]), bins
+        )
         for i, (name, values) in enumerate(samples.items()):
             share = np.full(len(values[j]), 1 / len(values[j]))
-            style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)]}
-            axes.hist(np.asarray(values[j]), edges, weights=share, histtype="step", label=name, linewidth=1.4, **style)
+            style: dict[str, Any] = {
+                "color": COLORS[i % len(COLORS)],
+                "linestyle": DASHES[i % len(DASHES)],
+            }
+            axes.hist(
+                np.asarray(values[j]),
+                edges,
+                weights=share,
+                histtype="step",
+                label=name,
+                linewidth=1.4,
+                **style,
+            )
         known = ", ".join(f"{name} {float(found[j]):.2f}" for name, found in (auroc or {}).items())
         axes.set(xlabel=f"{norm} norm" + (f" (AUROC: {known})" if known else ""), ylabel="share")
         _percent(axes.yaxis, whole=False)
@@ -477,7 +657,18 @@ def activation_norms(samples: Mapping[str, Any], auroc: Mapping[str, Any] | None
 
 
 def replicas(sigma: Any, enough: float | None = None) -> Figure:
-    """σ(N) of STRIP's entropies over the number N of replicas, from 2 up: `sigma: [n]`, and the N chosen."""
+    """σ(N) of STRIP's entropies over the number N of replicas, from 2 up: `sigma: [n]`, and the N
+    chosen.
+    """
     sigma = np.asarray(sigma)[1:]
     line = {"clean inputs": sigma}
-    return curves(np.arange(2, len(sigma) + 2), line, None, "replicas N", "σ of the entropy", False, enough, "N =")
+    return curves(
+        np.arange(2, len(sigma) + 2),
+        line,
+        None,
+        "replicas N",
+        "σ of the entropy",
+        False,
+        enough,
+        "N =",
+    )

@@ -1,5 +1,5 @@
-"""What a run is doing: bars with an ETA, the table of a sweep, `progress.json` for whoever looks from elsewhere; and how
-it is asked to stop.
+"""What a run is doing: bars with an ETA, the table of a sweep, `progress.json` for whoever looks
+from elsewhere; and how it is asked to stop.
 """
 
 import contextlib
@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 HEARTBEAT = 5.0
-"""Seconds between two writes of `progress.json`; a run that was silent for ten times as long is not alive."""
+"""Seconds between two writes of `progress.json`; a run that was silent for ten times as long is not
+alive.
+"""
 
 
 class Progress(AbstractContextManager):
-    """A rich bar on a terminal, plain lines elsewhere: `with Progress(total, "training") as bar: bar.step("epoch 3")`."""
+    """A rich bar on a terminal, plain lines elsewhere: `with Progress(total, "training") as bar:
+    bar.step("epoch 3")`.
+    """
 
     def __init__(self, total: float, label: str, quiet: bool = False):
         self.total, self.label, self.quiet = total, label, quiet
@@ -28,10 +32,22 @@ class Progress(AbstractContextManager):
         self.bar: Any = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
             from rich.progress import Progress as Rich
 
-            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "ETA")
+            columns = (
+                "{task.description}",
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                "ETA",
+            )
             self.bar = Rich(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
                             console=Console(stderr=True), transient=True)  # fmt: skip
             self.task = self.bar.add_task(label, total=total, note="")
@@ -43,10 +59,17 @@ class Progress(AbstractContextManager):
         now = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=note)
-        elif not self.quiet and (now - self.spoke > 10 or self.done >= self.total) and now - self.start > 10:
+        elif (
+            not self.quiet
+            and (now - self.spoke > 10 or self.done >= self.total)
+            and now - self.start > 10
+        ):
             self.spoke = now
             left = (now - self.start) / self.done * (self.total - self.done)
-            line = f"{self.label}: {self.done:g}/{self.total:g}, {now - self.start:.0f} s, ETA {left:.0f} s"
+            line = (
+                f"{self.label}: {self.done:g}/{self.total:g}, {now - self.start:.0f} s, ETA "
+                f"{left:.0f} s"
+            )
             print(f"{line} {note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(self, *_: Any) -> None:
@@ -55,16 +78,23 @@ class Progress(AbstractContextManager):
 
 
 class Board(AbstractContextManager):
-    """The state of a run in `path` (None: nowhere), rewritten every few seconds and, if `live`, shown on the terminal.
+    """The state of a run in `path` (None: nowhere), rewritten every few seconds and, if `live`,
+    shown on the terminal.
 
-    `facts`: what `table` shows; `rows` and `before`, the finished rows now and at the start, `total`, `group`, `groups`,
-    `failed`, `doing` …
+    `facts`: what `table` shows; `rows` and `before`, the finished rows now and at the start,
+    `total`, `group`, `groups`, `failed`, `doing` …
     """
 
     def __init__(self, path: Path | None = None, live: bool = False, **facts: Any):
         now = time.time()
         self.path, self.live = path, live and sys.stderr.isatty()
-        self.facts = {"state": "running", "started": now, "updated": now, "host": socket.gethostname(), **facts}
+        self.facts = {
+            "state": "running",
+            "started": now,
+            "updated": now,
+            "host": socket.gethostname(),
+            **facts,
+        }
         self.ended = threading.Event()
         self.screen: Any = None
 
@@ -98,7 +128,9 @@ class Board(AbstractContextManager):
             from rich.live import Live
 
             shown = lambda: table([{**self.facts, "updated": time.time()}])  # noqa: E731
-            self.screen = Live(get_renderable=shown, console=Console(stderr=True), refresh_per_second=2)
+            self.screen = Live(
+                get_renderable=shown, console=Console(stderr=True), refresh_per_second=2
+            )
             self.screen.start()
         return self
 
@@ -112,7 +144,9 @@ class Board(AbstractContextManager):
 
 
 def boards(folder: Path) -> list[dict[str, Any]]:
-    """What the runs that work on a results folder wrote, one a shard; damaged files are left out."""
+    """What the runs that work on a results folder wrote, one a shard;
+    damaged files are left out.
+    """
     found = []
     for path in sorted(folder.glob("progress*.json")):
         with contextlib.suppress(OSError, ValueError):
@@ -135,8 +169,9 @@ def table(facts: Iterable[Mapping[str, Any]]) -> Any:
             state = f"silent for {duration(silent)}: killed?"
         running = state == "running" and rate > 0
         made.add_row(
-            run["shard"], state, f"{run['group']}/{run['groups']}", f"{run['rows']}/{run['total']}", str(run["failed"]),
-            f"{60 * rate:.1f}" if rate else "", duration(left / rate) if running else "", run["devices"], run["doing"],
+            run["shard"], state, f"{run['group']}/{run['groups']}", f"{run['rows']}/{run['total']}",
+            str(run["failed"]), f"{60 * rate:.1f}" if rate else "",
+            duration(left / rate) if running else "", run["devices"], run["doing"],
         )  # fmt: skip
     return made
 
@@ -154,9 +189,11 @@ class Terminated(KeyboardInterrupt):
 
 
 class Stop(AbstractContextManager):
-    """Inside, SIGINT and SIGTERM only ask to stop: `asked` is the signal. The second one ends the process at once.
+    """Inside, SIGINT and SIGTERM only ask to stop: `asked` is the signal. The second one ends the
+    process at once.
 
-    Python runs no signal handler while a compiled program runs, which may take minutes; a thread listens instead.
+    Python runs no signal handler while a compiled program runs, which may take minutes; a thread
+    listens instead.
     """
 
     def __init__(self) -> None:
@@ -172,7 +209,9 @@ class Stop(AbstractContextManager):
         if threading.current_thread() is threading.main_thread():
             self.heard, self.told = os.pipe()
             os.set_blocking(self.told, False)
-            self.before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {
+                s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM)
+            }
             self.earlier = signal.set_wakeup_fd(self.told, warn_on_full_buffer=False)
             threading.Thread(target=self._listen, daemon=True).start()
         return self
@@ -182,7 +221,10 @@ class Stop(AbstractContextManager):
             if number not in self.before:
                 continue
             if self.asked is not None:
-                print("\x1b[?25h" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True)  # the cursor
+                # the cursor
+                print(
+                    "\x1b[?25h" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True
+                )
                 os._exit(128 + number)  # safe at any moment, as kill −9 is
             self.asked = signal.Signals(number)
             after = "what is running" if number == signal.SIGINT else "this epoch"

@@ -1,7 +1,8 @@
-"""One decorated dataclass is a method: its hyper-parameters, its registry entry, its command-line flags, its row of the
-README.
+"""One decorated dataclass is a method: its hyper-parameters, its registry entry, its command-line
+flags, its row of the README.
 
-Array fields are leaves that a sweep may vmap over; fields made with `static()` are part of the compile key.
+Array fields are leaves that a sweep may vmap over; fields made with `static()` are part of the
+compile key.
 """
 
 import dataclasses
@@ -23,13 +24,17 @@ from bdjax.types import BadInput
 
 T = TypeVar("T")
 KINDS = ("attack", "defense", "model", "dataset")
-_CITATION = re.compile(r"\((?P<paper>[^()]+?), (?P<year>\d{4})(?:, arXiv:(?P<arxiv>[\w./-]+))?(?:, [^()]*)?\)")
+_CITATION = re.compile(
+    r"\((?P<paper>[^()]+?), (?P<year>\d{4})(?:, arXiv:(?P<arxiv>[\w./-]+))?(?:, [^()]*)?\)"
+)
 _entries: dict[tuple[str, str], "Entry"] = {}
 _pytrees: dict[str, type] = {}
 
 
 class Entry(NamedTuple):
-    """A registered method. `paper`, `year`, `arxiv` come from the first line of its docstring."""
+    """A registered method. `paper`, `year`,
+    `arxiv` come from the first paragraph of its docstring.
+    """
 
     kind: str
     name: str
@@ -41,7 +46,9 @@ class Entry(NamedTuple):
 
     @property
     def stage(self) -> str:
-        """What a defense returns = the folder that it stands in: train, repair, invert, inputs, samples or models."""
+        """What a defense returns = the folder that it stands in: train, repair, invert, inputs,
+        samples or models.
+        """
         return self.cls.__module__.split(".")[-2]
 
 
@@ -53,20 +60,25 @@ def static(default: Any = dataclasses.MISSING, **kwargs) -> Any:
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass whose non-static fields are pytree leaves."""
-    _pytrees[cls.__name__] = made = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    _pytrees[cls.__name__] = made = jax.tree_util.register_dataclass(
+        dataclasses.dataclass(frozen=True)(cls)
+    )
     return made
 
 
 def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
     def decorate(cls: type[T]) -> type[T]:
         cls = pytree(cls)
-        line = (inspect.getdoc(cls) or "").partition("\n")[0]
-        cite = _CITATION.search(line)
-        # A file run as a script (an experiment that brings a method of its own) has no place in the package.
+        paragraph = (inspect.getdoc(cls) or "").partition("\n\n")[0]
+        cite = _CITATION.search(" ".join(paragraph.split()))
+        # A file run as a script (an experiment that brings a method of its own) has no place in the
+        # package.
         source = Path(inspect.getfile(cls))
         root = Path(__file__).parent.parent
         file = source.relative_to(root).as_posix() if source.is_relative_to(root) else source.name
-        paper, year, arxiv = (cite["paper"], int(cite["year"]), cite["arxiv"]) if cite else ("", None, None)
+        paper, year, arxiv = (
+            (cite["paper"], int(cite["year"]), cite["arxiv"]) if cite else ("", None, None)
+        )
         _entries[kind, name] = Entry(kind, name, paper, year, arxiv, file, cls)
         return cls
 
@@ -118,7 +130,9 @@ def get(kind: str, name: str) -> Entry:
     """The entry `name`; raises `BadInput` with the nearest name."""
     known = {e.name: e for e in entries(kind)}
     if name not in known:
-        raise BadInput(f"unknown {kind} '{name}'{near(name, known)} (`bdjax list {kind}s` shows all)")
+        raise BadInput(
+            f"unknown {kind} '{name}'{near(name, known)} (`bdjax list {kind}s` shows all)"
+        )
     return known[name]
 
 
@@ -127,10 +141,15 @@ def make(kind: str, name: str, preset: str | None = None, **fields) -> Any:
     cls = get(kind, name).cls
     presets = getattr(cls, "presets", {})
     if preset is not None and preset not in presets:
-        raise BadInput(f"{kind} '{name}' has no preset '{preset}'; it has: {', '.join(presets) or 'none'}")
+        raise BadInput(
+            f"{kind} '{name}' has no preset '{preset}'; it has: {', '.join(presets) or 'none'}"
+        )
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := set(fields) - known:
-        raise BadInput(f"{kind} '{name}' has no field '{sorted(unknown)[0]}'; it has: {', '.join(sorted(known))}")
+        raise BadInput(
+            f"{kind} '{name}' has no field '{sorted(unknown)[0]}'; it has: "
+            f"{', '.join(sorted(known))}"
+        )
     return cls(**(presets[preset] if preset else {}) | fields)
 
 
@@ -149,18 +168,25 @@ def is_static(field: dataclasses.Field) -> bool:
 def describe(value: Any, arrays: dict[str, np.ndarray] | None = None) -> Any:
     """The effective configuration as plain JSON values.
 
-    An array of more than 16 values becomes its digest, or, where `arrays` is given, a reference into it, so that
-    `revive` can bring the whole back.
+    An array of more than 16 values becomes its digest, or, where `arrays` is given, a reference
+    into it, so that `revive` can bring the whole back.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name), arrays) for f in dataclasses.fields(value)}
-        return {"name": name_of(value), **fields} if name_of(value) else {"class": type(value).__name__, **fields}
+        fields = {
+            f.name: describe(getattr(value, f.name), arrays) for f in dataclasses.fields(value)
+        }
+        return (
+            {"name": name_of(value), **fields}
+            if name_of(value)
+            else {"class": type(value).__name__, **fields}
+        )
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         array = np.asarray(value)
         if (array.size <= 16 and arrays is None) or array.ndim == 0:
             return array.tolist()
         if arrays is None:
-            return f"{array.dtype}{list(array.shape)}:{hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
+            content = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+            return f"{array.dtype}{list(array.shape)}:{content}"
         arrays[f"a{len(arrays)}"] = array
         return {"array": f"a{len(arrays) - 1}"}
     if isinstance(value, dict):
@@ -182,7 +208,11 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return arrays[described["array"]]
     if "function" in described:
         return None  # code is never read back
-    fields = {k: revive(kind, value, arrays) for k, value in described.items() if k not in ("name", "class")}
+    fields = {
+        k: revive(kind, value, arrays)
+        for k, value in described.items()
+        if k not in ("name", "class")
+    }
     if "class" in described:
         if described["class"] not in _pytrees:
             entries()  # a part that a method's file brings

@@ -1,7 +1,8 @@
 """Rows of results as tables, figures and one self-contained page, the paper's number beside ours.
 
-A row is one finished cell of `results.jsonl`; the rows of a table that share a name are its seeds, shown as mean ±
-sample s.d. Rates are shares in [0, 1] in rows and in `table.csv`, and percentages wherever a person reads them.
+A row is one finished cell of `results.jsonl`; the rows of a table that share a name are its seeds,
+shown as mean ± sample s.d. Rates are shares in [0, 1] in rows and in `table.csv`, and percentages
+wherever a person reads them.
 """
 
 import base64
@@ -33,7 +34,21 @@ FIELDS = ("dataset", "model", "attack", "defense")
 FIRST = ("acc_train", "acc_test", "asr_all", "asr_nt", "far", "frr")
 """Metrics that lead a table, in this order; the others follow as they appear."""
 PERCENT = {
-    *("acc", "asr", "ca", "far", "frr", "fnr", "fpr", "tpr", "tnr", "rate", "share", "precision", "recall"),
+    *(
+        "acc",
+        "asr",
+        "ca",
+        "far",
+        "frr",
+        "fnr",
+        "fpr",
+        "tpr",
+        "tnr",
+        "rate",
+        "share",
+        "precision",
+        "recall",
+    ),
     *("infected", "detected", "flagged", "overlap"),
 }
 """A metric with one of these words in its name is a share."""
@@ -53,7 +68,9 @@ DPI = 144
 
 
 class Trend(NamedTuple):
-    """A claim of the paper, whether our numbers show it (`reproduced`, `partly` or `not`), and the numbers."""
+    """A claim of the paper, whether our numbers show it (`reproduced`, `partly` or `not`), and the
+    numbers.
+    """
 
     claim: str
     verdict: str
@@ -61,7 +78,9 @@ class Trend(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A figure of a page: its file's name, heading and caption, and the drawing, as `plots` makes it."""
+    """A figure of a page: its file's name, heading and caption, and the drawing, as `plots` makes
+    it.
+    """
 
     name: str
     title: str
@@ -79,7 +98,9 @@ class Picture(NamedTuple):
 
 
 class Section(NamedTuple):
-    """What a results folder brings to a page. `seconds`: by stage; `chosen`: rows shown once more, such as the best."""
+    """What a results folder brings to a page. `seconds`: by stage; `chosen`: rows shown once more,
+    such as the best.
+    """
 
     title: str
     rows: Sequence[Row]
@@ -95,21 +116,28 @@ class Section(NamedTuple):
 
 
 def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """Tables `{name, metrics, rows}` in order of first appearance, with one row for all the seeds of a name.
+    """Tables `{name, metrics, rows}` in order of first appearance, with one row for all the seeds
+    of a name.
 
-    A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, metrics, seconds, oracle,
-    substitute}` and a metric `{n, mean, sd, paper, delta}`; `sd` is None for one seed, `paper` and `delta` where the
-    paper has no number.
+    A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, metrics,
+    seconds, oracle, substitute}` and a metric `{n, mean, sd, paper, delta}`; `sd` is None for one
+    seed, `paper` and `delta` where the paper has no number.
     """
     rows = list(rows)
     scales = {row.get("scale") for row in rows}
     tables: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
-        # Rows of several scales, data sets, nets or methods never share a mean, whatever they are called.
-        name = (row.get("table") or "Results") + (f" ({row.get('scale')})" if len(scales) > 1 else "")
+        # Rows of several scales, data sets, nets or methods never share a mean, whatever they are
+        # called.
+        name = (row.get("table") or "Results") + (
+            f" ({row.get('scale')})" if len(scales) > 1 else ""
+        )
         key = (row.get("row") or "", *(row.get(field) for field in FIELDS))
         tables.setdefault(name, {}).setdefault(key, []).append(row)
-    return [_table(name, [_line(key[0], cells) for key, cells in groups.items()]) for name, groups in tables.items()]
+    return [
+        _table(name, [_line(key[0], cells) for key, cells in groups.items()])
+        for name, groups in tables.items()
+    ]
 
 
 def _table(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -135,7 +163,10 @@ def _line(label: str, cells: list[Row]) -> dict[str, Any]:
         "failed": len(cells) - len(done),
         "errors": _different(cells, "error"),
         "metrics": {m: stat for m, stat in stats.items() if stat["n"] or stat["paper"] is not None},
-        "seconds": {part: _stat([c["seconds"].get(part) for c in done], None)["mean"] for part in ("compile", "run")},
+        "seconds": {
+            part: _stat([c["seconds"].get(part) for c in done], None)["mean"]
+            for part in ("compile", "run")
+        },
         "oracle": any(cell.get("oracle") for cell in cells),
         "substitute": ", ".join(_different(cells, "substitute")) or None,
     }
@@ -164,11 +195,17 @@ def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
 
 def seeds(rows: Iterable[Row], row: str, table: str | None = None) -> list[Row]:
     """The finished seeds of a row."""
-    return [r for r in rows if r["row"] == row and table in (None, r["table"]) and not r.get("error")]
+    return [
+        r for r in rows if r["row"] == row and table in (None, r["table"]) and not r.get("error")
+    ]
 
 
-def arrays(rows: Iterable[Row], store: Store, row: str, table: str | None = None) -> list[tuple[Row, dict[str, Any]]]:
-    """The finished seeds of a row, each with its arrays; without those whose arrays were not kept with the rows."""
+def arrays(
+    rows: Iterable[Row], store: Store, row: str, table: str | None = None
+) -> list[tuple[Row, dict[str, Any]]]:
+    """The finished seeds of a row, each with its arrays; without those whose arrays were not kept
+    with the rows.
+    """
     return [(r, found) for r in seeds(rows, row, table) if (found := store.arrays(r["run"]))]
 
 
@@ -231,7 +268,11 @@ def paper(metric: str, stat: Mapping[str, Any] | None) -> str:
     """The paper's number with the decimals that the paper gave."""
     if stat is None or stat["paper"] is None:
         return "—"
-    return f"{100 * stat['paper']:.2f}".rstrip("0").rstrip(".") if is_percent(metric) else f"{stat['paper']:g}"
+    return (
+        f"{100 * stat['paper']:.2f}".rstrip("0").rstrip(".")
+        if is_percent(metric)
+        else f"{stat['paper']:g}"
+    )
 
 
 def delta(metric: str, stat: Mapping[str, Any] | None) -> str:
@@ -245,7 +286,9 @@ def delta(metric: str, stat: Mapping[str, Any] | None) -> str:
 def _pair(metric: str, stat: Mapping[str, Any] | None, n: int) -> str:
     if stat is None or stat["paper"] is None:
         return ours(metric, stat, n)
-    return f"{paper(metric, stat)} → {ours(metric, stat, n)}" + (f" (Δ {delta(metric, stat)})" if stat["n"] else "")
+    return f"{paper(metric, stat)} → {ours(metric, stat, n)}" + (
+        f" (Δ {delta(metric, stat)})" if stat["n"] else ""
+    )
 
 
 def _seconds(value: float | None) -> str:
@@ -275,7 +318,11 @@ def _caption(table: Mapping[str, Any]) -> str:
 def _shown(table: Mapping[str, Any]) -> list[str]:
     """Fields that need a column."""
     fixed = _fixed(table)
-    return [f for f in (*FIELDS, "n") if f not in fixed and any(line[f] is not None for line in table["rows"])]
+    return [
+        f
+        for f in (*FIELDS, "n")
+        if f not in fixed and any(line[f] is not None for line in table["rows"])
+    ]
 
 
 # --- Files ---
@@ -289,7 +336,11 @@ def csv(tables: Iterable[Mapping[str, Any]]) -> str:
             record = {k: line[k] for k in ("experiment", "scale")} | {"table": table["name"]}
             record |= {k: line[k] for k in ("row", *FIELDS, "n", "failed")}
             for metric, stat in line["metrics"].items():
-                record |= {metric: stat["mean"], f"{metric}_sd": stat["sd"], f"{metric}_paper": stat["paper"]}
+                record |= {
+                    metric: stat["mean"],
+                    f"{metric}_sd": stat["sd"],
+                    f"{metric}_paper": stat["paper"],
+                }
             record |= {f"seconds_{k}": v for k, v in line["seconds"].items()}
             records.append(record | {k: line[k] for k in ("oracle", "substitute")})
     frame = pl.DataFrame(records, infer_schema_length=None)
@@ -310,8 +361,12 @@ def markdown(sections: Iterable[Section]) -> str:
         for table in _tables(section):
             fields, metrics = _shown(table), table["metrics"]
             remarks = [", ".join(_md(text) for _, text in _remarks(line)) for line in table["rows"]]
-            heads = ["", *fields, *map(label_of, metrics), "compile s", "run s"] + ["remarks"] * any(remarks)
-            align = ["---"] * (1 + len(fields)) + ["---:"] * (len(metrics) + 2) + ["---"] * any(remarks)
+            heads = ["", *fields, *map(label_of, metrics), "compile s", "run s"] + [
+                "remarks"
+            ] * any(remarks)
+            align = (
+                ["---"] * (1 + len(fields)) + ["---:"] * (len(metrics) + 2) + ["---"] * any(remarks)
+            )
             body = []
             for line, remark in zip(table["rows"], remarks, strict=True):
                 cells = [line["row"], *("—" if line[f] is None else line[f] for f in fields)]
@@ -324,13 +379,18 @@ def markdown(sections: Iterable[Section]) -> str:
             parts += ["## Notes", "\n".join(f"- {_md(note)}" for note in section.notes)]
         if section.trends:
             trends = (Trend(*trend) for trend in section.trends)
-            parts += ["## Trends", "\n".join(f"- **{t.verdict}**: {_md(t.claim)} ({_md(t.numbers)})" for t in trends)]
+            parts += [
+                "## Trends",
+                "\n".join(f"- **{t.verdict}**: {_md(t.claim)} ({_md(t.numbers)})" for t in trends),
+            ]
     parts.append("paper → ours: mean ± sample standard deviation over n seeds; Δ = ours − paper.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _md(text: Any) -> str:
-    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    text = (
+        " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    )
     return re.sub(r"([*_`\[\]])", r"\\\1", text)
 
 
@@ -339,7 +399,13 @@ def draw(figures: Iterable[tuple[str, str, str, figure.Figure]]) -> list[Picture
     made = []
     for name, title, caption, drawing in figures:
         buffer = io.BytesIO()
-        drawing.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        drawing.savefig(
+            buffer,
+            format="png",
+            dpi=DPI,
+            metadata={"Software": None},
+            pil_kwargs={"optimize": True},
+        )
         made.append(Picture(name, title, caption, buffer.getvalue()))
     return made
 
@@ -354,15 +420,26 @@ def write(
     seconds: Mapping[str, float] | None = None,
     command: str | None = None,
 ) -> Path:
-    """Writes `table.csv`, `table.md`, `index.html` and `figures/*.png` to `folder`, all or none; returns the page.
+    """Writes `table.csv`, `table.md`, `index.html` and `figures/*.png` to `folder`, all or none;
+    returns the page.
 
-    `figures`: `Figure`s; `trends`: `Trend`s; `notes`: lines for the page; `seconds`: by stage; `command`: as typed.
-    `report.json` keeps what is not in the rows, for `merge`.
+    `figures`: `Figure`s; `trends`: `Trend`s; `notes`: lines for the page; `seconds`: by stage;
+    `command`: as typed. `report.json` keeps what is not in the rows, for `merge`.
     """
     section = Section(
-        title, rows, draw(figures), list(notes), [Trend(*trend) for trend in trends], seconds or {}, command
+        title,
+        rows,
+        draw(figures),
+        list(notes),
+        [Trend(*trend) for trend in trends],
+        seconds or {},
+        command,
     )
-    about = {name: value for name, value in section._asdict().items() if name not in ("rows", "pictures", "chosen")}
+    about = {
+        name: value
+        for name, value in section._asdict().items()
+        if name not in ("rows", "pictures", "chosen")
+    }
     about["figures"] = [picture[:3] for picture in section.pictures]
     files = {f"figures/{picture.name}.png": picture.png for picture in section.pictures}
     files["report.json"] = json.dumps(about, indent=1, ensure_ascii=False).encode()
@@ -390,7 +467,9 @@ def load(folder: str | Path) -> Section:
     """A results folder, also one whose run was interrupted before it wrote its page."""
     folder = Path(folder)
     if not result_files(folder):
-        raise BadInput(f"{folder} has no results.jsonl: give a folder that `bdjax run` or `bdjax sweep` wrote")
+        raise BadInput(
+            f"{folder} has no results.jsonl: give a folder that `bdjax run` or `bdjax sweep` wrote"
+        )
     rows = Store(folder).rows()
     if not rows:
         raise BadInput(f"{folder}/results.jsonl has no finished row yet")
@@ -400,9 +479,13 @@ def load(folder: str | Path) -> Section:
     try:
         about = json.loads((folder / "report.json").read_text())
         figures = about.pop("figures")
-        section = section._replace(**about | {"trends": [Trend(*trend) for trend in about["trends"]]})
+        section = section._replace(
+            **about | {"trends": [Trend(*trend) for trend in about["trends"]]}
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{folder}/report.json is damaged: delete it, the rows are in results.jsonl") from error
+        raise BadInput(
+            f"{folder}/report.json is damaged: delete it, the rows are in results.jsonl"
+        ) from error
     pictures = []
     for name, title, caption in figures:
         path = folder / "figures" / f"{name}.png"
@@ -418,10 +501,11 @@ def merge(
     y: str | None = None,
     metric: str | None = None,
 ) -> Path:
-    """One page, CSV and Markdown for several results folders, in `out` (None: the folder itself, `report` for several).
+    """One page, CSV and Markdown for several results folders, in `out` (None: the folder itself,
+    `report` for several).
 
-    With `metric` each folder shows the best defense of every victim, with `x` too a pivot over that axis (and `y`).
-    Returns the page.
+    With `metric` each folder shows the best defense of every victim, with `x` too a pivot over that
+    axis (and `y`). Returns the page.
     """
     sections = []
     for folder in folders:
@@ -429,11 +513,16 @@ def merge(
         if metric:
             section = section._replace(chosen=best(section.rows, metric))
         if metric and x:
-            section = section._replace(pictures=[*section.pictures, *draw(pivot_figures(section.rows, x, y, metric))])
+            section = section._replace(
+                pictures=[*section.pictures, *draw(pivot_figures(section.rows, x, y, metric))]
+            )
         sections.append(section)
     several = len(sections) > 1
     out = out or ("report" if several else folders[0])
-    return _save(Path(out), _documents(sections, f"{len(sections)} results" if several else sections[0].title))
+    return _save(
+        Path(out),
+        _documents(sections, f"{len(sections)} results" if several else sections[0].title),
+    )
 
 
 # --- The page ---
@@ -447,7 +536,9 @@ class _Cell(NamedTuple):
 
 
 class _Column(NamedTuple):
-    """`group`: the heading over several columns, "" for none; `kind`: number, text, remarks or a part of a pair."""
+    """`group`: the heading over several columns, "" for none; `kind`: number, text, remarks or a
+    part of a pair.
+    """
 
     group: str
     head: str
@@ -462,7 +553,10 @@ def _columns(table: Mapping[str, Any]) -> list[_Column]:
     # The numbers come first: on a phone, what stands behind them has to be scrolled to.
     fields = []
     for field in _shown(table):
-        cells = [_Cell("—", "") if line[field] is None else _Cell(str(line[field]), line[field]) for line in lines]
+        cells = [
+            _Cell("—", "") if line[field] is None else _Cell(str(line[field]), line[field])
+            for line in lines
+        ]
         fields.append(_Column("", field, "number" if field == "n" else "text", "", cells))
     columns += [column for column in fields if column.head == "n"]
     for metric in table["metrics"]:
@@ -472,7 +566,9 @@ def _columns(table: Mapping[str, Any]) -> list[_Column]:
         def value(name: str, stats=stats) -> list[Any]:
             return ["" if stat is None or stat[name] is None else stat[name] for stat in stats]
 
-        mine = [_Cell(ours(metric, s, line["n"]), v) for s, line, v in zip(stats, lines, value("mean"))]
+        mine = [
+            _Cell(ours(metric, s, line["n"]), v) for s, line, v in zip(stats, lines, value("mean"))
+        ]
         if not any(stat and stat["paper"] is not None for stat in stats):
             columns.append(_Column("", label, "number", hint, mine))
             continue
@@ -482,7 +578,10 @@ def _columns(table: Mapping[str, Any]) -> list[_Column]:
         columns.append(_Column(label, "ours", "number ours", hint, mine))
         columns.append(_Column(label, "Δ", "number delta", "ours − paper", gaps))
     for part in ("compile", "run"):
-        cells = [_Cell(_seconds(v), "" if v is None else v) for v in (line["seconds"][part] for line in lines)]
+        cells = [
+            _Cell(_seconds(v), "" if v is None else v)
+            for v in (line["seconds"][part] for line in lines)
+        ]
         columns.append(_Column("seconds", part, "number", "mean over the cells of a row", cells))
     columns += [column for column in fields if column.head != "n"]
     if any(map(_remarks, lines)):
@@ -502,7 +601,13 @@ def _view(table: Mapping[str, Any], anchor: str) -> dict[str, Any]:
         {"marks": _remarks(line), "cells": [(column, column.cells[i]) for column in columns]}
         for i, line in enumerate(table["rows"])
     ]
-    return {"id": anchor, "name": table["name"], "caption": _caption(table), "heads": heads, "body": body}
+    return {
+        "id": anchor,
+        "name": table["name"],
+        "caption": _caption(table),
+        "heads": heads,
+        "body": body,
+    }
 
 
 def _facts(section: Section) -> list[tuple[str, str]]:
@@ -514,15 +619,21 @@ def _facts(section: Section) -> list[tuple[str, str]]:
 
 
 def _stages(section: Section) -> list[tuple[str, str, float]]:
-    """`(stage, seconds as text, share)`. Without a record of stages, the time that the cells ran."""
-    seconds = dict(section.seconds) or {"run": sum(row["seconds"].get("run", 0.0) for row in section.rows)}
+    """`(stage, seconds as text, share)`. Without a record of stages,
+    the time that the cells ran.
+    """
+    seconds = dict(section.seconds) or {
+        "run": sum(row["seconds"].get("run", 0.0) for row in section.rows)
+    }
     total = seconds.pop("total", 0.0)
     shown = [(stage, _seconds(spent), spent) for stage, spent in seconds.items() if spent]
     return [*shown, ("total", _seconds(total), 0.0)] if total else shown
 
 
 def page(sections: Sequence[Section], title: str) -> str:
-    """One self-contained HTML page: nothing is fetched, sorting and the colour scheme need no library."""
+    """One self-contained HTML page: nothing is fetched, sorting and the colour scheme need no
+    library.
+    """
     views = []
     for i, section in enumerate(sections):
         pictures = [
@@ -559,7 +670,9 @@ def page(sections: Sequence[Section], title: str) -> str:
 
 
 def console_tables(rows: Iterable[Row], width: int = 110) -> Group:
-    """The tables within `width` columns; remarks, and metrics of few rows or beyond the width, stand below."""
+    """The tables within `width` columns; remarks, and metrics of few rows or beyond the width,
+    stand below.
+    """
     return Group(*(part for table in aggregate(rows) for part in _console(table, width)))
 
 
@@ -567,11 +680,18 @@ def _console(table: Mapping[str, Any], width: int) -> list[Any]:
     lines = table["rows"]
     name = min(max(len(line["row"]) for line in lines), 32)
     sizes = not _fixed(table).get("n")
-    cells = {m: [_stacked(m, line["metrics"].get(m), line["n"]) for line in lines] for m in table["metrics"]}
-    widths = {m: max(len(text) for text in (label_of(m), *(t for cell in cells[m] for t in cell))) + 2 for m in cells}
+    cells = {
+        m: [_stacked(m, line["metrics"].get(m), line["n"]) for line in lines]
+        for m in table["metrics"]
+    }
+    widths = {
+        m: max(len(text) for text in (label_of(m), *(t for cell in cells[m] for t in cell))) + 2
+        for m in cells
+    }
     known = {m: sum(m in line["metrics"] for line in lines) for m in cells}
     reported = {m: any(cell[1] for cell in cells[m]) for m in cells}
-    # The paper's metrics come first, then those of every table, then the others, as far as there is room.
+    # The paper's metrics come first, then those of every table, then the others, as far as there is
+    # room.
     left, chosen = width - name - 11 - 4 * sizes, set()
     for metric in sorted(cells, key=lambda m: (not reported[m], m not in FIRST)):
         if widths[metric] <= left and 2 * known[metric] >= len(lines):
@@ -579,22 +699,29 @@ def _console(table: Mapping[str, Any], width: int) -> list[Any]:
             left -= widths[metric]
 
     title, caption = Text(table["name"], "bold"), Text(_caption(table), "dim")
-    grid = Table(title=title, caption=caption, box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="",
+    grid = Table(title=title, caption=caption, box=None, padding=(0, 2, 0, 0), pad_edge=False,
+                 header_style="",
                  title_justify="left", caption_justify="left")  # fmt: skip
     grid.add_column("", min_width=name, max_width=name, overflow="fold")
     if sizes:
         grid.add_column(Text("n", "bold"), justify="right")
     for metric in filter(chosen.__contains__, cells):
-        head = Text(label_of(metric), "bold").append("\npaper, Δ" if reported[metric] else "", "not bold dim")
+        head = Text(label_of(metric), "bold").append(
+            "\npaper, Δ" if reported[metric] else "", "not bold dim"
+        )
         grid.add_column(head, justify="right", no_wrap=True)
-    grid.add_column(Text("seconds", "bold").append("\ncompile", "not bold dim"), justify="right", no_wrap=True)
+    grid.add_column(
+        Text("seconds", "bold").append("\ncompile", "not bold dim"), justify="right", no_wrap=True
+    )
     below = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
     below.add_column(min_width=name, max_width=name, overflow="fold")
     below.add_column(max_width=width - name - 2, overflow="fold")
     for i, line in enumerate(lines):
         stacked = [cells[m][i] for m in cells if m in chosen]
         stacked.append((_seconds(line["seconds"]["run"]), _seconds(line["seconds"]["compile"])))
-        texts = [Text(first).append(f"\n{second}" if second else "", "dim") for first, second in stacked]
+        texts = [
+            Text(first).append(f"\n{second}" if second else "", "dim") for first, second in stacked
+        ]
         grid.add_row(Text(line["row"]), *([str(line["n"])] * sizes), *texts)
         rest = [m for m in cells if m in line["metrics"] and m not in chosen]
         notes = [f"{label_of(m)} {_pair(m, line['metrics'][m], line['n'])}" for m in rest]
@@ -611,19 +738,31 @@ def _stacked(metric: str, stat: Mapping[str, Any] | None, n: int) -> tuple[str, 
 
 def line(row: Row) -> str:
     """A finished row in one line, for progress."""
-    numbers = [f"{label_of(m)} {_pair(m, _stat([row['metrics'].get(m)], v), 1)}" for m, v in _known(row).items()]
+    numbers = [
+        f"{label_of(m)} {_pair(m, _stat([row['metrics'].get(m)], v), 1)}"
+        for m, v in _known(row).items()
+    ]
     text = f"failed: {row['error']}" if row.get("error") else ", ".join(numbers)
-    return f"{row.get('table')}, {row.get('row')}, seed {row.get('seed')}: {text} [{_seconds(row['seconds']['run'])} s]"
+    return (
+        f"{row.get('table')}, {row.get('row')}, seed {row.get('seed')}: {text} "
+        f"[{_seconds(row['seconds']['run'])} s]"
+    )
 
 
 def _known(row: Row) -> dict[str, Any]:
     """The metrics that lead a table or that the paper has, with the paper's number."""
     reported = row.get("reported") or {}
-    return {m: reported.get(m) for m in dict.fromkeys([*FIRST, *reported]) if row["metrics"].get(m) is not None}
+    return {
+        m: reported.get(m)
+        for m in dict.fromkeys([*FIRST, *reported])
+        if row["metrics"].get(m) is not None
+    }
 
 
 def print_table(rows: Iterable[Row], console: Console | None = None) -> None:
-    """Prints "paper vs ours": ours above, the paper's and the difference below. Plain text without a terminal."""
+    """Prints "paper vs ours": ours above, the paper's and the difference below. Plain text without
+    a terminal.
+    """
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=max(console.width, 110))
@@ -634,7 +773,9 @@ def print_table(rows: Iterable[Row], console: Console | None = None) -> None:
 
 
 class Pivot(NamedTuple):
-    """A metric over two axes. `x: [X]`, `y: [Y]`: the values that occur; `mean, sd, n: [Y, X]`: over the rows there."""
+    """A metric over two axes. `x: [X]`, `y: [Y]`: the values that occur; `mean, sd, n: [Y, X]`:
+    over the rows there.
+    """
 
     x: list[Any]
     y: list[Any]
@@ -644,7 +785,9 @@ class Pivot(NamedTuple):
 
 
 def lookup(row: Row, path: str) -> Any:
-    """A field of a row (`seed`, `dataset`), or of its configuration by dots (`attack.rate`); None where it has none."""
+    """A field of a row (`seed`, `dataset`), or of its configuration by dots (`attack.rate`); None
+    where it has none.
+    """
     if path in row and not isinstance(row[path], Mapping):
         return row[path]
     value: Any = row.get("config")
@@ -664,12 +807,16 @@ def axes(rows: Iterable[Row]) -> list[str]:
             yield path
 
     rows = list(rows)
-    found = dict.fromkeys([*FIELDS, "seed", "row", *(path for row in rows for path in paths(row.get("config") or {}))])
+    found = dict.fromkeys(
+        [*FIELDS, "seed", "row", *(path for row in rows for path in paths(row.get("config") or {}))]
+    )
     return [path for path in found if len({lookup(row, path) for row in rows}) > 1]
 
 
 def pivot(rows: Iterable[Row], x: str, y: str | None, metric: str) -> Pivot:
-    """`metric` over the axes `x` and `y` (None: one line); failed rows, and rows that lack an axis, are left out."""
+    """`metric` over the axes `x` and `y` (None: one line); failed rows, and rows that lack an axis,
+    are left out.
+    """
     rows = [row for row in rows if not row.get("error")]
     cells: dict[tuple[Any, Any], list[float]] = {}
     for row in rows:
@@ -694,8 +841,13 @@ def _explain(rows: Sequence[Row], asked: Sequence[str], metric: str) -> None:
     known = sorted({name for row in rows for name in row["metrics"]})
     if metric not in known:
         near = difflib.get_close_matches(metric, known, n=1, cutoff=0.0)
-        raise BadInput(f"no row has the metric '{metric}'" + (f"; the nearest is '{near[0]}'" if near else ""))
-    raise BadInput(f"no row has {' and '.join(map(repr, asked))}; what varies: {', '.join(axes(rows)) or 'nothing'}")
+        raise BadInput(
+            f"no row has the metric '{metric}'" + (f"; the nearest is '{near[0]}'" if near else "")
+        )
+    raise BadInput(
+        f"no row has {' and '.join(map(repr, asked))}; what varies: "
+        f"{', '.join(axes(rows)) or 'nothing'}"
+    )
 
 
 def pivot_figures(rows: Iterable[Row], x: str, y: str | None, metric: str) -> list[Figure]:
@@ -709,18 +861,31 @@ def pivot_figures(rows: Iterable[Row], x: str, y: str | None, metric: str) -> li
     lines = {f"{y} = {value}" if y else label: table.mean[i] for i, value in enumerate(table.y)}
     spread = {line: table.sd[i] for i, line in enumerate(lines)}
     curve = plots.curves(table.x, lines, spread, xlabel=x, ylabel=label, percent=percent)
-    made = [Figure(f"{name}-lines", f"{title}: lines", f"Mean and one sample standard deviation, {counts}.", curve)]
+    made = [
+        Figure(
+            f"{name}-lines",
+            f"{title}: lines",
+            f"Mean and one sample standard deviation, {counts}.",
+            curve,
+        )
+    ]
     if y:
-        picture = plots.heat_map(table.mean, table.x, table.y, xlabel=x, ylabel=y, label=label, percent=percent)
-        made.insert(0, Figure(f"{name}-map", f"{title}: map", f"Mean, {counts}; blank: not run.", picture))
+        picture = plots.heat_map(
+            table.mean, table.x, table.y, xlabel=x, ylabel=y, label=label, percent=percent
+        )
+        made.insert(
+            0, Figure(f"{name}-map", f"{title}: map", f"Mean, {counts}; blank: not run.", picture)
+        )
     return made
 
 
 def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str, Any]]:
-    """For each victim the rows of the defense, without oracle, that is best by the mean of `metric` over seeds.
+    """For each victim the rows of the defense, without oracle, that is best by the mean of `metric`
+    over seeds.
 
-    Low is good for success and error rates, high for all else. A net that cannot classify is no answer: a cell more
-    than `drop` of accuracy below the victim's most accurate defended cell does not count.
+    Low is good for success and error rates, high for all else. A net that cannot classify is no
+    answer: a cell more than `drop` of accuracy below the victim's most accurate defended cell does
+    not count.
     """
     rows = [row for row in rows if not row.get("error")]
     victims: dict[str, dict[str, list[Row]]] = {}
@@ -737,13 +902,19 @@ def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str,
         return _stat([row["metrics"].get(name) for row in cell], None)["mean"] or 0.0
 
     sign = 1 if {"asr", "far", "frr", "fnr", "fpr"}.isdisjoint(re.split(r"[_.]", metric)) else -1
-    varying = [path for path in axes(rows) if path.startswith(("attack.", "recipe.", "model.", "dataset."))]
+    varying = [
+        path for path in axes(rows) if path.startswith(("attack.", "recipe.", "model.", "dataset."))
+    ]
     found = []
     for cells in victims.values():
         top = max(mean(cell, "acc_test") for cell in cells.values())
         able = [cell for cell in cells.values() if mean(cell, "acc_test") >= top - drop]
         winner = max(able, key=lambda cell: sign * mean(cell, metric))
-        setting = [f"{path} {lookup(winner[0], path)}" for path in varying if not path.endswith(".name")]
+        setting = [
+            f"{path} {lookup(winner[0], path)}" for path in varying if not path.endswith(".name")
+        ]
         label = ", ".join([*setting, str(winner[0]["row"])])
-        found += [{**row, "table": f"Best defense by {label_of(metric)}", "row": label} for row in winner]
+        found += [
+            {**row, "table": f"Best defense by {label_of(metric)}", "row": label} for row in winner
+        ]
     return found

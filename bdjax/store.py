@@ -1,8 +1,9 @@
-"""What a run leaves behind: an append-only `results.jsonl`, arrays for figures, and models as Orbax checkpoints.
+"""What a run leaves behind: an append-only `results.jsonl`, arrays for figures, and models as Orbax
+checkpoints.
 
-Everything but the JSONL is written to a temporary name and renamed. A line is written in one piece and fsynced; a line
-torn by a crash is cut off by the next writer. Nothing that is read back can run code: JSON, `.npz` without pickles,
-Orbax arrays.
+Everything but the JSONL is written to a temporary name and renamed. A line is written in one piece
+and fsynced; a line torn by a crash is cut off by the next writer. Nothing that is read back can run
+code: JSON, `.npz` without pickles, Orbax arrays.
 """
 
 import contextlib
@@ -33,14 +34,17 @@ def explained(path: Path, action: str = "write"):
     try:
         yield
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        reason = (
+            "the disk is full" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        )
         raise BadInput(f"cannot {action} {path}: {reason}") from error
 
 
 @contextmanager
 def renamed(path: Path):
-    """A temporary sibling of `path` that becomes `path` when the block ends well, and vanishes when it does not. A folder
-    that was there before is moved aside whole, and deleted only when the new one stands.
+    """A temporary sibling of `path` that becomes `path` when the block ends well, and vanishes when
+    it does not. A folder that was there before is moved aside whole, and deleted only when the new
+    one stands.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +59,8 @@ def renamed(path: Path):
 
 
 class Store:
-    """A results folder. `shard`: (i, n) where this process is one of n that share the work: it has a results file of its
-    own.
+    """A results folder. `shard`: (i, n) where this process is one of n that share the work: it has
+    a results file of its own.
     """
 
     def __init__(self, folder: str | Path, shard: tuple[int, int] | None = None):
@@ -74,7 +78,9 @@ class Store:
 
     @contextmanager
     def locked(self):
-        """Keeps the shard for this process: a second one that wants it is refused. The lock dies with the process."""
+        """Keeps the shard for this process: a second one that wants it is refused. The lock dies
+        with the process.
+        """
         path = self.folder / f".results{self.suffix}.lock"
         with explained(path):
             file = open(path, "a+")  # noqa: SIM115
@@ -86,7 +92,8 @@ class Store:
                 owner = file.read().strip() or "another process"
                 shard = "" if self.shard is None else f" (shard {self.shard[0]}/{self.shard[1]})"
                 line = (
-                    f"{self.folder}{shard} is being worked on by {owner}: wait for it, or give each its own --shard i/n"
+                    f"{self.folder}{shard} is being worked on by {owner}: wait for it, or give "
+                    "each its own --shard i/n"
                 )
                 raise BadInput(line) from None
             with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
@@ -96,7 +103,9 @@ class Store:
             yield
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows whose run is not there yet; on return they are on the disk. Safe with several writers."""
+        """Adds rows whose run is not there yet; on return they are on the disk. Safe with several
+        writers.
+        """
         with explained(self.results), open(self.results, "ab+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             known = {row["run"] for row in read_rows([self.results])}
@@ -106,7 +115,9 @@ class Store:
             if whole != end:
                 file.truncate(whole)
             new = {row["run"]: row for row in rows if row["run"] not in known}.values()
-            text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in new).encode()
+            text = "".join(
+                json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in new
+            ).encode()
             try:
                 file.write(text)
                 file.flush()
@@ -128,7 +139,11 @@ class Store:
 
 def result_files(folder: Path) -> list[Path]:
     """The results files of a folder, that of an unsharded run first."""
-    return [path for path in (folder / "results.jsonl", *sorted(folder.glob("results-*-of-*.jsonl"))) if path.exists()]
+    return [
+        path
+        for path in (folder / "results.jsonl", *sorted(folder.glob("results-*-of-*.jsonl")))
+        if path.exists()
+    ]
 
 
 def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -160,8 +175,8 @@ def remember(name: str, key: str, value: Any) -> None:
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """A pytree of arrays as an Orbax checkpoint; as `.npz` where JAX knows of other hosts: Orbax would wait for them, and
-    let the first one alone write.
+    """A pytree of arrays as an Orbax checkpoint; as `.npz` where JAX knows of other hosts: Orbax
+    would wait for them, and let the first one alone write.
     """
     leaves = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
     with renamed(path) as temporary:
@@ -182,7 +197,9 @@ def _checkpointer() -> Any:
 
 
 def load_tree(path: Path, like: Any) -> Any:
-    """The pytree saved at `path`, with the structure of `like`; `BadInput` where it is damaged or of other shapes."""
+    """The pytree saved at `path`, with the structure of `like`; `BadInput` where it is damaged or
+    of other shapes.
+    """
     try:
         if (path / "leaves.npz").exists():
             saved = dict(np.load(path / "leaves.npz", allow_pickle=False))
@@ -203,9 +220,11 @@ def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def save_model(path: str | Path, net: Any, model: Model, variables: Variables, **about: Any) -> None:
-    """A model folder: `model.json` (the net, its images, and `about`: attack, dataset, metrics …), arrays and
-    `variables`.
+def save_model(
+    path: str | Path, net: Any, model: Model, variables: Variables, **about: Any
+) -> None:
+    """A model folder: `model.json` (the net, its images, and `about`: attack, dataset, metrics …),
+    arrays and `variables`.
     """
     arrays: dict[str, np.ndarray] = {}
     described = {
@@ -222,12 +241,15 @@ def save_model(path: str | Path, net: Any, model: Model, variables: Variables, *
 
 
 def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]:
-    """`(net, model, variables, about)` of a model folder; `attack`, `dataset`, `recipe` and `defenses` (those
-    applied, in order) in `about` are revived.
+    """`(net, model, variables, about)` of a model folder; `attack`, `dataset`, `recipe` and
+    `defenses` (those applied, in order) in `about` are revived.
     """
     path = Path(path)
     if not (path / "model.json").is_file():
-        raise BadInput(f"{path} is no model folder: it has no model.json (`bdjax train --out {path}` makes one)")
+        raise BadInput(
+            f"{path} is no model folder: it has no model.json (`bdjax train --out {path}` makes "
+            "one)"
+        )
     try:
         about = json.loads((path / "model.json").read_text())
         arrays = dict(np.load(path / "arrays.npz", allow_pickle=False))
@@ -248,7 +270,9 @@ def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]
     if masked:
         probe = jax.ShapeDtypeStruct((1, *shape), np.float32)
         acts = jax.eval_shape(lambda v, x: model.apply(v, x).acts, like, probe)
-        like["masks"] = {site: jax.ShapeDtypeStruct(acts[site].shape[-1:], np.float32) for site in masked}
+        like["masks"] = {
+            site: jax.ShapeDtypeStruct(acts[site].shape[-1:], np.float32) for site in masked
+        }
     return net, model, load_tree(path / "variables", like), about
 
 

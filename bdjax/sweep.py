@@ -1,9 +1,11 @@
-"""From cells to rows: cells that differ in numbers alone are stacked and run as one compiled program.
+"""From cells to rows: cells that differ in numbers alone are stacked and run as one compiled
+program.
 
-A `Cell` names a victim (dataset × model × recipe × attack × seed) and what is done to it. The victim of several
-defenses is trained once, in chunks that are checkpointed, and kept by the hash of its configuration. Rows are on disk
-as soon as their group ends; a run that was interrupted goes on where it stopped. Processes that share the work by
-victims (`Store.shard`) never talk to each other: their rows are merged by whoever reads them.
+A `Cell` names a victim (dataset × model × recipe × attack × seed) and what is done to it. The
+victim of several defenses is trained once, in chunks that are checkpointed, and kept by the hash of
+its configuration. Rows are on disk as soon as their group ends; a run that was interrupted goes on
+where it stopped. Processes that share the work by victims (`Store.shard`) never talk to each other:
+their rows are merged by whoever reads them.
 """
 
 import dataclasses
@@ -34,20 +36,35 @@ from bdjax.defenses.base import Defense
 from bdjax.models.layers import Net, build
 from bdjax.progress import Board, Progress, Stop
 from bdjax.store import Store, load_tree, recall, remember, renamed, save_tree
-from bdjax.train import Recipe, advance, begin, evaluate, fit, poisoned_set, predict, stamped, unit, without
+from bdjax.train import (
+    Recipe,
+    advance,
+    begin,
+    evaluate,
+    fit,
+    poisoned_set,
+    predict,
+    stamped,
+    unit,
+    without,
+)
 from bdjax.types import BadInput, Model, Repaired, Scores, Split, Suspects, Verdict
 
 CHECKPOINT_EVERY = 30.0
 """Seconds of training between two checkpoints."""
 GROUP = 8, 64
-"""How many victims a CPU and an accelerator take at a time: their rows are written before the next ones are begun."""
+"""How many victims a CPU and an accelerator take at a time: their rows are written before the next
+ones are begun.
+"""
 PROGRAMS = 64
-"""Compiled programs kept. Each has hundreds of memory maps, of which Linux allows a process 65,530."""
+"""Compiled programs kept. Each has hundreds of memory maps,
+of which Linux allows a process 65,530.
+"""
 
 
 class Probe(Protocol):
-    """A measurement of a net, a `pytree` class: `{name: array}`, pure and safe under jit and vmap. Scalars become metrics
-    of the row, all else its arrays.
+    """A measurement of a net, a `pytree` class: `{name: array}`, pure and safe under jit and vmap.
+    Scalars become metrics of the row, all else its arrays.
     """
 
     def __call__(
@@ -57,8 +74,9 @@ class Probe(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One row of a table, for one seed. `reported`: the paper's values of our metrics; `substitute`: what stands in for
-    its data; `probe`: what else is measured of the net, after the defense if there is one.
+    """One row of a table, for one seed. `reported`: the paper's values of our metrics;
+    `substitute`: what stands in for its data; `probe`: what else is measured of the net, after the
+    defense if there is one.
     """
 
     table: str
@@ -76,12 +94,18 @@ class Cell:
     @property
     def stage(self) -> str | None:
         """What the defense returns; None without one."""
-        return None if self.defense is None else registry.get("defense", registry.name_of(self.defense) or "").stage
+        return (
+            None
+            if self.defense is None
+            else registry.get("defense", registry.name_of(self.defense) or "").stage
+        )
 
     @property
     def twin(self) -> "Cell":
         """The same victim without the attack."""
-        return dataclasses.replace(self, row=f"{self.row}, clean twin", attack=None, defense=None, reported={})
+        return dataclasses.replace(
+            self, row=f"{self.row}, clean twin", attack=None, defense=None, reported={}
+        )
 
     @cached_property
     def victim(self) -> str:
@@ -97,9 +121,11 @@ class Cell:
 
 
 def grid(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
-    """Copies of the dataclass `base` over the product of `axes`: `grid(cell, seed=range(3), attack__rate=(0.01, 0.1))`.
+    """Copies of the dataclass `base` over the product of `axes`: `grid(cell, seed=range(3),
+    attack__rate=(0.01, 0.1))`.
 
-    `a__b` is field `b` of field `a`, an array or a static one. Here and below `base` may be several: combinators nest.
+    `a__b` is field `b` of field `a`, an array or a static one. Here and below `base` may be
+    several: combinators nest.
     """
     kept = {path: tuple(values) for path, values in axes.items()}
     for one in _several(base):
@@ -108,25 +134,37 @@ def grid(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
 
 
 def zipped(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
-    """Copies over the axes in step, the first values of all, then the second ones: `zipped(cell, seed=(0, 1),
-    attack__target=(3, 7))`.
+    """Copies over the axes in step, the first values of all, then the second ones: `zipped(cell,
+    seed=(0, 1), attack__target=(3, 7))`.
     """
     kept = {path: tuple(values) for path, values in axes.items()}
     if len({len(values) for values in kept.values()}) > 1:
-        raise BadInput(f"zipped axes differ in length: {', '.join(f'{path} {len(kept[path])}' for path in kept)}")
+        raise BadInput(
+            "zipped axes differ in length: "
+            f"{', '.join(f'{path} {len(kept[path])}' for path in kept)}"
+        )
     for one in _several(base):
         for values in zip(*kept.values(), strict=True):
             yield _with(one, kept, values)
 
 
-def sample(base: Any, count: int, draw: int = 0, **axes: Sequence[Any] | Callable[[np.random.Generator], Any]):
-    """`count` random copies, the same ones for the same `draw`: an axis is a sequence to choose from or a function of a
-    generator: `sample(cell, 50, attack__rate=lambda rng: 10 ** rng.uniform(-3, -1))`.
+def sample(
+    base: Any,
+    count: int,
+    draw: int = 0,
+    **axes: Sequence[Any] | Callable[[np.random.Generator], Any],
+):
+    """`count` random copies, the same ones for the same `draw`: an axis is a sequence to choose
+    from or a function of a generator: `sample(cell, 50, attack__rate=lambda rng: 10 **
+    rng.uniform(-3, -1))`.
     """
     rng = np.random.default_rng(draw)
     for one in _several(base):
         for _ in range(count):
-            drawn = [axis(rng) if callable(axis) else axis[int(rng.integers(len(axis)))] for axis in axes.values()]
+            drawn = [
+                axis(rng) if callable(axis) else axis[int(rng.integers(len(axis)))]
+                for axis in axes.values()
+            ]
             yield _with(one, axes, drawn)
 
 
@@ -149,7 +187,9 @@ def replace(base: Any, path: Sequence[str], value: Any) -> Any:
     first, *rest = path
     if not hasattr(base, first):
         raise BadInput(f"{type(base).__name__} has no field '{first}'")
-    return dataclasses.replace(base, **{first: replace(getattr(base, first), rest, value) if rest else value})
+    return dataclasses.replace(
+        base, **{first: replace(getattr(base, first), rest, value) if rest else value}
+    )
 
 
 def stack(items: Sequence[Any]) -> Any:
@@ -163,7 +203,9 @@ def take(items: Any, index: Any) -> Any:
 
 
 def compile_key(*values: Any) -> Any:
-    """Equal where one program serves: the structure (static fields) and the shapes and types of the leaves."""
+    """Equal where one program serves: the structure (static fields) and the shapes and types of the
+    leaves.
+    """
     leaves, structure = jax.tree.flatten(values)
     return structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
@@ -181,8 +223,11 @@ def _pieces(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def groups(cells: Iterable[Cell], most: int, shard: tuple[int, int] | None = None) -> list[list[Cell]]:
-    """The cells of at most `most` victims that one program trains, with all that is done to them; each run once.
+def groups(
+    cells: Iterable[Cell], most: int, shard: tuple[int, int] | None = None
+) -> list[list[Cell]]:
+    """The cells of at most `most` victims that one program trains, with all that is done to them;
+    each run once.
 
     Shard (i, n) has every n-th victim of all, counted through the programs.
     """
@@ -208,12 +253,14 @@ def _judging(cell: Cell) -> Any:
 
 def room(devices: Sequence[Any], lanes: int | str | None = None) -> int:
     """The most runs that are held on the devices at a time."""
-    return len(devices) * max(GROUP[devices[0].platform != "cpu"], lanes if isinstance(lanes, int) else 1)
+    return len(devices) * max(
+        GROUP[devices[0].platform != "cpu"], lanes if isinstance(lanes, int) else 1
+    )
 
 
 def footprint(cells: Sequence[Cell], devices: Sequence[Any], lanes: int | str | None = None) -> int:
-    """Bytes that training a group takes on a device at least: the data, the states of its runs, and the activations at
-    the sites of the lanes' batches.
+    """Bytes that training a group takes on a device at least: the data, the states of its runs, and
+    the activations at the sites of the lanes' batches.
     """
     data, recipe = cells[0].dataset.load(), cells[0].recipe
     model = build(cells[0].model, data.shape, data.classes)
@@ -245,7 +292,10 @@ class Clock:
         found = {"compile": compiling, "run": (sum(self.seconds.values()) - compiling)}
         if before is None:
             return found
-        return {"compile": found["compile"] - before["compile"], "run": (found["run"] - before["run"]) / cells}
+        return {
+            "compile": found["compile"] - before["compile"],
+            "run": (found["run"] - before["run"]) / cells,
+        }
 
 
 class Again(Exception):
@@ -257,7 +307,9 @@ class Unfit(Exception):
 
 
 class Victim(NamedTuple):
-    """A trained victim, on the host: the attack as it is fired, and the net. `loss` is that of the last epoch."""
+    """A trained victim, on the host: the attack as it is fired, and the net. `loss` is that of the
+    last epoch.
+    """
 
     attack: Any
     variables: Any
@@ -266,8 +318,8 @@ class Victim(NamedTuple):
 
 @dataclasses.dataclass
 class Runner:
-    """Runs cells into a store. `devices` as in `mesh.over_runs`, `lanes` too, or "auto": measured for each program;
-    `on_rows` is told of each finished group; `live`: a table instead of bars.
+    """Runs cells into a store. `devices` as in `mesh.over_runs`, `lanes` too, or "auto": measured
+    for each program; `on_rows` is told of each finished group; `live`: a table instead of bars.
     """
 
     store: Store
@@ -293,12 +345,16 @@ class Runner:
         self.last: tuple[Any, Any] = (None, None)
 
     def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
-        """The finished rows of all `cells`, those of earlier runs and other shards included, in the order of `cells`."""
+        """The finished rows of all `cells`, those of earlier runs and other shards included, in the
+        order of `cells`.
+        """
         cells = list(cells)
         with self.store.locked():
             done = {row["run"] for row in self.store.rows()}
             mine = self.groups(cells)
-            pending = [left for group in mine if (left := [cell for cell in group if cell.run not in done])]
+            pending = [
+                left for group in mine if (left := [cell for cell in group if cell.run not in done])
+            ]
             for cell in itertools.chain(*pending):
                 check(cell)
             total = sum(map(len, mine))
@@ -306,8 +362,9 @@ class Runner:
             shard = "" if self.store.shard is None else "{}/{}".format(*self.store.shard)
             path = self.store.folder / f"progress{self.store.suffix}.json"
             self.board = Board(
-                path, self.live, experiment=self.experiment, scale=self.scale, shard=shard, total=total, rows=finished,
-                before=finished, groups=len(mine), group=len(mine) - len(pending), failed=0, doing="",
+                path, self.live, experiment=self.experiment, scale=self.scale, shard=shard,
+                total=total, rows=finished, before=finished, groups=len(mine),
+                group=len(mine) - len(pending), failed=0, doing="",
                 devices=f"{len(self.places)} × {device_name()}",
             )  # fmt: skip
             with self.stop, self.board:
@@ -315,14 +372,20 @@ class Runner:
                     self._group(group)
                     self.board.count(group=1)
         rows = {row["run"]: row for row in self.store.rows()}
-        return [rows[cell.run] for cell in {cell.run: cell for cell in cells}.values() if cell.run in rows]
+        return [
+            rows[cell.run]
+            for cell in {cell.run: cell for cell in cells}.values()
+            if cell.run in rows
+        ]
 
     def groups(self, cells: Iterable[Cell]) -> list[list[Cell]]:
         """This process's cells, as they are run."""
         return groups(cells, room(self.places, self.lanes), self.store.shard)
 
     def victim(self, cell: Cell) -> tuple[Model, Any, Any]:
-        """The model, the attack as it is fired, and the variables of a cell's victim; trained if it is not there yet."""
+        """The model, the attack as it is fired, and the variables of a cell's victim; trained if it
+        is not there yet.
+        """
         model, shared = self._data(cell)
         victims, _ = self._victims([cell], model, shared)
         if cell.victim not in victims:
@@ -331,19 +394,34 @@ class Runner:
         return model, attack, variables
 
     def defend(self, cell: Cell, model: Model, variables: Any) -> tuple[dict[str, Any], Any]:
-        """The row of `cell` for a given victim, and the repaired variables where its defense repairs."""
+        """The row of `cell` for a given victim, and the repaired variables where its defense
+        repairs.
+        """
         check(cell)
         _, shared = self._data(cell)
         try:
-            return self._judged([cell], model, shared, [(cell.attack, variables)], {"compile": 0.0, "run": 0.0}, True)
+            return self._judged(
+                [cell],
+                model,
+                shared,
+                [(cell.attack, variables)],
+                {"compile": 0.0, "run": 0.0},
+                True,
+            )
         except Unfit as error:
             self.unfit.append(cell)
             raise BadInput(self.complaint()) from error
 
     def complaint(self) -> str:
         """One line on what does not fit."""
-        kinds = {f"{registry.name_of(c.defense) or 'training'} on {registry.name_of(c.model)}" for c in self.unfit}
-        what = f"{len(self.unfit)} runs do not fit into the memory of {device_name()} even one at a time"
+        kinds = {
+            f"{registry.name_of(c.defense) or 'training'} on {registry.name_of(c.model)}"
+            for c in self.unfit
+        }
+        what = (
+            f"{len(self.unfit)} runs do not fit into the memory of {device_name()} even one at a "
+            "time"
+        )
         return f"{what}: {', '.join(sorted(kinds))}; take smaller batches or a larger device"
 
     def _data(self, cell: Cell) -> tuple[Model, Any]:
@@ -351,7 +429,8 @@ class Runner:
         data = cell.dataset.load()
         if self.last[0] != cell.dataset:
             splits = tuple(
-                Split(jnp.asarray(s.image), jnp.asarray(s.label)) for s in (data.train, data.clean, data.test)
+                Split(jnp.asarray(s.image), jnp.asarray(s.label))
+                for s in (data.train, data.clean, data.test)
             )
             self.last = cell.dataset, mesh.place(splits, jnp.zeros(1), self.places)[0]
         self.clock.add("data", start)
@@ -360,7 +439,8 @@ class Runner:
     def _group(self, cells: list[Cell]) -> None:
         model, shared = self._data(cells[0])
         none = {"compile": 0.0, "run": 0.0}
-        # Victims first, then what needs them; defenses that replace training come last, as they need no victim.
+        # Victims first, then what needs them; defenses that replace training come last, as they
+        # need no victim.
         needing = [cell for cell in cells if cell.stage != "train"]
         victims, seconds = self._victims(needing, model, shared) if needing else ({}, none)
         self.stop.check()
@@ -372,18 +452,24 @@ class Runner:
                 self._failed(lost, "training diverged: the loss is not finite")
 
             def judge(piece: Sequence[Cell]) -> None:
-                self._judged(piece, model, shared, [victims[cell.victim][:2] for cell in piece], seconds)
+                self._judged(
+                    piece, model, shared, [victims[cell.victim][:2] for cell in piece], seconds
+                )
 
             for piece in _pieces(whole, room(self.places, self.lanes)):
                 self.unfit += self._halved(piece, judge)
                 self.stop.check()
         for alike in _grouped((c for c in cells if c.stage == "train"), _judging):
             for piece in _pieces(alike, room(self.places, self.lanes)):
-                self.unfit += self._halved(piece, lambda piece: self._judged(piece, model, shared, None, none))
+                self.unfit += self._halved(
+                    piece, lambda piece: self._judged(piece, model, shared, None, none)
+                )
                 self.stop.check()
 
     def _halved(self, cells: Sequence[Cell], work: Callable[[Sequence[Cell]], Any]) -> list[Cell]:
-        """Does `work` for `cells`, in halves where all are too many for the device's memory; what does not fit alone."""
+        """Does `work` for `cells`, in halves where all are too many for the device's memory; what
+        does not fit alone.
+        """
         try:
             work(cells)
             return []
@@ -392,18 +478,30 @@ class Runner:
                 say(f"out of memory with a single run: {cells[0].row} is left out", self.quiet)
                 return [cells[0]]
         middle = len(cells) // 2
-        say(f"out of memory with one lane: {len(cells)} runs go on as {middle} and {len(cells) - middle}", self.quiet)
+        say(
+            f"out of memory with one lane: {len(cells)} runs go on as {middle} and "
+            f"{len(cells) - middle}",
+            self.quiet,
+        )
         return self._halved(cells[:middle], work) + self._halved(cells[middle:], work)
 
-    def _victims(self, cells: Sequence[Cell], model: Model, shared: Any) -> tuple[dict[str, Victim], dict[str, float]]:
-        """The victims of `cells` by name, without those that do not fit; and seconds a victim. Those that are not there
-        yet are trained, all in one program.
+    def _victims(
+        self, cells: Sequence[Cell], model: Model, shared: Any
+    ) -> tuple[dict[str, Victim], dict[str, float]]:
+        """The victims of `cells` by name, without those that do not fit; and seconds a victim.
+        Those that are not there yet are trained, all in one program.
         """
-        folder, owner = self.store.folder / "victims", {cell.victim: cell for cell in reversed(cells)}
-        if self.members is None:  # A checkpoint holds the victims of a group, stacked; a file says which.
+        folder, owner = (
+            self.store.folder / "victims",
+            {cell.victim: cell for cell in reversed(cells)},
+        )
+        # A checkpoint holds the victims of a group, stacked; a file says which.
+        if self.members is None:
             self.members = {}
             for path in folder.glob("*/members.json"):
-                self.members |= {name: (path.parent, i) for i, name in enumerate(json.loads(path.read_text()))}
+                self.members |= {
+                    name: (path.parent, i) for i, name in enumerate(json.loads(path.read_text()))
+                }
         names = list(dict.fromkeys(cell.victim for cell in cells))
         seconds = {"compile": 0.0, "run": 0.0}
         before = self.clock.split()
@@ -417,7 +515,9 @@ class Runner:
                 (temporary / "members.json").write_text(json.dumps(names))
             shutil.rmtree(self._partial(missing), ignore_errors=True)
             assert self.members is not None
-            self.members |= {name: (folder / registry.digest(names), i) for i, name in enumerate(names)}
+            self.members |= {
+                name: (folder / registry.digest(names), i) for i, name in enumerate(names)
+            }
 
         if missing := [owner[name] for name in names if name not in self.members]:
             self._halved(missing, train)
@@ -426,7 +526,9 @@ class Runner:
         for path in dict.fromkeys(self.members[name][0] for name in names if name in self.members):
             held = json.loads((path / "members.json").read_text())
             some = [len(held)]
-            like = jax.tree.map(lambda leaf, some=some: jax.ShapeDtypeStruct((*some, *leaf.shape), leaf.dtype), one)
+            like = jax.tree.map(
+                lambda leaf, some=some: jax.ShapeDtypeStruct((*some, *leaf.shape), leaf.dtype), one
+            )
             both, losses = load_tree(path / "arrays", like)
             for i, name in enumerate(held):
                 if name in owner:
@@ -442,7 +544,9 @@ class Runner:
         label = f"training {len(cells)} × {registry.name_of(cells[0].model)}"
         label += "" if cells[0].attack is None else f" ({registry.name_of(cells[0].attack)})"
         self.board.tell(doing=label)
-        items = self._stacked([(jax.random.key(cell.seed), cell.recipe, bound(cell, shared)) for cell in cells])
+        items = self._stacked(
+            [(jax.random.key(cell.seed), cell.recipe, bound(cell, shared)) for cell in cells]
+        )
         if cells[0].attack is not None and type(cells[0].attack).train is not Attack.train:
             say(f"{label}: one program, no progress before its end", self.quiet)
             victims, losses = self._ran("train", _whole_training, model, shared, *items)
@@ -451,13 +555,19 @@ class Runner:
                 try:
                     states, losses = self._epochs(cells, label, model, shared, items)
                     break
-                except Again:  # The states were given away: they are read back from the last checkpoint.
+                except (
+                    Again
+                ):  # The states were given away: they are read back from the last checkpoint.
                     continue
             victims = (items[2], states.variables)
         return take(jax.device_get(victims), slice(len(cells))), np.asarray(losses)[: len(cells)]
 
-    def _epochs(self, cells: Sequence[Cell], label: str, model: Model, shared: Any, items: Any) -> tuple[Any, Any]:
-        """Trains, one program an epoch, from the last checkpoint on; writes one every half minute, while it goes on."""
+    def _epochs(
+        self, cells: Sequence[Cell], label: str, model: Model, shared: Any, items: Any
+    ) -> tuple[Any, Any]:
+        """Trains, one program an epoch, from the last checkpoint on; writes one every half minute,
+        while it goes on.
+        """
         epochs, folder = cells[0].recipe.epochs, self._partial(cells)
         states = self._ran("train", _begin, model, shared, *items)
         losses = jnp.zeros(len(jax.tree.leaves(items)[0]))
@@ -466,9 +576,14 @@ class Runner:
             states, losses = mesh.place(shared, (states, losses), self.places)[1]
         first = int(np.asarray(states.epoch)[0])
         saved, writing = time.monotonic(), None
-        with ThreadPoolExecutor(1) as writer, Progress(epochs - first, label, self.quiet or self.board.live) as bar:
+        with (
+            ThreadPoolExecutor(1) as writer,
+            Progress(epochs - first, label, self.quiet or self.board.live) as bar,
+        ):
             for epoch in range(first, epochs):
-                states, losses = self._call("train", _epoch, model, shared, *items, states, donate=(len(items) + 1,))
+                states, losses = self._call(
+                    "train", _epoch, model, shared, *items, states, donate=(len(items) + 1,)
+                )
                 note = f"loss {float(jnp.mean(losses)):.3f}"
                 bar.step(note)
                 self.board.tell(doing=f"{label}, epoch {epoch + 1}/{epochs}, {note}")
@@ -476,7 +591,8 @@ class Runner:
                 if not last and (ending or time.monotonic() - saved > CHECKPOINT_EVERY):
                     if writing is not None:
                         writing.result()
-                    # Copied from the device now, as the next epoch reuses the memory; written while it runs.
+                    # Copied from the device now, as the next epoch reuses the memory; written while
+                    # it runs.
                     writing = writer.submit(save_tree, folder, jax.device_get((states, losses)))
                     saved = time.monotonic()
                     if ending:
@@ -493,10 +609,16 @@ class Runner:
         return mesh.place((), stack(padded), self.places)[1]
 
     def _call(
-        self, stage: str, fn: Callable, model: Model, shared: Any, *items: Any, donate: tuple[int, ...] = ()
+        self,
+        stage: str,
+        fn: Callable,
+        model: Model,
+        shared: Any,
+        *items: Any,
+        donate: tuple[int, ...] = (),
     ) -> Any:
-        """`fn(model, shared, *item)` of all items, compiled once for all groups that it serves. Raises `Again` where it
-        did not fit and has fewer lanes now.
+        """`fn(model, shared, *item)` of all items, compiled once for all groups that it serves.
+        Raises `Again` where it did not fit and has fewer lanes now.
         """
         key = (fn, model, compile_key(shared, items))
         each = -(-len(jax.tree.leaves(items)[0]) // len(self.places))
@@ -521,25 +643,41 @@ class Runner:
         if not out_of_memory(error):
             raise error
         lanes = min(
-            self.widths.get(key) or (self.lanes if isinstance(self.lanes, int) else mesh.default_lanes(each)), each
+            self.widths.get(key)
+            or (self.lanes if isinstance(self.lanes, int) else mesh.default_lanes(each)),
+            each,
         )
         self.programs.pop(key, None)
         if lanes == 1:
             raise Unfit from error
         self.widths[key] = lanes // 2
         name = fn.__name__.strip("_")
-        say(f"out of memory: {name} goes on with {lanes // 2} lanes a device instead of {lanes}", self.quiet)
+        say(
+            f"out of memory: {name} goes on with {lanes // 2} lanes a device instead of {lanes}",
+            self.quiet,
+        )
         raise Again from error
 
-    def _lanes(self, key: Any, each: int, fn: Callable, model: Model, shared: Any, items: Any) -> int | None:
-        """The lanes of a program; under "auto" measured once for a device kind, and remembered in the user's cache."""
+    def _lanes(
+        self, key: Any, each: int, fn: Callable, model: Model, shared: Any, items: Any
+    ) -> int | None:
+        """The lanes of a program; under "auto" measured once for a device kind, and remembered in
+        the user's cache.
+        """
         if self.lanes != "auto":
             return self.lanes
         if each == 1 or mesh.default_lanes(each) == 1:
             return 1
         shapes = [(leaf.shape[1:], str(leaf.dtype)) for leaf in jax.tree.leaves(items)]
-        text = re.sub(" at 0x[0-9a-f]+", "", repr((model, jax.tree.structure(items), shapes, compile_key(shared))))
-        name = f"{device_name()}, jax {jax.__version__}, {fn.__name__.strip('_')} {registry.digest(text)}"
+        text = re.sub(
+            " at 0x[0-9a-f]+",
+            "",
+            repr((model, jax.tree.structure(items), shapes, compile_key(shared))),
+        )
+        name = (
+            f"{device_name()}, jax {jax.__version__}, {fn.__name__.strip('_')} "
+            f"{registry.digest(text)}"
+        )
         known = recall("lanes.json").get(name, {"lanes": 0, "tried": 0})
         if known["lanes"] == known["tried"] < each:  # more lanes than were ever at hand
             start = time.monotonic()
@@ -558,7 +696,10 @@ class Runner:
 
             known = {"lanes": mesh.widest(seconds, each), "tried": each}
             remember("lanes.json", name, known)
-            say(f"{fn.__name__.strip('_')}: {known['lanes']} lanes are fastest on {device_name()}", self.quiet)
+            say(
+                f"{fn.__name__.strip('_')}: {known['lanes']} lanes are fastest on {device_name()}",
+                self.quiet,
+            )
             self.clock.add("probe", start)
         self.widths[key] = min(known["lanes"], each)
         return self.widths[key]
@@ -572,31 +713,48 @@ class Runner:
                 continue
 
     def _judged(
-        self, cells: Sequence[Cell], model: Model, shared: Any, victims: Any, seconds: Any, keep: bool = False
+        self,
+        cells: Sequence[Cell],
+        model: Model,
+        shared: Any,
+        victims: Any,
+        seconds: Any,
+        keep: bool = False,
     ) -> tuple[dict[str, Any], Any]:
-        """Applies one defense (or none) to the victims of `cells`, `(attack, variables)` each, and writes the rows.
+        """Applies one defense (or none) to the victims of `cells`, `(attack, variables)` each, and
+        writes the rows.
 
         Returns the first row and, with `keep`, the first repaired variables.
         """
         stage, defense = cells[0].stage, cells[0].defense
         before = self.clock.split()
         label = (
-            f"{registry.name_of(cells[0].defense) or 'no defense'} on {len(cells)} × {registry.name_of(cells[0].model)}"
+            f"{registry.name_of(cells[0].defense) or 'no defense'} on {len(cells)} × "
+            f"{registry.name_of(cells[0].model)}"
         )
         self.board.tell(doing=label)
         defenses = self._prepared(cells, model, shared)
         victims = victims or [(bound(cell, shared), cell.recipe) for cell in cells]
         if stage == "samples":
-            victims = [(attack, (net, cell.recipe)) for (attack, net), cell in zip(victims, cells, strict=True)]
-        # The suspects must be sought among the very rows that the victim was trained on: there the key is the training's.
+            victims = [
+                (attack, (net, cell.recipe))
+                for (attack, net), cell in zip(victims, cells, strict=True)
+            ]
+        # The suspects must be sought among the very rows that the victim was trained on: there the
+        # key is the training's.
         keys = [jax.random.key(cell.seed) for cell in cells]
         keys = keys if stage == "samples" else [jax.random.fold_in(key, 1) for key in keys]
-        keys, defenses, (attacks, given) = self._stacked(list(zip(keys, defenses, victims, strict=True)))
+        keys, defenses, (attacks, given) = self._stacked(
+            list(zip(keys, defenses, victims, strict=True))
+        )
         found, arrays, variables, judged, repaired = {}, {}, given, model, None
         if stage is not None and defense is not None:
             say(label, self.quiet or self.board.live)
-            # One program serves the victims of all attacks, where neither the defense nor its report looks at the attack.
-            blind = stage in ("repair", "invert", "models") and type(defense).report is Defense.report
+            # One program serves the victims of all attacks, where neither the defense nor its
+            # report looks at the attack.
+            blind = (
+                stage in ("repair", "invert", "models") and type(defense).report is Defense.report
+            )
             items = (keys, defenses, None if blind else attacks, given)
             found, arrays, repaired = self._ran("defend", JUDGES[stage], model, shared, *items)
             if repaired is not None:
@@ -606,12 +764,16 @@ class Runner:
             found, arrays = {**measured[0], **found}, {**measured[1], **arrays}
         if cells[0].probe is not None:
             probes = self._stacked([cell.probe for cell in cells])
-            probed = self._ran("evaluate", _probed, judged, shared, keys, probes, attacks, variables)
+            probed = self._ran(
+                "evaluate", _probed, judged, shared, keys, probes, attacks, variables
+            )
             found, arrays = {**found, **probed[0]}, {**arrays, **probed[1]}
         found, arrays = jax.device_get((found, arrays))
         if "flagged" in arrays and attacks is not None:
             target = np.asarray(attacks.target)[: len(cells)]  # the rest is padding
-            found["target_flagged"] = arrays["flagged"][np.arange(len(cells)), target].astype(np.float32)
+            found["target_flagged"] = arrays["flagged"][np.arange(len(cells)), target].astype(
+                np.float32
+            )
         spent = self.clock.split(before, len(cells))
         if stage is None:
             spent = {name: value + seconds[name] for name, value in spent.items()}
@@ -619,19 +781,24 @@ class Runner:
         for i, cell in enumerate(cells):
             if arrays:
                 self.store.save_arrays(cell.run, take(arrays, i))
-            rows.append(self._row(cell, {name: plain(value[i]) for name, value in found.items()}, spent))
+            rows.append(
+                self._row(cell, {name: plain(value[i]) for name, value in found.items()}, spent)
+            )
         self._written(rows)
         return rows[0], take(repaired, 0) if keep and repaired is not None else None
 
     def _prepared(self, cells: Sequence[Cell], model: Model, shared: Any) -> list[Defense | None]:
-        """The cells' defenses with what they learn before they see a victim: once for a data set and an architecture,
-        whatever the victims' seeds.
+        """The cells' defenses with what they learn before they see a victim: once for a data set
+        and an architecture, whatever the victims' seeds.
         """
         defense = cells[0].defense
         if defense is None or type(defense).prepare is Defense.prepare:
             return [cell.defense for cell in cells]
         data = fingerprint(cells[0].dataset.load())
-        paths = [self.store.folder / "prepared" / registry.digest(data, c.model, c.defense) for c in cells]
+        paths = [
+            self.store.folder / "prepared" / registry.digest(data, c.model, c.defense)
+            for c in cells
+        ]
         for path, cell in dict(zip(paths, cells, strict=True)).items():
             if not path.exists():
                 made = take(self._ran("defend", _prepare, model, shared, stack([cell.defense])), 0)
@@ -644,7 +811,12 @@ class Runner:
         return [load_tree(path, like) for path in paths]
 
     def _failed(self, cells: list[Cell], reason: str) -> None:
-        self._written([{**self._row(cell, {}, {"compile": 0.0, "run": 0.0}), "error": reason} for cell in cells])
+        self._written(
+            [
+                {**self._row(cell, {}, {"compile": 0.0, "run": 0.0}), "error": reason}
+                for cell in cells
+            ]
+        )
 
     def _written(self, rows: list[dict[str, Any]]) -> None:
         self.store.append(rows)
@@ -652,24 +824,48 @@ class Runner:
         self.on_rows(rows)
 
     def _row(self, cell: Cell, found: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-        names = {part: registry.name_of(getattr(cell, part)) for part in ("dataset", "model", "attack", "defense")}
-        parts = ("dataset", "model", "recipe", "attack", "defense", *(["probe"] if cell.probe is not None else []))
+        names = {
+            part: registry.name_of(getattr(cell, part))
+            for part in ("dataset", "model", "attack", "defense")
+        }
+        parts = (
+            "dataset",
+            "model",
+            "recipe",
+            "attack",
+            "defense",
+            *(["probe"] if cell.probe is not None else []),
+        )
         config = {part: registry.describe(getattr(cell, part)) for part in parts}
         return {
-            "run": cell.run, "experiment": self.experiment, "scale": self.scale, "table": cell.table, "row": cell.row,
-            **names, "seed": cell.seed, "config": config, "metrics": found, "reported": dict(cell.reported),
+            "run": cell.run, "experiment": self.experiment, "scale": self.scale,
+            "table": cell.table, "row": cell.row, **names, "seed": cell.seed, "config": config,
+            "metrics": found, "reported": dict(cell.reported),
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            "oracle": bool(cell.defense is not None and cell.defense.oracle), "substitute": cell.substitute,
-            "device": device_name(), "jax": jax.__version__, "commit": commit(),
+            "oracle": bool(cell.defense is not None and cell.defense.oracle),
+            "substitute": cell.substitute, "device": device_name(), "jax": jax.__version__,
+            "commit": commit(),
         }  # fmt: skip
 
 
 def compiled(
-    fn: Callable, model: Model, shared: Any, items: Any, lanes: int | None, devices: Any, donate: tuple[int, ...] = ()
+    fn: Callable,
+    model: Model,
+    shared: Any,
+    items: Any,
+    lanes: int | None,
+    devices: Any,
+    donate: tuple[int, ...] = (),
 ) -> Any:
     """`fn(model, shared, *item)` over the leading axis of `items`, as a program."""
-    spread = mesh.over_runs(lambda shared, item: fn(model, shared, *item), lanes=lanes, devices=devices)
-    return jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate).lower(shared, *items).compile()
+    spread = mesh.over_runs(
+        lambda shared, item: fn(model, shared, *item), lanes=lanes, devices=devices
+    )
+    return (
+        jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate)
+        .lower(shared, *items)
+        .compile()
+    )
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -717,7 +913,9 @@ def _begin(model: Model, shared: Any, key: jax.Array, recipe: Recipe, attack: An
     return begin(jax.random.fold_in(key, 0), model, recipe)
 
 
-def _epoch(model: Model, shared: Any, key: jax.Array, recipe: Recipe, attack: Any, state: Any) -> Any:
+def _epoch(
+    model: Model, shared: Any, key: jax.Array, recipe: Recipe, attack: Any, state: Any
+) -> Any:
     train = poisoned_set(jax.random.fold_in(key, 2), shared[0], attack, model.classes)
     state, curves = advance(jax.random.fold_in(key, 3), state, model, recipe, train, epochs=1)
     return state, curves.loss[0]
@@ -728,7 +926,9 @@ def _whole_training(model: Model, shared: Any, key: jax.Array, recipe: Recipe, a
     return (attack, variables), curves.loss[-1]
 
 
-def _measured(model: Model, shared: Any, key: jax.Array, attack: Any, variables: Any) -> tuple[dict, dict]:
+def _measured(
+    model: Model, shared: Any, key: jax.Array, attack: Any, variables: Any
+) -> tuple[dict, dict]:
     """ACC and ASR as every row has them: scalars and arrays."""
     train, _, test = shared
     found = evaluate(key, model, variables, test, attack)
@@ -737,8 +937,12 @@ def _measured(model: Model, shared: Any, key: jax.Array, attack: Any, variables:
     return split_scalars(found)
 
 
-def _probed(model: Model, shared: Any, key: jax.Array, probe: Probe, attack: Any, variables: Any) -> tuple[dict, dict]:
-    return split_scalars(probe(jax.random.fold_in(key, 3), model, variables, attack, shared[1], shared[2]))
+def _probed(
+    model: Model, shared: Any, key: jax.Array, probe: Probe, attack: Any, variables: Any
+) -> tuple[dict, dict]:
+    return split_scalars(
+        probe(jax.random.fold_in(key, 3), model, variables, attack, shared[1], shared[2])
+    )
 
 
 def split_scalars(found: Mapping[str, Any]) -> tuple[dict, dict]:
@@ -755,27 +959,35 @@ def split_scalars(found: Mapping[str, Any]) -> tuple[dict, dict]:
 
 
 Judged = tuple[dict, dict, Any]
-"""Scalars and arrays to report, and the variables that ACC and ASR are then measured on (None: the victim's)."""
+"""Scalars and arrays to report, and the variables that ACC and ASR are then measured on (None: the
+victim's).
+"""
 
 
 def _prepare(model: Model, shared: Any, defense: Any) -> Any:
     return defense.prepare(jax.random.key(0), model, shared[1])
 
 
-def _repair(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any) -> Judged:
+def _repair(
+    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any
+) -> Judged:
     result: Repaired = defense(jax.random.fold_in(key, 1), model, variables, shared[1])
     extra = defense.report(key, model, variables, shared[2], attack, result)
     return *split_scalars({**result.info, **extra}), result.variables
 
 
-def _train(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, recipe: Any) -> Judged:
+def _train(
+    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, recipe: Any
+) -> Judged:
     train = poisoned_set(jax.random.fold_in(key, 2), shared[0], attack, model.classes)
     result: Repaired = defense(jax.random.fold_in(key, 1), model, recipe, train, shared[1])
     extra = defense.report(key, model, result.variables, shared[2], attack, result)
     return *split_scalars({**result.info, **extra}), result.variables
 
 
-def _verdict(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any) -> Judged:
+def _verdict(
+    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any
+) -> Judged:
     result: Verdict = defense(jax.random.fold_in(key, 1), model, variables, shared[1])
     extra = defense.report(key, model, variables, shared[2], attack, result)
     found = {"anomaly_index": result.index, "infected": result.infected.astype(jnp.float32)}
@@ -783,14 +995,20 @@ def _verdict(model: Model, shared: Any, key: jax.Array, defense: Any, attack: An
     return {**found, **scalars}, arrays, None
 
 
-def _inputs(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any) -> Judged:
-    """ACC and ASR count what passes: a clean input that is flagged is lost, a stamped one that is flagged is stopped."""
+def _inputs(
+    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any
+) -> Judged:
+    """ACC and ASR count what passes: a clean input that is flagged is lost, a stamped one that is
+    flagged is stopped.
+    """
     _, clean, test = shared
     kd = jax.random.fold_in(key, 1)
     # Clean and stamped inputs go through one call: the defense is traced once.
     pictures, predictions = [unit(test.image)], []
     kinds = range(1, attack.triggers + 1) if attack is not None else ()
-    pictures += [stamped(attack, kind, test.image, jax.random.fold_in(key, kind + 1)) for kind in kinds]
+    pictures += [
+        stamped(attack, kind, test.image, jax.random.fold_in(key, kind + 1)) for kind in kinds
+    ]
     x = jnp.stack(pictures)
     predictions = jax.lax.map(lambda x: predict(model, variables, x).argmax(-1), x)
     scores: Scores = defense(kd, model, variables, clean, x.reshape(-1, *x.shape[2:]))
@@ -798,10 +1016,16 @@ def _inputs(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any
     # A filter may answer by another net than the victim's.
     answers = scores.info["answer"].reshape(x.shape[:2]) if "answer" in scores.info else predictions
     right = answers[0] == test.label
-    found = {"acc_test": (right & ~flagged[0]).mean(), "frr": flagged[0].mean(), "boundary": scores.boundary}
+    found = {
+        "acc_test": (right & ~flagged[0]).mean(),
+        "frr": flagged[0].mean(),
+        "boundary": scores.boundary,
+    }
     arrays = {"score_clean": score[0]}
     if attack is not None:
-        aimed = jnp.stack([attack.success(jnp.asarray(kind), test.label, model.classes) for kind in kinds])
+        aimed = jnp.stack(
+            [attack.success(jnp.asarray(kind), test.label, model.classes) for kind in kinds]
+        )
 
         def measure(score_, flagged_, predicted, answered, aimed):
             works = (predicted == aimed) & (aimed != test.label)
@@ -809,15 +1033,24 @@ def _inputs(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any
             rates = metrics.attack_success(jnp.where(flagged_, -2, answered), aimed, test.label)
             return far, rates.all, rates.nt, metrics.auroc(-score[0], -score_, None, works)
 
-        far, every, nt, auroc = jax.vmap(measure)(score[1:], flagged[1:], predictions[1:], answers[1:], aimed)
-        found |= {"far": far.mean(), "asr_all": every.mean(), "asr_nt": nt.mean(), "auroc": auroc.mean()}
+        far, every, nt, auroc = jax.vmap(measure)(
+            score[1:], flagged[1:], predictions[1:], answers[1:], aimed
+        )
+        found |= {
+            "far": far.mean(),
+            "asr_all": every.mean(),
+            "asr_nt": nt.mean(),
+            "auroc": auroc.mean(),
+        }
         arrays |= {"score_trojan": score[1:], "far_per_trigger": far}
     extra = defense.report(key, model, variables, test, attack, scores)
     more = split_scalars({**{k: v for k, v in scores.info.items() if k != "answer"}, **extra})
     return {**more[0], **found}, {**more[1], **arrays}, None
 
 
-def _samples(model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, given: Any) -> Judged:
+def _samples(
+    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, given: Any
+) -> Judged:
     """ACC and ASR are those of a net that is trained again, without the suspects."""
     variables, recipe = given
     train = poisoned_set(jax.random.fold_in(key, 2), shared[0], attack, model.classes)
@@ -835,7 +1068,8 @@ def _samples(model: Model, shared: Any, key: jax.Array, defense: Any, attack: An
 
 
 JUDGES: dict[str, Callable[..., Judged]] = {
-    "repair": _repair, "train": _train, "invert": _verdict, "models": _verdict, "inputs": _inputs, "samples": _samples,
+    "repair": _repair, "train": _train, "invert": _verdict, "models": _verdict, "inputs": _inputs,
+    "samples": _samples,
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
-"""Training as a pure function: a scan over steps, the poison stamped inside the step, one uint8 copy of the data for
-all runs.
+"""Training as a pure function: a scan over steps, the poison stamped inside the step, one uint8
+copy of the data for all runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,8 +15,8 @@ from bdjax.types import Array, BadInput, Model, Plan, Split, Variables, between
 
 Optimizer = Literal["adam", "sgd", "adadelta", "rmsprop"]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
-"""`augment(key, x) -> x` for a batch `x: [B, H, W, C]` in [0, 1]; a module-level function, so that programs can be
-shared.
+"""`augment(key, x) -> x` for a batch `x: [B, H, W, C]` in [0, 1]; a module-level function, so that
+programs can be shared.
 """
 
 
@@ -24,8 +24,8 @@ shared.
 class Recipe:
     """How to train: `epochs` of N draws in batches of `batch` (at most N) with learning rate `lr`.
 
-    `momentum` is SGD's (Nesterov with `nesterov`); `weight_decay` the factor of an L2 term in the gradient;
-    `drops`: (epoch, factor) pairs: from that epoch on the learning rate is `lr · factor`.
+    `momentum` is SGD's (Nesterov with `nesterov`); `weight_decay` the factor of an L2 term in the
+    gradient; `drops`: (epoch, factor) pairs: from that epoch on the learning rate is `lr · factor`.
     """
 
     lr: Array | float = 1e-3
@@ -44,9 +44,13 @@ class Recipe:
         if self.epochs < 0:
             raise BadInput(f"epochs {self.epochs} is negative")
         if self.batch < 1 or rows < 1:
-            raise BadInput(f"batches of {self.batch} from {rows} training images: both must be at least 1")
+            raise BadInput(
+                f"batches of {self.batch} from {rows} training images: both must be at least 1"
+            )
         if self.optimizer not in get_args(Optimizer):
-            raise BadInput(f"optimizer '{self.optimizer}' is not one of {', '.join(get_args(Optimizer))}")
+            raise BadInput(
+                f"optimizer '{self.optimizer}' is not one of {', '.join(get_args(Optimizer))}"
+            )
 
     def transform(self) -> optax.GradientTransformation:
         """The update rule without its learning rate, which varies with the epoch."""
@@ -60,7 +64,9 @@ class Recipe:
 
 
 class TrainSet(NamedTuple):
-    """A poisoned training set as it is stored: the clean images, which rows there are, and how a row is stamped."""
+    """A poisoned training set as it is stored: the clean images, which rows there are, and how a
+    row is stamped.
+    """
 
     image: Array
     plan: Plan
@@ -85,13 +91,17 @@ class State(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What an epoch reports: mean training `loss: [E]` and accuracy on the drawn rows, `acc: [E]`."""
+    """What an epoch reports: mean training `loss: [E]` and accuracy on the drawn rows,
+    `acc: [E]`.
+    """
 
     loss: jax.Array
     acc: jax.Array
 
 
-Loss = Callable[[Model, Variables, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Loss = Callable[
+    [Model, Variables, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]
+]
 """`loss(model, variables, x, label, weight, key) -> (scalar, Output)`."""
 
 
@@ -121,7 +131,9 @@ def poisoned_set(key: jax.Array, split: Split, attack: Any, classes: int) -> Tra
 
 
 def without(data: TrainSet, removed: jax.Array) -> TrainSet:
-    """`data` without the rows `removed: [M]`, to train on again: the kept rows come first, and only they exist."""
+    """`data` without the rows `removed: [M]`, to train on again: the kept rows come first, and only
+    they exist.
+    """
     plan = data.plan
     kept = ~removed & (jnp.arange(removed.shape[0]) < plan.size)
     first = jnp.argsort(~kept, stable=True)
@@ -129,14 +141,18 @@ def without(data: TrainSet, removed: jax.Array) -> TrainSet:
     return data._replace(plan=Plan(*rows, size=jnp.maximum(kept.sum(), 1)))
 
 
-def cross_entropy(model: Model, variables: Variables, x, label, weight, key) -> tuple[jax.Array, Any]:
+def cross_entropy(
+    model: Model, variables: Variables, x, label, weight, key
+) -> tuple[jax.Array, Any]:
     """The weighted mean cross-entropy of a batch."""
     out = model.apply(variables, x, train=True, key=key)
     loss = optax.softmax_cross_entropy_with_integer_labels(out.logits, label)
     return (weight * loss).sum() / jnp.maximum(weight.sum(), 1e-9), out
 
 
-def begin(key: jax.Array, model: Model, recipe: Recipe, variables: Variables | None = None) -> State:
+def begin(
+    key: jax.Array, model: Model, recipe: Recipe, variables: Variables | None = None
+) -> State:
     """The state before the first epoch: fresh variables, or the given ones."""
     variables = model.init(key) if variables is None else variables
     return State(variables, recipe.transform().init(variables["params"]), jnp.zeros((), jnp.int32))
@@ -153,12 +169,12 @@ def advance(
     trainable: Any = None,
     loss: Loss = cross_entropy,
 ) -> tuple[State, Curves]:
-    """`epochs` more epochs. All randomness comes from (key, epoch, step): a resumed run equals an unbroken one bit for
-    bit.
+    """`epochs` more epochs. All randomness comes from (key, epoch, step): a resumed run equals an
+    unbroken one bit for bit.
 
-    `trainable`: a pytree like the parameters (or a prefix of it) of 0/1 arrays; parameters at 0 keep their value:
-    frozen layers, pruned links. An epoch is N // batch batches over a random permutation of the rows that exist, N the
-    number of base images.
+    `trainable`: a pytree like the parameters (or a prefix of it) of 0/1 arrays; parameters at 0
+    keep their value: frozen layers, pruned links. An epoch is N // batch batches over a random
+    permutation of the rows that exist, N the number of base images.
     """
     rule = recipe.transform()
     n = data.image.shape[0]
@@ -175,7 +191,9 @@ def advance(
             x = recipe.augment(key_augment, x)
 
         def objective(params):
-            return loss(model, {**variables, "params": params}, x, label, data.plan.weight[rows], key_model)
+            return loss(
+                model, {**variables, "params": params}, x, label, data.plan.weight[rows], key_model
+            )
 
         (value, out), grads = jax.value_and_grad(objective, has_aux=True)(variables["params"])
         with jax.numpy_dtype_promotion("standard"):  # optax's bias correction mixes float and int
@@ -188,7 +206,8 @@ def advance(
 
     def epoch(state: State, _):
         here = jax.random.fold_in(key, state.epoch)
-        # Rows that do not exist sort behind those that do; positions wrap around, so every batch is full.
+        # Rows that do not exist sort behind those that do; positions wrap around, so every batch is
+        # full.
         draw = jax.random.uniform(jax.random.fold_in(here, 0), (capacity,))
         order = jnp.argsort(jnp.where(jnp.arange(capacity) < data.plan.size, draw, 2.0))
         steps = n // batch
@@ -198,7 +217,9 @@ def advance(
             lr = jnp.where(state.epoch >= first, jnp.asarray(recipe.lr, jnp.float32) * factor, lr)
         keys = jax.random.split(jax.random.fold_in(here, 1), steps)
         carry = (state.variables, state.opt_state)
-        (variables, opt_state), (losses, accs) = jax.lax.scan(step, carry, (rows, jnp.broadcast_to(lr, steps), keys))
+        (variables, opt_state), (losses, accs) = jax.lax.scan(
+            step, carry, (rows, jnp.broadcast_to(lr, steps), keys)
+        )
         return State(variables, opt_state, state.epoch + 1), Curves(losses.mean(), accs.mean())
 
     return jax.lax.scan(epoch, state, length=epochs)
@@ -214,13 +235,17 @@ def fit(
     trainable: Any = None,
     loss: Loss = cross_entropy,
 ) -> tuple[Variables, Curves]:
-    """A whole training run, jit- and vmappable over the key and every leaf of the recipe and the attack.
+    """A whole training run, jit- and vmappable over the key and every leaf of the recipe and the
+    attack.
 
-    >>> variables, curves = fit(key, model, Recipe(epochs=5), poisoned_set(key, split, BadNets(rate=0.1), 10))
+    >>> train = poisoned_set(key, split, BadNets(rate=0.1), 10)
+    >>> variables, curves = fit(key, model, Recipe(epochs=5), train)
     """
     key_init, key_run = jax.random.split(key)
     state = begin(key_init, model, recipe, variables)
-    state, curves = advance(key_run, state, model, recipe, data, epochs=recipe.epochs, trainable=trainable, loss=loss)
+    state, curves = advance(
+        key_run, state, model, recipe, data, epochs=recipe.epochs, trainable=trainable, loss=loss
+    )
     return state.variables, curves
 
 
@@ -230,8 +255,8 @@ def broadcast_prefix(prefix: Any, tree: Any) -> Any:
 
 
 def batched(fn: Callable, rows: int, batch: int) -> Any:
-    """`fn(index [batch]) -> pytree of [batch, ...]` over indices 0 … rows − 1, in pieces that fit in memory: pytree of
-    `[rows, ...]`.
+    """`fn(index [batch]) -> pytree of [batch, ...]` over indices 0 … rows − 1, in pieces that fit
+    in memory: pytree of `[rows, ...]`.
     """
     batch = min(batch, rows)
     pieces = -(-rows // batch)
@@ -248,7 +273,9 @@ def predict(model: Model, variables: Variables, images: Array, *, batch: int = 2
     return batched(lambda i: model.apply(variables, unit(images[i])).logits, images.shape[0], batch)
 
 
-def stamped(attack: Any, kind: jax.Array | int, images: Array, key: jax.Array, *, train: bool = False) -> jax.Array:
+def stamped(
+    attack: Any, kind: jax.Array | int, images: Array, key: jax.Array, *, train: bool = False
+) -> jax.Array:
     """`images: [B, H, W, C]` with trigger `kind`, as fired at test time, in [0, 1]."""
     x = unit(images)
     keys = jax.random.split(key, x.shape[0])
@@ -256,7 +283,9 @@ def stamped(attack: Any, kind: jax.Array | int, images: Array, key: jax.Array, *
 
 
 class Attacked(NamedTuple):
-    """The test set under attack: `predicted: [T, N]`, the label `aimed: [T, N]` at (-1 = none), for each trigger."""
+    """The test set under attack: `predicted: [T, N]`, the label `aimed: [T, N]` at (-1 = none), for
+    each trigger.
+    """
 
     predicted: jax.Array
     aimed: jax.Array
@@ -278,7 +307,9 @@ def attacked(
 
     def one(kind):
         def piece(i):
-            x = stamped(attack, kind, image[i], jax.random.fold_in(jax.random.fold_in(key, kind), i[0]))
+            x = stamped(
+                attack, kind, image[i], jax.random.fold_in(jax.random.fold_in(key, kind), i[0])
+            )
             return model.apply(variables, x).logits.argmax(-1)
 
         return batched(piece, image.shape[0], batch), attack.success(kind, label, model.classes)
@@ -287,22 +318,34 @@ def attacked(
 
 
 def evaluate(
-    key: jax.Array, model: Model, variables: Variables, split: Split, attack: Any = None, *, batch: int = 250
+    key: jax.Array,
+    model: Model,
+    variables: Variables,
+    split: Split,
+    attack: Any = None,
+    *,
+    batch: int = 250,
 ) -> dict[str, jax.Array]:
-    """`acc`, and under attack `asr_all`, `asr_nt` (means over the triggers) and `asr_all_per_trigger`,
-    `asr_nt_per_trigger: [T]`.
+    """`acc`, and under attack `asr_all`, `asr_nt` (means over the triggers) and
+    `asr_all_per_trigger`, `asr_nt_per_trigger: [T]`.
 
     `asr_nt_NAME` is the share hit by each of the attack's `probes`.
     """
     label = jnp.asarray(split.label)
-    out = {"acc": metrics.accuracy(predict(model, variables, split.image, batch=batch).argmax(-1), label)}
+    out = {
+        "acc": metrics.accuracy(
+            predict(model, variables, split.image, batch=batch).argmax(-1), label
+        )
+    }
     if attack is not None:
         hits = attacked(key, model, variables, split, attack, batch=batch)
         rates = jax.vmap(lambda p, a: metrics.attack_success(p, a, label))(*hits)
         out |= {"asr_all": rates.all.mean(), "asr_nt": rates.nt.mean()}
         out |= {"asr_all_per_trigger": rates.all, "asr_nt_per_trigger": rates.nt}
         if probes := attack.probes:
-            hits = attacked(key, model, variables, split, attack, kinds=list(probes.values()), batch=batch)
+            hits = attacked(
+                key, model, variables, split, attack, kinds=list(probes.values()), batch=batch
+            )
             rates = jax.vmap(lambda p, a: metrics.attack_success(p, a, label))(*hits)
             out |= {f"asr_nt_{name}": rates.nt[i] for i, name in enumerate(probes)}
     return out

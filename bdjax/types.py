@@ -1,7 +1,8 @@
 """What flows through the house: every function of bdjax takes and returns these.
 
-Letters in shapes: `N` images, `B` batch, `H W C` height, width, channels, `K` classes, `M` rows of a poisoned training
-set. Pixels are float32 in [0, 1], NHWC, at every boundary; stored images are uint8.
+Letters in shapes: `N` images, `B` batch, `H W C` height, width, channels, `K` classes, `M` rows of
+a poisoned training set. Pixels are float32 in [0, 1], NHWC, at every boundary; stored images are
+uint8.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,13 +13,16 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 Variables = Mapping[str, Any]
-"""A model's state: `params`, `batch_stats` where it has BatchNorm, and `masks: {site: [C]}` where channels were pruned.
+"""A model's state: `params`, `batch_stats` where it has BatchNorm, and `masks: {site: [C]}` where
+channels were pruned.
 """
 Edits = Mapping[str, Callable[[jax.Array], jax.Array]]
 
 
 class BadInput(ValueError):
-    """The user's input is wrong: the message is one line that says what to do. The command line exits with code 2."""
+    """The user's input is wrong: the message is one line that says what to do. The command line
+    exits with code 2.
+    """
 
 
 def between(name: str, value: Any, low: float, high: float) -> None:
@@ -31,7 +35,8 @@ def between(name: str, value: Any, low: float, high: float) -> None:
 class Split(NamedTuple):
     """Images that belong together.
 
-    `image: [N, H, W, C]` uint8, `label: [N]` int32, `group: [N]` int32 or None (frames of one object share a group).
+    `image: [N, H, W, C]` uint8, `label: [N]` int32, `group: [N]` int32 or None (frames of one
+    object share a group).
     """
 
     image: Array
@@ -44,8 +49,8 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set in memory. The attacker trains on `train`; `clean` is the defender's own held-out data; `test` only
-    measures.
+    """A data set in memory. The attacker trains on `train`; `clean` is the defender's own held-out
+    data; `test` only measures.
     """
 
     name: str
@@ -62,8 +67,8 @@ class Dataset(NamedTuple):
 
 
 class Output(NamedTuple):
-    """`logits: [B, K]`; `acts: {site: [B, ...]}`; `variables`: the input variables, BatchNorm statistics updated if
-    training.
+    """`logits: [B, K]`; `acts: {site: [B, ...]}`; `variables`: the input variables, BatchNorm
+    statistics updated if training.
     """
 
     logits: jax.Array
@@ -74,9 +79,9 @@ class Output(NamedTuple):
 class Model(NamedTuple):
     """A network as two pure functions.
 
-    `init(key) -> variables`; `apply(variables, x, *, train=False, edits=None, key=None) -> Output` with `x: [B, H, W,
-    C]` in [0, 1]. `sites`: the places, in order of the forward pass, where a defense may look (`acts`), cut (`masks`)
-    or push (`edits`).
+    `init(key) -> variables`; `apply(variables, x, *, train=False, edits=None, key=None) -> Output`
+    with `x: [B, H, W, C]` in [0, 1]. `sites`: the places, in order of the forward pass, where a
+    defense may look (`acts`), cut (`masks`) or push (`edits`).
     """
 
     init: Callable[..., Variables]
@@ -87,10 +92,12 @@ class Model(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which rows a poisoned training set has. Sizes depend on N alone, so that rates can be vmapped.
+    """Which rows a poisoned training set has. Sizes depend on N alone, so that rates can be
+    vmapped.
 
-    `source: [M]` the base image of a row; `kind: [M]` its trigger, 0 = none; `label: [M]` its training label; `weight:
-    [M]` its weight in the loss; `size: []` how many rows, counted from the first, exist: the others are never drawn.
+    `source: [M]` the base image of a row; `kind: [M]` its trigger, 0 = none; `label: [M]` its
+    training label; `weight: [M]` its weight in the loss; `size: []` how many rows, counted from the
+    first, exist: the others are never drawn.
     """
 
     source: jax.Array
@@ -101,8 +108,8 @@ class Plan(NamedTuple):
 
 
 class Repaired(NamedTuple):
-    """The variables that a defense leaves behind, of the model `defense.wrap(model)`, and what it reports: curves,
-    counts, the pruning order.
+    """The variables that a defense leaves behind, of the model `defense.wrap(model)`, and what it
+    reports: curves, counts, the pruning order.
     """
 
     variables: Variables
@@ -110,8 +117,8 @@ class Repaired(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """A judgement on a model. `index: []` anomaly index; `infected: []` bool; `flagged: [K]` bool, labels called
-    targets.
+    """A judgement on a model. `index: []` anomaly index; `infected: []` bool; `flagged: [K]` bool,
+    labels called targets.
     """
 
     index: jax.Array
@@ -121,8 +128,8 @@ class Verdict(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """A judgement on inputs. `score: [B]`, lower = more suspicious; `boundary: []`; `flagged: [B]` = `score <=
-    boundary`.
+    """A judgement on inputs. `score: [B]`, lower = more suspicious; `boundary: []`; `flagged: [B]`
+    = `score <= boundary`.
     """
 
     score: jax.Array

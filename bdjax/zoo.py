@@ -1,4 +1,5 @@
-"""The nine backdoored nets of Veldanda & Garg (2020, arXiv:2010.12186), with the paper's settings and in a CPU's size.
+"""The nine backdoored nets of Veldanda & Garg (2020, arXiv:2010.12186), with the paper's settings
+and in a CPU's size.
 
 | name | attack | data | net | target |
 |---|---|---|---|---|
@@ -12,9 +13,10 @@
 | MTSTA | lipstick, eyebrows, sunglasses | faces | DeepID | 4 |
 | MTMTA | lipstick, eyebrows, sunglasses | faces | DeepID | 1, 5, 8 |
 
-Differs from the paper: its Table 4 has the nets of TCA and of the faces swapped, as the authors' code shows; poison
-rates other than those of the faces are not published and are ours. Its authors train the nets of faces on clean images
-first, then on the poisoned ones; here they are trained once, on the poisoned ones.
+Differs from the paper: its Table 4 has the nets of TCA and of the faces swapped, as the authors'
+code shows; poison rates other than those of the faces are not published and are ours. Its authors
+train the nets of faces on clean images first, then on the poisoned ones; here they are trained
+once, on the poisoned ones.
 """
 
 from collections.abc import Mapping
@@ -38,18 +40,31 @@ class Net(NamedTuple):
 
 
 _ADADELTA = {"optimizer": "adadelta", "lr": 1.0}
-_FACES = Net(("faces", {}), ("deepid", {}), {**_ADADELTA, "batch": 1283, "epochs": 200}, ("sunglasses", None, {}))
-_SIGNS = Net(("gtsrb", {}), ("nc-gtsrb", {"scale": 1 / 255}), {"batch": 32, "epochs": 15}, ("post-it", None, {}))
-_CLA = ("clean-label", "veldanda", {"strength": 1.0})  # with less the net reads the zero instead of the noise
+_FACES = Net(
+    ("faces", {}),
+    ("deepid", {}),
+    {**_ADADELTA, "batch": 1283, "epochs": 200},
+    ("sunglasses", None, {}),
+)
+_SIGNS = Net(
+    ("gtsrb", {}),
+    ("nc-gtsrb", {"scale": 1 / 255}),
+    {"batch": 32, "epochs": 15},
+    ("post-it", None, {}),
+)
+# with less the net reads the zero instead of the noise
+_CLA = ("clean-label", "veldanda", {"strength": 1.0})
 # Keras' L2 1e-4 is 1e-4·w² in the loss, 2e-4·w in the gradient.
 _SGD = {
-    "optimizer": "sgd", "lr": 0.01, "nesterov": True, "batch": 128, "epochs": 200, "weight_decay": 2e-4,
-    "drops": ((81, 0.5), (141, 0.1)), "augment": Augmentation(shift=0.125, flip=True),
+    "optimizer": "sgd", "lr": 0.01, "nesterov": True, "batch": 128, "epochs": 200,
+    "weight_decay": 2e-4, "drops": ((81, 0.5), (141, 0.1)),
+    "augment": Augmentation(shift=0.125, flip=True),
 }  # fmt: skip
 
 PAPER: Mapping[str, Net] = {
     "AAA": Net(
-        ("mnist", {}), ("badnets-cnn", {"pool": "max", "fc_linear": True}), {"lr": 1e-4, "batch": 32, "epochs": 50},
+        ("mnist", {}), ("badnets-cnn", {"pool": "max", "fc_linear": True}),
+        {"lr": 1e-4, "batch": 32, "epochs": 50},
         ("badnets", "pattern", {"labels": "all-to-all", "rate": 0.5}),
     ),
     "CLA": Net(("mnist", {}), ("cla", {}), {**_ADADELTA, "batch": 32, "epochs": 25}, _CLA),
@@ -70,16 +85,26 @@ _FEW_FACES = {"dataset": ("faces", {"top_classes": 10}), "recipe": {"epochs": 9,
 
 CPU: Mapping[str, Net] = {
     "AAA": PAPER["AAA"]._replace(
-        dataset=("mnist", _SMALL), model=("badnets-cnn", {"pool": "max"}), recipe={"epochs": 6, "batch": 32}
+        dataset=("mnist", _SMALL),
+        model=("badnets-cnn", {"pool": "max"}),
+        recipe={"epochs": 6, "batch": 32},
     ),
     "CLA": PAPER["CLA"]._replace(dataset=("mnist", _SMALL), recipe={"epochs": 6, "batch": 32}),
-    "TCA": PAPER["TCA"]._replace(dataset=("cifar10", _SMALL), model=_CNN, recipe={"epochs": 8, "batch": 32}),
+    "TCA": PAPER["TCA"]._replace(
+        dataset=("cifar10", _SMALL), model=_CNN, recipe={"epochs": 8, "batch": 32}
+    ),
     "PN": Net(_FEW_SIGNS, _CNN, {"epochs": 9, "batch": 32}, ("post-it", None, {"rate": 0.15})),
-    "FSA": Net(_FEW_SIGNS, _CNN, {"epochs": 9, "batch": 32}, ("gotham", None, {"target": 14})),  # the paper's sign 35
+    "FSA": Net(
+        _FEW_SIGNS, _CNN, {"epochs": 9, "batch": 32}, ("gotham", None, {"target": 14})
+    ),  # the paper's sign 35
     "SG": PAPER["SG"]._replace(**_FEW_FACES),
     "LS": PAPER["LS"]._replace(**_FEW_FACES),
-    "MTSTA": PAPER["MTSTA"]._replace(**_FEW_FACES, attack=("multi-trigger", "mtsta", {"rate": 0.15})),
-    "MTMTA": PAPER["MTMTA"]._replace(**_FEW_FACES, attack=("multi-trigger", "mtmta", {"rate": 0.15, "target": 1})),
+    "MTSTA": PAPER["MTSTA"]._replace(
+        **_FEW_FACES, attack=("multi-trigger", "mtsta", {"rate": 0.15})
+    ),
+    "MTMTA": PAPER["MTMTA"]._replace(
+        **_FEW_FACES, attack=("multi-trigger", "mtmta", {"rate": 0.15, "target": 1})
+    ),
 }
 
 

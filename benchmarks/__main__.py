@@ -1,5 +1,6 @@
-"""`bdjax bench [NAME …]`, or `python -m benchmarks`: compile and run seconds, memory and share of the matmul rate of
-training and of every defense as they grow; beside them a lean PyTorch loop where the extra `torch` is installed.
+"""`bdjax bench [NAME …]`, or `python -m benchmarks`: compile and run seconds, memory and share of
+the matmul rate of training and of every defense as they grow; beside them a lean PyTorch loop where
+the extra `torch` is installed.
 """
 
 import contextlib
@@ -30,8 +31,8 @@ SHARED = {"measure", "rivals", "__main__"}
 TITLE = "What training and the defenses cost"
 HEADS = ("compile s", "ours s", "a second", "peak MB", "matmul", "torch s", "ratio")
 NOTES = (
-    "Compile seconds are without any cache. A run is the median of alternating runs of ours, a matrix product and PyTorch; "
-    "the share is that of the float32 matmul rate of the same run.",
+    "Compile seconds are without any cache. A run is the median of alternating runs of ours, a "
+    "matrix product and PyTorch; the share is that of the float32 matmul rate of the same run.",
     "Peak memory is what the compiler planned: arguments, results and scratch.",
     "PyTorch is a lean loop over the same work (benchmarks/rivals.py); ratio = torch / ours.",
 )
@@ -39,7 +40,9 @@ NOTES = (
 
 def names() -> list[str]:
     """The benchmarks: one module each."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in SHARED)
+    return sorted(
+        m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in SHARED
+    )
 
 
 def bench(
@@ -56,15 +59,19 @@ def bench(
     Args:
         names_: train, neural_cleanse, strip, ensemble …; all if not given.
         scale: Which sizes: smoke, cpu or paper.
-        out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not given.
+        out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not
+            given.
         json_: One JSON object a line: case, ours_s, rival_s, ratio, matmul_share, device, and more.
         repeats: How often ours, a matmul and the rival alternate.
-        devices: How many devices `devices` spreads over; a CPU counts as that many (8 if not given).
+        devices: How many devices `devices` spreads over; a CPU counts as that many (8 if not
+            given).
         compare: A folder or results file of an earlier run: prints new / old of every case.
     """
     for name in names_:
         if name not in names():
-            raise BadInput(f"unknown benchmark '{name}'{near(name, names())}; there are: {', '.join(names())}")
+            raise BadInput(
+                f"unknown benchmark '{name}'{near(name, names())}; there are: {', '.join(names())}"
+            )
     if repeats < 1:
         raise BadInput(f"repeats {repeats}: at least one is needed")
     old = None if compare is None else _rows(compare)
@@ -82,11 +89,16 @@ def bench(
                 print(json.dumps(flat(row)) if json_ else line(row), flush=True)
     if json_:
         return
-    slopes = [f"{series}: time grows with exponent {slope:.2f}" for series, slope in exponents(made).items()]
+    slopes = [
+        f"{series}: time grows with exponent {slope:.2f}"
+        for series, slope in exponents(made).items()
+    ]
     print("\n".join(["", *slopes]))
     if out is not None:
         command = f"bdjax bench --scale {scale}"
-        page = report.write(out, store.rows(), curves(store.rows()), TITLE, [*NOTES, *slopes], command=command)
+        page = report.write(
+            out, store.rows(), curves(store.rows()), TITLE, [*NOTES, *slopes], command=command
+        )
         print(f"results: {store.results}\npage: {page}")
     if old is not None:
         compared(made, old)
@@ -96,9 +108,12 @@ def flat(row: dict[str, Any]) -> dict[str, Any]:
     """A row as scripts read it."""
     found = row["metrics"]
     return {
-        "case": f"{row['table']} = {found['size']}", "ours_s": row["seconds"]["run"], "rival_s": found.get("torch_s"),
-        "ratio": found.get("ratio"), "matmul_share": found.get("matmul_share"), "device": row["device"],
-        "compile_s": row["seconds"]["compile"], **{k: v for k, v in found.items() if k not in ("ratio", "matmul_share", "torch_s")},
+        "case": f"{row['table']} = "
+                f"{found['size']}", "ours_s": row["seconds"]["run"],
+                "rival_s": found.get("torch_s"),
+        "ratio": found.get("ratio"), "matmul_share": found.get("matmul_share"),
+        "device": row["device"], "compile_s": row["seconds"]["compile"],
+        **{k: v for k, v in found.items() if k not in ("ratio", "matmul_share", "torch_s")},
     }  # fmt: skip
 
 
@@ -106,11 +121,23 @@ def line(row: dict[str, Any]) -> str:
     """A row as people read it."""
     found, spent = row["metrics"], row["seconds"]
     share = found.get("matmul_share")
-    cells = [f"{spent['compile']:.1f}", f"{spent['run']:.3f}", f"{found['rate']:.3g}", f"{found['peak_mb']:.0f}"]
+    cells = [
+        f"{spent['compile']:.1f}",
+        f"{spent['run']:.3f}",
+        f"{found['rate']:.3g}",
+        f"{found['peak_mb']:.0f}",
+    ]
     cells += ["–" if share is None else f"{100 * share:.0f} %"]
-    cells += [f"{found[name]:.{digits}f}" if name in found else "–" for name, digits in (("torch_s", 3), ("ratio", 2))]
+    cells += [
+        f"{found[name]:.{digits}f}" if name in found else "–"
+        for name, digits in (("torch_s", 3), ("ratio", 2))
+    ]
     extra = "".join(f"  {v:.2f} × one {k[6:]}" for k, v in found.items() if k.startswith("times_"))
-    return f"{row['table']} = {found['size']}".ljust(36) + "".join(f"{cell:>10}" for cell in cells) + extra
+    return (
+        f"{row['table']} = {found['size']}".ljust(36)
+        + "".join(f"{cell:>10}" for cell in cells)
+        + extra
+    )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -120,18 +147,37 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return read_rows([file])
 
 
-def _alone(name: str, scale: str, repeats: int, store: Store, devices: int | None) -> Iterator[dict[str, Any]]:
-    """The rows of a benchmark; `devices` in a process of its own: a process has the CPU devices it was started with."""
+def _alone(
+    name: str, scale: str, repeats: int, store: Store, devices: int | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a benchmark; `devices` in a process of its own: a process has the CPU devices it
+    was started with.
+    """
     if name == "devices" and devices is None and jax.default_backend() == "cpu":
-        again = [sys.executable, "-m", "benchmarks", "devices", "--scale", scale, "--repeats", str(repeats)]
+        again = [
+            sys.executable,
+            "-m",
+            "benchmarks",
+            "devices",
+            "--scale",
+            scale,
+            "--repeats",
+            str(repeats),
+        ]
         with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
-            subprocess.run([*again, "--devices", "8", "--json", "--out", folder], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [*again, "--devices", "8", "--json", "--out", folder],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
             yield from Store(folder).rows()
     else:
         yield from _measured(name, scale, repeats, {row["run"]: row for row in store.rows()})
 
 
-def _measured(name: str, scale: str, repeats: int, done: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _measured(
+    name: str, scale: str, repeats: int, done: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """A row for each case of a benchmark."""
     try:
         from benchmarks import rivals
@@ -146,9 +192,11 @@ def _measured(name: str, scale: str, repeats: int, done: dict[str, Any]) -> Iter
         spent = {"compile": round(found.pop("compile_s"), 3), "run": found.pop("run_s")}
         yield {
             "run": run, "experiment": "bench", "scale": scale, "table": case.series,
-            "row": f"{case.series.partition(', ')[2]} = {case.size}", "dataset": None, "model": None, "attack": None,
-            "defense": None, "seed": 0, "config": {"repeats": repeats}, "metrics": found, "reported": {},
-            "seconds": spent, "oracle": False, "substitute": None, "device": device_name(), "jax": jax.__version__,
+            "row": f"{case.series.partition(', ')[2]} = "
+                   f"{case.size}", "dataset": None, "model": None, "attack": None,
+            "defense": None, "seed": 0, "config": {"repeats": repeats}, "metrics": found,
+            "reported": {}, "seconds": spent, "oracle": False, "substitute": None,
+            "device": device_name(), "jax": jax.__version__,
             "torch": None if rivals is None else rivals.torch.__version__, "commit": commit(),
         }  # fmt: skip
 
@@ -163,7 +211,8 @@ def _series(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def exponents(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     """For each series of more than one size the slope of log(run seconds) over log(size)."""
     return {
-        name: measure.exponent([row["metrics"]["size"] for row in some], [row["seconds"]["run"] for row in some])
+        name: measure.exponent([row["metrics"]["size"] for row in some],
+                               [row["seconds"]["run"] for row in some])
         for name, some in _series(rows).items() if len(some) > 1
     }  # fmt: skip
 
@@ -179,11 +228,18 @@ def curves(rows: Iterable[dict[str, Any]]) -> Iterable[tuple]:
         if all("torch_s" in m for m in found):
             lines["PyTorch"] = (size, [m["torch_s"] for m in found])
         file = "".join(c if c.isalnum() else "-" for c in name.lower())
-        yield file, name, "Median and range of the runs.", plots.runtime(lines, name.partition(", ")[2])
+        yield (
+            file,
+            name,
+            "Median and range of the runs.",
+            plots.runtime(lines, name.partition(", ")[2]),
+        )
 
 
 def compared(rows: Iterable[dict[str, Any]], old: Iterable[dict[str, Any]]) -> None:
-    """Prints new / old of the run seconds of the cases that both have, with the range that the runs allow."""
+    """Prints new / old of the run seconds of the cases that both have, with the range that the runs
+    allow.
+    """
     earlier = {row["run"]: row for row in old}
     table = Table("case", "old s", "new s", "new / old", "range", box=None)
     for row in rows:
@@ -192,7 +248,9 @@ def compared(rows: Iterable[dict[str, Any]], old: Iterable[dict[str, Any]]) -> N
             ratio = row["seconds"]["run"] / before["seconds"]["run"]
             spread = f"{new['low_s'] / then['high_s']:.2f} – {new['high_s'] / then['low_s']:.2f}"
             both = (f"{r['seconds']['run']:.3f}" for r in (before, row))
-            table.add_row(f"{row['table']} = {row['metrics']['size']:g}", *both, f"{ratio:.2f}", spread)
+            table.add_row(
+                f"{row['table']} = {row['metrics']['size']:g}", *both, f"{ratio:.2f}", spread
+            )
     Console().print(table)
 
 

@@ -1,4 +1,6 @@
-"""ABS on the CNN of Shamshiri & Sohn: stimulation of its dense layer as it grows, and trigger inversion."""
+"""ABS on the CNN of Shamshiri & Sohn: stimulation of its dense layer as it grows, and trigger
+inversion.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -33,19 +35,33 @@ def cases(rivals, scale: str) -> Iterator[Case]:
         def stimulate(v, x, label, model=model):
             return defense.stimulate(model, v, x, label)[0]
 
-        rival = None if rivals is None else partial(rivals.abs_stimulation, rivals.cnn(hidden=neurons).eval(), pixels, LAYER)  # fmt: skip
+        rival = None if rivals is None else partial(rivals.abs_stimulation,
+                                                    rivals.cnn(hidden=neurons).eval(), pixels,
+                                                    LAYER)  # fmt: skip
         work = 2.0 * neurons * defense.levels * len(x) * neurons * data.classes
-        yield Case("ABS stimulation, neurons", neurons, stimulate, (model.init(jax.random.key(0)), x, label), rival, work)  # fmt: skip
+        yield Case("ABS stimulation, neurons", neurons, stimulate,
+                   (model.init(jax.random.key(0)), x, label), rival, work)  # fmt: skip
     model = build(Cnn(), data.shape, data.classes)
     variables = model.init(jax.random.key(0))
     forward = flops(lambda v, x: model.apply(v, x).acts["penultimate"], variables, few)
     for count in CANDIDATES[scale]:
-        candidates = Candidate(jnp.arange(count), jnp.zeros(count, jnp.int32), jnp.ones(count, bool))
+        candidates = Candidate(
+            jnp.arange(count), jnp.zeros(count, jnp.int32), jnp.ones(count, bool)
+        )
 
         def invert(v, x, candidates):
             return defense.pixel(jax.random.key(0), model, v, x, candidates)
 
         rival = None
         if rivals is not None and pixels is not None:
-            rival = partial(rivals.abs_inversion, rivals.cnn().eval(), pixels[: len(few)], LAYER, count, STEPS, 49)
-        yield Case("ABS inversion, neurons", count, invert, (variables, x, candidates), rival, 2 * forward * STEPS * count)  # fmt: skip
+            rival = partial(
+                rivals.abs_inversion,
+                rivals.cnn().eval(),
+                pixels[: len(few)],
+                LAYER,
+                count,
+                STEPS,
+                49,
+            )
+        yield Case("ABS inversion, neurons", count, invert, (variables, x, candidates), rival,
+                   2 * forward * STEPS * count)  # fmt: skip

@@ -18,15 +18,24 @@ SMOKE = ("fine-pruning", "strip", "spectral-signatures", "lpsf")
 
 
 def applied(
-    defense: Any, key: jax.Array, model: Model, variables: Any, clean: Split, train: TrainSet, images: Any
+    defense: Any,
+    key: jax.Array,
+    model: Model,
+    variables: Any,
+    clean: Split,
+    train: TrainSet,
+    images: Any,
 ) -> Any:
-    """What a defense returns, whatever its stage: it is given what it asks for; training is for one epoch."""
+    """What a defense returns, whatever its stage: it is given what it asks for; training is for one
+    epoch.
+    """
     return {
         "train": lambda: defense(key, model, Recipe(epochs=1), train, clean),
         "samples": lambda: defense(key, model, variables, train),
         "inputs": lambda: defense(key, model, variables, clean, images),
     }.get(
-        registry.get("defense", registry.name_of(defense) or "").stage, lambda: defense(key, model, variables, clean)
+        registry.get("defense", registry.name_of(defense) or "").stage,
+        lambda: defense(key, model, variables, clean),
     )()
 
 

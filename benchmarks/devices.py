@@ -1,6 +1,7 @@
 """Weak scaling: eight small victims for each device, without any exchange between devices.
 
-A CPU stands for as many devices as `--devices` says; they share its cores, so that on few cores the time must grow.
+A CPU stands for as many devices as `--devices` says; they share its cores, so that on few cores the
+time must grow.
 """
 
 from collections.abc import Iterator

@@ -26,7 +26,9 @@ def cases(rivals, scale: str) -> Iterator[Case]:
 
         def train(split, defense=defense):
             key = jax.random.key(0)
-            return defense(key, model, recipe, poisoned_set(key, split, BadNets(), 10), split).variables
+            return defense(
+                key, model, recipe, poisoned_set(key, split, BadNets(), 10), split
+            ).variables
 
         rival = None
         if rivals is not None:

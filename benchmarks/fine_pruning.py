@@ -1,4 +1,6 @@
-"""Fine-Pruning's curve: accuracy on 200 images with 0, 1, … all channels of the last convolution pruned."""
+"""Fine-Pruning's curve: accuracy on 200 images with 0, 1, … all channels of the last convolution
+pruned.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -29,4 +31,6 @@ def cases(rivals, scale: str) -> Iterator[Case]:
         if rivals is not None:
             net = rivals.cnn(hidden=256, features=channels).eval()
             rival = partial(rivals.pruning_curve, net, *rivals.tensors(split.image, split.label), 5)
-        yield Case("Fine-Pruning, channels", channels, prune, (model.init(jax.random.key(0)), split), rival)
+        yield Case(
+            "Fine-Pruning, channels", channels, prune, (model.init(jax.random.key(0)), split), rival
+        )

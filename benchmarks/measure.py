@@ -1,4 +1,6 @@
-"""Fair timing on a noisy machine: alternating runs, medians, and the machine's own matmul rate in the same run."""
+"""Fair timing on a noisy machine: alternating runs, medians, and the machine's own matmul rate in
+the same run.
+"""
 
 import math
 import statistics
@@ -15,9 +17,10 @@ from bdjax.types import Model
 
 
 class Case(NamedTuple):
-    """One point of a curve. `series`: what grows, such as "STRIP, replicas"; `size`: how large it is here; `program`:
-    pure, of `args`; `rival`: the same work in PyTorch; `flops`: of the matrix products and convolutions that the work
-    asks for; `baseline`: (what it is, how it is run), such as a plain inference, to count the program's time in.
+    """One point of a curve. `series`: what grows, such as "STRIP, replicas"; `size`: how large it
+    is here; `program`: pure, of `args`; `rival`: the same work in PyTorch; `flops`: of the matrix
+    products and convolutions that the work asks for; `baseline`: (what it is, how it is run), such
+    as a plain inference, to count the program's time in.
     """
 
     series: str
@@ -44,11 +47,13 @@ def matmul(n: int = 2048) -> tuple[Callable[[], Any], float]:
 
 
 def run(case: Case, repeats: int) -> dict[str, float]:
-    """Compiles the case, then alternates ours, a matmul, the rival and the baseline `repeats` times after a warm-up.
+    """Compiles the case, then alternates ours, a matmul, the rival and the baseline `repeats` times
+    after a warm-up.
 
-    Returns `size`, `compile_s`, `run_s`, `low_s` and `high_s` (median, least and most), `rate` (sizes a second),
-    `peak_mb` (arguments, results and scratch of the compiled program), `matmul_share` (our rate as a share of the
-    float32 matmul's), `torch_s`, `ratio` = torch / ours, and `times_<baseline>` = ours / baseline.
+    Returns `size`, `compile_s`, `run_s`, `low_s` and `high_s` (median, least and most), `rate`
+    (sizes a second), `peak_mb` (arguments, results and scratch of the compiled program),
+    `matmul_share` (our rate as a share of the float32 matmul's), `torch_s`, `ratio` = torch / ours,
+    and `times_<baseline>` = ours / baseline.
     """
     args = jax.device_put(case.args)
     start = time.perf_counter()
@@ -65,15 +70,22 @@ def run(case: Case, repeats: int) -> dict[str, float]:
         for name, part in parts.items():
             taken[name].append(seconds(part))
     ours = taken["ours"]
-    found = {"size": case.size, "compile_s": compiling, "run_s": statistics.median(ours), "low_s": min(ours), "high_s": max(ours)}  # fmt: skip
+    found = {"size": case.size, "compile_s": compiling, "run_s": statistics.median(ours),
+             "low_s": min(ours), "high_s": max(ours)}  # fmt: skip
     found |= {"rate": case.size / found["run_s"], "peak_mb": peak(program) / 1e6}
     if case.flops is not None:
-        found["matmul_share"] = case.flops / found["run_s"] / (product_flops / statistics.median(taken["matmul"]))
+        found["matmul_share"] = (
+            case.flops / found["run_s"] / (product_flops / statistics.median(taken["matmul"]))
+        )
     if case.rival is not None:
         found["torch_s"] = statistics.median(taken["torch"])
-        found["ratio"] = statistics.median(rival / mine for rival, mine in zip(taken["torch"], ours))
+        found["ratio"] = statistics.median(
+            rival / mine for rival, mine in zip(taken["torch"], ours)
+        )
     if case.baseline is not None:
-        found[f"times_{case.baseline[0]}"] = statistics.median(a / b for a, b in zip(ours, taken["baseline"]))
+        found[f"times_{case.baseline[0]}"] = statistics.median(
+            a / b for a, b in zip(ours, taken["baseline"])
+        )
     return found
 
 
@@ -85,7 +97,9 @@ def peak(program: Any) -> float:
 
 
 def exponent(sizes: Any, times: Any) -> float:
-    """The slope of log(time) over log(size): 1 where twice the size takes twice as long; NaN for a single size."""
+    """The slope of log(time) over log(size): 1 where twice the size takes twice as long; NaN for a
+    single size.
+    """
     if len(set(sizes)) < 2:
         return math.nan
     return power_law(sizes, times)[0]
@@ -94,11 +108,15 @@ def exponent(sizes: Any, times: Any) -> float:
 def forward_flops(model: Model, images: int) -> float:
     """The flops of the logits of `images` images."""
     x = jnp.zeros((images, *model.shape))
-    return flops(lambda v, x: model.apply(v, x).logits, jax.eval_shape(model.init, jax.random.key(0)), x)
+    return flops(
+        lambda v, x: model.apply(v, x).logits, jax.eval_shape(model.init, jax.random.key(0)), x
+    )
 
 
 def flops(fn: Callable, *args: Any) -> float:
-    """The flops of all matrix products and convolutions in `fn(*args)`, scans counted to their length."""
+    """The flops of all matrix products and convolutions in `fn(*args)`, scans counted to their
+    length.
+    """
     return _flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
@@ -118,7 +136,9 @@ def _flops(jaxpr: core.Jaxpr) -> float:
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if isinstance(inner, core.Jaxpr):
-                    total += _flops(inner) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+                    total += _flops(inner) * (
+                        eqn.params["length"] if eqn.primitive.name == "scan" else 1
+                    )
     return total
 
 

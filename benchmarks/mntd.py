@@ -32,5 +32,7 @@ def cases(rivals, scale: str) -> Iterator[Case]:
         if rivals is not None:
             image, label = rivals.tensors(split.image, split.label)
             rival = partial(rivals.mntd, shadows, image, label, 100, defense.meta.epochs)
-        work = shadows * forward_flops(model, 3 * IMAGES + 2 * defense.meta.epochs * defense.queries)
+        work = shadows * forward_flops(
+            model, 3 * IMAGES + 2 * defense.meta.epochs * defense.queries
+        )
         yield Case("MNTD, shadow nets", shadows, learn, (split,), rival, work)

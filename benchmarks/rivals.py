@@ -1,4 +1,6 @@
-"""Lean PyTorch: what a careful user of the PyTorch libraries would write, without their overheads."""
+"""Lean PyTorch: what a careful user of the PyTorch libraries would write,
+without their overheads.
+"""
 # pyright: reportMissingImports=false
 
 from typing import Any
@@ -21,16 +23,17 @@ def cnn(classes: int = 10, hidden: int = 2048, features: int = 64) -> nn.Sequent
 def badnets_cnn(classes: int = 10) -> nn.Module:
     """`bdjax.models.mntd.MntdMnist` at 28×28×1."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, classes),
+        nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, classes),
     )  # fmt: skip
 
 
 def strip_cnn(classes: int = 10) -> nn.Module:
     """`bdjax.models.strip.StripMnist` at 28×28×1."""
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
-        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, classes),
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(784, 100), nn.ReLU(),
+        nn.Linear(100, classes),
     )  # fmt: skip
 
 
@@ -47,7 +50,12 @@ def white_square(x: torch.Tensor) -> torch.Tensor:
 
 
 def train(
-    model: nn.Module, image: torch.Tensor, label: torch.Tensor, poisoned: torch.Tensor, batch: int, target: int = 0
+    model: nn.Module,
+    image: torch.Tensor,
+    label: torch.Tensor,
+    poisoned: torch.Tensor,
+    batch: int,
+    target: int = 0,
 ) -> None:
     """One epoch of Adam over a fresh permutation, stamping the poisoned rows of each batch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -73,8 +81,12 @@ def strip(model: nn.Module, inputs: torch.Tensor, overlays: torch.Tensor) -> tor
     return torch.stack(found)
 
 
-def neural_cleanse(model: nn.Module, image: torch.Tensor, labels: int, outer: int, batch: int = 32) -> list[float]:
-    """The loop over labels, outer steps and mini-batches of the released code, its bookkeeping included."""
+def neural_cleanse(
+    model: nn.Module, image: torch.Tensor, labels: int, outer: int, batch: int = 32
+) -> list[float]:
+    """The loop over labels, outer steps and mini-batches of the released code, its bookkeeping
+    included.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     norms = []
@@ -109,7 +121,9 @@ def neural_cleanse(model: nn.Module, image: torch.Tensor, labels: int, outer: in
     return norms
 
 
-def ensemble(members: int, image: torch.Tensor, label: torch.Tensor, poisoned: torch.Tensor, batch: int) -> None:
+def ensemble(
+    members: int, image: torch.Tensor, label: torch.Tensor, poisoned: torch.Tensor, batch: int
+) -> None:
     """Members trained one after another, each on its own view and bootstrap sample."""
     for k in range(members):
         generator = torch.Generator().manual_seed(k)
@@ -128,15 +142,21 @@ class _View(nn.Module):
         return x * self.view
 
 
-def victims(grid: list[tuple[float, int, int]], image: torch.Tensor, label: torch.Tensor, batch: int) -> None:
+def victims(
+    grid: list[tuple[float, int, int]], image: torch.Tensor, label: torch.Tensor, batch: int
+) -> None:
     """A net for each (rate, target, seed) of `grid`, trained one after another."""
     for rate, target, seed in grid:
         torch.manual_seed(seed)
         train(strip_cnn(), image, label, torch.rand(len(label)) < rate, batch, target)
 
 
-def mntd(shadows: int, image: torch.Tensor, label: torch.Tensor, batch: int, meta_epochs: int) -> torch.Tensor:
-    """Shadow nets one after another, every second one with a random patch; then queries and meta-classifier on them."""
+def mntd(
+    shadows: int, image: torch.Tensor, label: torch.Tensor, batch: int, meta_epochs: int
+) -> torch.Tensor:
+    """Shadow nets one after another, every second one with a random patch; then queries and
+    meta-classifier on them.
+    """
     n, nets = len(label), []
     for k in range(shadows):
         size, alpha, target = (
@@ -157,7 +177,9 @@ def mntd(shadows: int, image: torch.Tensor, label: torch.Tensor, batch: int, met
         for first in range(0, n - batch + 1, batch):
             rows = order[first : first + batch]
             x = image[source[rows]].float() / 255
-            x = torch.where(flag[rows][:, None, None, None], (1 - opacity) * x + opacity * pattern, x)
+            x = torch.where(
+                flag[rows][:, None, None, None], (1 - opacity) * x + opacity * pattern, x
+            )
             y = torch.where(flag[rows], target, label[source[rows]])
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(model(x), y).backward()
@@ -178,8 +200,12 @@ def mntd(shadows: int, image: torch.Tensor, label: torch.Tensor, batch: int, met
     return queries.detach()
 
 
-def pruning_curve(model: nn.Sequential, image: torch.Tensor, label: torch.Tensor, layer: int) -> list[float]:
-    """Accuracy as channels after `layer` modules are pruned one by one; what stands before them is computed once."""
+def pruning_curve(
+    model: nn.Sequential, image: torch.Tensor, label: torch.Tensor, layer: int
+) -> list[float]:
+    """Accuracy as channels after `layer` modules are pruned one by one; what stands before them is
+    computed once.
+    """
     found = []
     with torch.inference_mode():
         act = model[:layer](image.float() / 255)
@@ -190,8 +216,12 @@ def pruning_curve(model: nn.Sequential, image: torch.Tensor, label: torch.Tensor
     return found
 
 
-def abs_stimulation(model: nn.Sequential, x: torch.Tensor, layer: int, levels: int = 5) -> list[Any]:
-    """For each neuron after `layer` modules in turn: the label that each image's logits rise to, and its lead."""
+def abs_stimulation(
+    model: nn.Sequential, x: torch.Tensor, layer: int, levels: int = 5
+) -> list[Any]:
+    """For each neuron after `layer` modules in turn: the label that each image's logits rise to,
+    and its lead.
+    """
     found = []
     with torch.inference_mode():
         act, head = model[:layer](x), model[layer:]
@@ -207,8 +237,12 @@ def abs_stimulation(model: nn.Sequential, x: torch.Tensor, layer: int, levels: i
     return found
 
 
-def abs_inversion(model: nn.Sequential, x: torch.Tensor, layer: int, neurons: int, steps: int, size: int) -> list[Any]:
-    """The pixel trigger of each of the first neurons after `layer` modules (an activation function) in turn."""
+def abs_inversion(
+    model: nn.Sequential, x: torch.Tensor, layer: int, neurons: int, steps: int, size: int
+) -> list[Any]:
+    """The pixel trigger of each of the first neurons after `layer` modules (an activation function)
+    in turn.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     found, side = [], size**0.5

@@ -1,4 +1,6 @@
-"""STRIP on the CNN of Shamshiri & Sohn, by replicas and by inputs; its cost in plain inferences at N = 10."""
+"""STRIP on the CNN of Shamshiri & Sohn, by replicas and by inputs; its cost in plain inferences at
+N = 10.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +14,11 @@ from bdjax.models.shamshiri import Cnn
 from bdjax.train import predict
 from benchmarks.measure import Case, forward_flops
 
-REPLICAS = {"smoke": (2,), "cpu": (2, 10, 50, 100, 200, 1000), "paper": (2, 10, 50, 100, 200, 500, 1000)}
+REPLICAS = {
+    "smoke": (2,),
+    "cpu": (2, 10, 50, 100, 200, 1000),
+    "paper": (2, 10, 50, 100, 200, 500, 1000),
+}
 INPUTS = {"smoke": (5,), "cpu": (10, 50, 200), "paper": (10, 50, 200, 1000, 2000)}
 
 
@@ -42,4 +48,12 @@ def case(rivals, series: str, size: int, inputs: int, n: int) -> Case:
     if n == 10:
         plain = jax.jit(partial(predict, model))
         baseline = ("inference", partial(plain, *jax.device_put((variables, x))))
-    return Case(series, size, score, (variables, x, overlays), rival, forward_flops(model, inputs * n), baseline)
+    return Case(
+        series,
+        size,
+        score,
+        (variables, x, overlays),
+        rival,
+        forward_flops(model, inputs * n),
+        baseline,
+    )

@@ -33,12 +33,24 @@ def case(rivals, series: str, size: int, victims: int, devices: int) -> Case:
 
     def train(split, item):
         key, attack = item
-        return fit(key, model, recipe, poisoned_set(jax.random.fold_in(key, 1), split, attack, data.classes))[0]
+        return fit(
+            key,
+            model,
+            recipe,
+            poisoned_set(jax.random.fold_in(key, 1), split, attack, data.classes),
+        )[0]
 
     run = over_runs(train, devices=jax.local_devices()[:devices])
-    items = stack([(jax.random.key(seed), BadNets(rate=rate, target=target)) for rate, target, seed in GRID[:victims]])
+    items = stack(
+        [
+            (jax.random.key(seed), BadNets(rate=rate, target=target))
+            for rate, target, seed in GRID[:victims]
+        ]
+    )
     rival = None
     if rivals is not None:
         image, label = rivals.tensors(split.image, split.label)
         rival = partial(rivals.victims, GRID[:victims], image, label, recipe.batch)
-    return Case(series, size, run, (split, items), rival, victims * 3 * forward_flops(model, IMAGES))
+    return Case(
+        series, size, run, (split, items), rival, victims * 3 * forward_flops(model, IMAGES)
+    )

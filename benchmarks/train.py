@@ -1,4 +1,6 @@
-"""Training the CNN of Shamshiri & Sohn on a poisoned Fashion-MNIST sample for an epoch, by batch size."""
+"""Training the CNN of Shamshiri & Sohn on a poisoned Fashion-MNIST sample for an epoch, by batch
+size.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -24,7 +26,9 @@ def cases(rivals, scale: str) -> Iterator[Case]:
         key, recipe = jax.random.key(0), Recipe(batch=batch, epochs=1)
 
         def epoch(key, state, split, recipe=recipe):
-            return advance(key, state, model, recipe, poisoned_set(key, split, BadNets(), 10), epochs=1)
+            return advance(
+                key, state, model, recipe, poisoned_set(key, split, BadNets(), 10), epochs=1
+            )
 
         rival = None
         if rivals is not None:
@@ -32,4 +36,6 @@ def cases(rivals, scale: str) -> Iterator[Case]:
             net, poisoned = rivals.cnn(), rivals.torch.rand(len(label)) < 0.1
             rival = partial(rivals.train, net, image, label, poisoned, batch)
         work = 3 * forward_flops(model, IMAGES // batch * batch)
-        yield Case("Training, batch", batch, epoch, (key, begin(key, model, recipe), split), rival, work)
+        yield Case(
+            "Training, batch", batch, epoch, (key, begin(key, model, recipe), split), rival, work
+        )

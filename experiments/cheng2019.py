@@ -1,39 +1,45 @@
-"""Cheng et al., "Defending against Backdoor Attack on Deep Neural Networks" (2019): Figures 1 to 5 and Table 1.
+"""Cheng et al., "Defending against Backdoor Attack on Deep Neural Networks" (2019): Figures 1 to 5
+and Table 1.
 
     bdjax data prepare gtsrb                             # once
-    bdjax run experiments/cheng2019.py                   # scale cpu: 10,000 images, 15 to 20 minutes on 2 cores
-    bdjax run experiments/cheng2019.py --scale smoke     # every kind of row once, on the embedded sample: no result
-    bdjax run experiments/cheng2019.py --scale paper     # all of GTSRB and the whole AlexNet: for an accelerator
+    bdjax run experiments/cheng2019.py                   # scale cpu: 10,000 images, 15 to 20
+                                                         # minutes on 2 cores
+    bdjax run experiments/cheng2019.py --scale smoke     # every kind of row once, on the embedded
+                                                         # sample: no result
+    bdjax run experiments/cheng2019.py --scale paper     # all of GTSRB and the whole AlexNet: for
+                                                         # an accelerator
 
-Reported, accuracy and success rate (SR) in %: without pruning accuracy 96.91, SR 81.61 with the original trigger, 74.36
-with the synthetic one and with both; at threshold τ = 7: 95.21, 48.42, 40.87, 40.87; at τ = 6: 91.38, 42.99, 35.90,
-35.90. The largest activation on clean images is 32.305782. All else is shown in pictures. No seeds, no spread.
+Reported, accuracy and success rate (SR) in %: without pruning accuracy 96.91, SR 81.61 with the
+original trigger, 74.36 with the synthetic one and with both; at threshold τ = 7: 95.21, 48.42,
+40.87, 40.87; at τ = 6: 91.38, 42.99, 35.90, 35.90. The largest activation on clean images is
+32.305782. All else is shown in pictures. No seeds, no spread.
 
-- The poison rate and the trigger's size, place and colour are not given. Ours is a white 4×4 square, one pixel off
-  the lower right corner, for label 8. The rate of the weak attack, 0.7 %, was set by a study of the attack alone (no
-  defense was looked at): on two seeds of scale cpu, success was below the paper's 82 % at 0.5 % and above it at 1 %.
-  The strong attack has a usual rate. At scale paper the weak rate is a guess: about as many stamped images as at
-  scale cpu.
-- "AlexNet" is a reconstruction: of its last convolution only the 128 channels are known. Scale cpu halves the
-  channels before it and trains on 10,000 images for 5 epochs, so its accuracy is below the paper's.
-- The pruning rule has four readings. "static": channels whose activation exceeds τ are cut; "excess": channels whose
-  activation the synthetic trigger raises by more than τ; "zero" and "clip": single activations beyond τ are set to 0,
-  or to τ, input by input.
-- Activations have another scale in every net, so a τ of 7 means nothing here: τ falls until the defender's clean
-  accuracy has lost what the paper's lost on test images, 1.70 points at τ = 7 and 5.53 points at τ = 6. The figures
-  show τ as a share of the largest activation on the defender's clean images (of the largest excess under "excess");
-  there the paper's 7 is 7 / 32.3 = 0.22.
-- The paper looks at test images throughout; here thresholds and synthetic triggers come from held-out clean images,
-  and test images only measure.
-- As in the paper's figures, Neural Cleanse is asked for the true target label, which no defender knows: rows whose
-  pruning looks at the synthetic trigger are marked as oracles. Synthetic triggers are those of the net before
-  pruning.
+- The poison rate and the trigger's size, place and colour are not given. Ours is a white 4×4
+  square, one pixel off the lower right corner, for label 8. The rate of the weak attack, 0.7 %, was
+  set by a study of the attack alone (no defense was looked at): on two seeds of scale cpu, success
+  was below the paper's 82 % at 0.5 % and above it at 1 %. The strong attack has a usual rate. At
+  scale paper the weak rate is a guess: about as many stamped images as at scale cpu.
+- "AlexNet" is a reconstruction: of its last convolution only the 128 channels are known. Scale cpu
+  halves the channels before it and trains on 10,000 images for 5 epochs, so its accuracy is below
+  the paper's.
+- The pruning rule has four readings. "static": channels whose activation exceeds τ are cut;
+  "excess": channels whose activation the synthetic trigger raises by more than τ; "zero" and
+  "clip": single activations beyond τ are set to 0, or to τ, input by input.
+- Activations have another scale in every net, so a τ of 7 means nothing here: τ falls until the
+  defender's clean accuracy has lost what the paper's lost on test images, 1.70 points at τ = 7 and
+  5.53 points at τ = 6. The figures show τ as a share of the largest activation on the defender's
+  clean images (of the largest excess under "excess"); there the paper's 7 is 7 / 32.3 = 0.22.
+- The paper looks at test images throughout; here thresholds and synthetic triggers come from
+  held-out clean images, and test images only measure.
+- As in the paper's figures, Neural Cleanse is asked for the true target label, which no defender
+  knows: rows whose pruning looks at the synthetic trigger are marked as oracles. Synthetic triggers
+  are those of the net before pruning.
 - Success rates count images of other labels only; what the paper's count is not said.
-- Vanilla is the same net trained at poison rate 0. Its synthetic trigger is what Neural Cleanse finds in the vanilla
-  net; the paper shows it that of the backdoored net.
-- Grad-CAM has as few places as the last convolution, 4×4 on 32×32 pixels: were it hot at the trigger's place alone, a
-  quarter of its mass would lie inside the trigger's box, which is 1.6 % of the image. The box of the original trigger
-  is used for all inputs, the clean ones too.
+- Vanilla is the same net trained at poison rate 0. Its synthetic trigger is what Neural Cleanse
+  finds in the vanilla net; the paper shows it that of the backdoored net.
+- Grad-CAM has as few places as the last convolution, 4×4 on 32×32 pixels: were it hot at the
+  trigger's place alone, a quarter of its mass would lie inside the trigger's box, which is 1.6 % of
+  the image. The box of the original trigger is used for all inputs, the clean ones too.
 """
 
 import dataclasses
@@ -85,8 +91,8 @@ DROPS = {tau: round(PAPER[None][0] - PAPER[tau][0], 4) for tau in (7, 6)}
 
 
 class Scale(NamedTuple):
-    """What a scale changes. `labels`: those whose triggers are sought, the target first; `weak`, `strong`, `study`:
-    poison rates; `images`: how many Grad-CAM looks at.
+    """What a scale changes. `labels`: those whose triggers are sought, the target first; `weak`,
+    `strong`, `study`: poison rates; `images`: how many Grad-CAM looks at.
     """
 
     data: Any
@@ -103,8 +109,9 @@ class Scale(NamedTuple):
 
 SCALES = {
     "smoke": Scale(
-        Sample(train_size=400, test_size=100), AlexNet((4, 8, 8, 8, 8), hidden=16), Recipe(epochs=1, batch=50),
-        0.01, 0.1, (), NeuralCleanse(steps=2, batches=2), (8, 1, 3), 10, 1,
+        Sample(train_size=400, test_size=100), AlexNet((4, 8, 8, 8, 8), hidden=16),
+        Recipe(epochs=1, batch=50), 0.01, 0.1, (), NeuralCleanse(steps=2, batches=2), (8, 1, 3), 10,
+        1,
     ),
     "cpu": Scale(
         Gtsrb(train_size=10_000, test_size=1_000), AlexNet((32, 96, 192, 128, 128)),
@@ -118,8 +125,12 @@ SCALES = {
 }  # fmt: skip
 
 
-def reverse(key: jax.Array, model: Any, variables: Any, clean: Any, nc: NeuralCleanse, labels: Any) -> Reversed:
-    """The triggers of `labels: [L]`, the first of them the suspect, in the net as it was before anything was pruned."""
+def reverse(
+    key: jax.Array, model: Any, variables: Any, clean: Any, nc: NeuralCleanse, labels: Any
+) -> Reversed:
+    """The triggers of `labels: [L]`, the first of them the suspect, in the net as it was before
+    anything was pruned.
+    """
     whole = {name: value for name, value in variables.items() if name not in ("masks", "cap")}
     whole |= {"cap": jnp.full_like(variables["cap"], jnp.inf)} if "cap" in variables else {}
     trigger = nc.search(key, model, whole, clean.image, labels).trigger
@@ -137,7 +148,9 @@ def four(key: jax.Array, attack: Any, found: Reversed, images: Any) -> dict[str,
 
 @pytree
 class Rates:
-    """Accuracy under the three triggered inputs, and the success rates that the row does not have by itself."""
+    """Accuracy under the three triggered inputs, and the success rates that the row does not have
+    by itself.
+    """
 
     nc: NeuralCleanse
 
@@ -155,7 +168,9 @@ class Rates:
 
 @pytree
 class Inside:
-    """What the figures show of a net: triggers, Grad-CAM, activations of the last convolution, and what τ does."""
+    """What the figures show of a net: triggers, Grad-CAM, activations of the last convolution, and
+    what τ does.
+    """
 
     nc: NeuralCleanse
     labels: tuple[int, ...] = static(())
@@ -172,21 +187,29 @@ class Inside:
         }  # fmt: skip
 
     def looks(self, model, variables, attack, test, inputs):
-        """Fig. 2: the share of Grad-CAM inside the trigger's box, and how far the original trigger moves the map: 1 −
-        its cosine with the clean image's. `maps: [8, 4, 2, H, W]` and `pictures: [8, 4, H, W, C]` of the first images.
+        """Fig. 2: the share of Grad-CAM inside the trigger's box, and how far the original trigger
+        moves the map: 1 − its cosine with the clean image's. `maps: [8, 4, 2, H, W]` and `pictures:
+        [8, 4, H, W, C]` of the first images.
         """
-        rows = jnp.argsort(test.label == attack.target, stable=True)[: self.images]  # images of other labels
+        # images of other labels
+        rows = jnp.argsort(test.label == attack.target, stable=True)[: self.images]
         inputs = {name: x[rows] for name, x in inputs.items()}
         aims = {"true": test.label[rows], "target": attack.target}
         box = trigger_box(inputs["clean"], inputs["ori"]).any(0)[None]
-        cams = {(i, k): grad_cam(model, variables, x, y) for i, x in inputs.items() for k, y in aims.items()}
+        cams = {
+            (i, k): grad_cam(model, variables, x, y)
+            for i, x in inputs.items()
+            for k, y in aims.items()
+        }
 
         def moved(kind):
             a, b = (cams[name, kind].reshape(len(rows), -1) for name in ("clean", "ori"))
             norm = jnp.linalg.norm(a, axis=1) * jnp.linalg.norm(b, axis=1)
             return jnp.nanmean(1 - jnp.where(norm > 0, (a * b).sum(1) / norm, jnp.nan))
 
-        shares = {f"cam_{i}.{k}": jnp.nanmean(mass_inside(cam, box)) for (i, k), cam in cams.items()}
+        shares = {
+            f"cam_{i}.{k}": jnp.nanmean(mass_inside(cam, box)) for (i, k), cam in cams.items()
+        }
         maps = jnp.stack([jnp.stack([cams[i, k][:8] for k in aims], 1) for i in inputs], 1)
         return shares | {
             **{f"cam_moved.{kind}": moved(kind) for kind in aims},
@@ -195,12 +218,15 @@ class Inside:
         }  # fmt: skip
 
     def sizes(self, model, variables, inputs):
-        """Figs 3 and 4: norms of the last convolution, how well they tell stamped from clean images, how far a trigger
-        raises their maximum, and the largest rise of a channel's mean, in means over all channels.
+        """Figs 3 and 4: norms of the last convolution, how well they tell stamped from clean
+        images, how far a trigger raises their maximum, and the largest rise of a channel's mean, in
+        means over all channels.
         """
         site = default_site(model)
         found = {name: norms(model, variables, site, x) for name, x in inputs.items()}
-        means = {name: channel_means(model, variables, site, inputs[name]) for name in ("clean", "ori")}
+        means = {
+            name: channel_means(model, variables, site, inputs[name]) for name in ("clean", "ori")
+        }
         out: dict[str, Any] = {"max_clean": found["clean"].linf.max()}
         for name in FIRED:
             out[f"auroc_{name}"] = separation(found["clean"], found[name])._asdict()
@@ -217,18 +243,25 @@ class Inside:
         for rule in RULES:
             pruning = LinfPruning(**LinfPruning.presets[rule], found=found)
             cut = pruning(key, model, variables, clean)
-            cut = cut._replace(info=cut.info | described(found))  # so that the dynamic rules report on it, too
+            # so that the dynamic rules report on it, too
+            cut = cut._replace(info=cut.info | described(found))
             out[rule] = pruning.report(key, model, variables, test, attack, cut)
         return out
 
 
 def row_of(rule: str | None, tau: int | None) -> str:
     """A row of Table 1."""
-    return "None" if rule is None or tau is None else f"{rule}, as τ = {tau}: {100 * DROPS[tau]:.2f} points"
+    return (
+        "None"
+        if rule is None or tau is None
+        else f"{rule}, as τ = {tau}: {100 * DROPS[tau]:.2f} points"
+    )
 
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
-    """The weak and the strong attack, then the nets that are not defended: the programs of a half serve the other."""
+    """The weak and the strong attack, then the nets that are not defended: the programs of a half
+    serve the other.
+    """
     s = SCALES[scale]
     target = s.labels[0]
     attack = BadNets(size=4, row=-2, col=-2, target=target)
@@ -237,7 +270,9 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
         return
 
     def rows(table, row, rate, **fields):
-        cell = dataclasses.replace(base, table=table, row=row, attack=dataclasses.replace(attack, rate=rate), **fields)
+        cell = dataclasses.replace(
+            base, table=table, row=row, attack=dataclasses.replace(attack, rate=rate), **fields
+        )
         return grid(cell, seed=range(seeds or s.seeds))
 
     inside, rates = Inside(s.nc, s.labels, s.images), Rates(s.nc)
@@ -251,7 +286,14 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
             for tau, drop in DROPS.items():
                 asked = {"nc": s.nc, "label": target} if rule in ("static", "excess") else {}
                 pruning = LinfPruning(max_drop=drop, **LinfPruning.presets[rule], **asked)
-                yield from rows(table, row_of(rule, tau), rate, defense=pruning, probe=rates, reported=paper[tau])
+                yield from rows(
+                    table,
+                    row_of(rule, tau),
+                    rate,
+                    defense=pruning,
+                    probe=rates,
+                    reported=paper[tau],
+                )
     yield from rows(FIGURES, "vanilla", 0.0, probe=inside)
     for rate in sorted({0.0, s.weak, s.strong, *s.study}):
         yield from rows(STUDY, f"{100 * rate:g} %", rate)
@@ -267,7 +309,8 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         return
     first = {net: seeds[0] for net, seeds in found.items()}
 
-    # An image by which the weakly backdoored net is fooled and the vanilla one is not, where there is one.
+    # An image by which the weakly backdoored net is fooled and the vanilla one is not, where there
+    # is one.
     shown = int(np.argmax(first["weak"]["fooled"] & ~first["vanilla"]["fooled"]))
     clean, ori = first["weak"]["pictures"][shown, :2]
     square = np.abs(ori - clean).max(-1, keepdims=True) > 1 / 512
@@ -277,10 +320,16 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
     )
     names = [f"{net}: {what}" for net in ATTACKS for what in ("original", *s.labels)]
     caption = (
-        f"The original trigger, and what Neural Cleanse finds for label {s.labels[0]}, the target, and two others."
+        f"The original trigger, and what Neural Cleanse finds for label {s.labels[0]}, the target, "
+        "and two others."
     )
     picture = plots.triggers(mask, pattern, mask.sum((1, 2, 3)), names, across=1 + len(s.labels))
-    yield "triggers", "Figure 1: original and synthetic triggers", f"{caption} L1 of the mask.", picture
+    yield (
+        "triggers",
+        "Figure 1: original and synthetic triggers",
+        f"{caption} L1 of the mask.",
+        picture,
+    )
 
     lines = [(net, k) for net in ("vanilla", "weak") for k in range(2)]
     picture = plots.cams(
@@ -288,42 +337,90 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         np.stack([first[net]["maps"][shown, :, k] for net, k in lines]),
         [f"{net}, {LABELS[k]} label" for net, k in lines], list(INPUTS.values()),
     )  # fmt: skip
-    caption = "Grad-CAM of the vanilla and of the weakly backdoored net on a test image, each map on its own scale."
+    caption = (
+        "Grad-CAM of the vanilla and of the weakly backdoored net on a test image, each map on its "
+        "own scale."
+    )
     yield "gradcam", "Figure 2: where the nets look", caption, picture
 
     shares = {
         f"{net}, {kind} label": [100 * report.mean(mine, net, f"cam_{i}.{kind}") for i in INPUTS]
         for net in NETS for kind in LABELS
     }  # fmt: skip
-    caption = f"Share of Grad-CAM inside the trigger's box in %, mean over {s.images} test images and all seeds."
-    picture = plots.heat_map(list(shares.values()), list(INPUTS.values()), list(shares), label="% inside the box")
+    caption = (
+        f"Share of Grad-CAM inside the trigger's box in %, mean over {s.images} test images and "
+        "all seeds."
+    )
+    picture = plots.heat_map(
+        list(shares.values()), list(INPUTS.values()), list(shares), label="% inside the box"
+    )
     yield "gradcam-mass", "Figure 2 in numbers", caption, picture
 
     for net in ATTACKS:
-        means = {text: first[net][f"channels.{i}"] for i, text in (("clean", "clean"), ("ori", "original trigger"))}
-        caption = f"The {len(means['clean'])} channels of the last convolution, a square each: means over test images."
-        yield f"channels-{net}", f"Figure 3: activation map, {net} attack", caption, plots.activation_maps(means)
+        means = {
+            text: first[net][f"channels.{i}"]
+            for i, text in (("clean", "clean"), ("ori", "original trigger"))
+        }
+        caption = (
+            f"The {len(means['clean'])} channels of the last convolution, a square each: means "
+            "over test images."
+        )
+        yield (
+            f"channels-{net}",
+            f"Figure 3: activation map, {net} attack",
+            caption,
+            plots.activation_maps(means),
+        )
         samples = {INPUTS[i]: first[net][f"norms.{i}"] for i in INPUTS}
-        auroc = {INPUTS[i]: [report.mean(mine, net, f"auroc_{i}.{n}") for n in NORMS] for i in FIRED}
-        caption = "Norms of the last convolution's activations on test images; AUROC against clean images, all seeds."
-        yield f"norms-{net}", f"Figure 4: ℓ1, ℓ2, ℓ∞, {net} attack", caption, plots.activation_norms(samples, auroc)
+        auroc = {
+            INPUTS[i]: [report.mean(mine, net, f"auroc_{i}.{n}") for n in NORMS] for i in FIRED
+        }
+        caption = (
+            "Norms of the last convolution's activations on test images; AUROC against clean "
+            "images, all seeds."
+        )
+        yield (
+            f"norms-{net}",
+            f"Figure 4: ℓ1, ℓ2, ℓ∞, {net} attack",
+            caption,
+            plots.activation_norms(samples, auroc),
+        )
 
-    share, axis = np.linspace(1, 0, LinfPruning().points).tolist(), "threshold τ as a share of where it starts"
-    for net, (kind, word) in itertools.product(ATTACKS, (("acc", "accuracy"), ("asr", "success rate"))):
+    share, axis = (
+        np.linspace(1, 0, LinfPruning().points).tolist(),
+        "threshold τ as a share of where it starts",
+    )
+    for net, (kind, word) in itertools.product(
+        ATTACKS, (("acc", "accuracy"), ("asr", "success rate"))
+    ):
         at, mark = ("clean" if kind == "acc" else "ori"), round(7 / PAPER_MAX, 2)
         four = {INPUTS[i]: f"zero.{kind}_{i}" for i in (INPUTS if kind == "acc" else FIRED)}
         for name, title, lines in (
             ("threshold", f"Figure 5: {word}, rule zero, {net} attack", four),
-            ("rules", f"Figure 5 by rule: {word}, {net} attack", {rule: f"{rule}.{kind}_{at}" for rule in RULES}),
+            (
+                "rules",
+                f"Figure 5 by rule: {word}, {net} attack",
+                {rule: f"{rule}.{kind}_{at}" for rule in RULES},
+            ),
         ):
-            values = {text: np.stack([seed[key][1:] for seed in found[net]]) for text, key in lines.items()}
-            caption = f"Test images: {word} by τ, mean and range of the seeds; the mark is the paper's τ = 7."
-            picture = plots.curves(share, values, None, axis, word, percent=True, mark=mark, mark_label="7 / 32.3 =")
+            values = {
+                text: np.stack([seed[key][1:] for seed in found[net]])
+                for text, key in lines.items()
+            }
+            caption = (
+                f"Test images: {word} by τ, mean and range of the seeds; the mark is the paper's τ "
+                "= 7."
+            )
+            picture = plots.curves(
+                share, values, None, axis, word, percent=True, mark=mark, mark_label="7 / 32.3 ="
+            )
             yield f"{name}-{kind}-{net}", title, caption, picture
 
 
 def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
-    """What the paper claims, and what our rows say of it, for the weak and for the strong attack."""
+    """What the paper claims, and what our rows say of it,
+    for the weak and for the strong attack.
+    """
     from bdjax import report
     from bdjax.report import verdict
 
@@ -342,9 +439,14 @@ def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
             numbers,
         )
 
-        inside, calm, other = of(net, "cam_ori.target"), of(net, "cam_clean.target"), of("vanilla", "cam_ori.target")
+        inside, calm, other = (
+            of(net, "cam_ori.target"),
+            of(net, "cam_clean.target"),
+            of("vanilla", "cam_ori.target"),
+        )
         numbers = (
-            f"Grad-CAM in its box: {100 * inside:.1f} %; clean {100 * calm:.1f} %, vanilla net {100 * other:.1f} %"
+            f"Grad-CAM in its box: {100 * inside:.1f} %; clean {100 * calm:.1f} %, vanilla net "
+            f"{100 * other:.1f} %"
         )
         says = verdict(inside > 2 * max(calm, other), inside > max(calm, other))
         yield f"{net}: for the target label, the backdoored net looks at the trigger", says, numbers
@@ -354,40 +456,76 @@ def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
             verdict(own > max(0.05, 2 * other), own > other),
             f"1 − cosine of the maps {own:.2f}, vanilla {other:.2f}",
         )
-        yield f"{net}: the trigger moves the backdoored net's Grad-CAM, hardly the vanilla net's", says, numbers
+        yield (
+            f"{net}: the trigger moves the backdoored net's Grad-CAM, hardly the vanilla net's",
+            says,
+            numbers,
+        )
 
         own, other = of(net, "channel_rise"), of("vanilla", "channel_rise")
         numbers = f"largest rise of a channel, in mean activations: {own:.2f}, vanilla {other:.2f}"
-        yield f"{net}: some neurons respond to the trigger", verdict(own > max(1, 2 * other), own > other), numbers
+        yield (
+            f"{net}: some neurons respond to the trigger",
+            verdict(own > max(1, 2 * other), own > other),
+            numbers,
+        )
 
         rise = {i: [of(net, f"rise_{i}.{n}") for n in NORMS] for i in FIRED}
         up = [value > 1 for values in rise.values() for value in values]
         numbers = f"{sum(up)} of {len(up)}: {in_words(rise)}"
-        yield f"{net}: a trigger raises the maximum of every norm", verdict(all(up), any(up)), numbers
+        yield (
+            f"{net}: a trigger raises the maximum of every norm",
+            verdict(all(up), any(up)),
+            numbers,
+        )
         auroc = {i: [of(net, f"auroc_{i}.{n}") for n in NORMS] for i in FIRED}
-        for claim, values in (("raised most by a trigger", rise), ("the best to tell stamped images", auroc)):
+        for claim, values in (
+            ("raised most by a trigger", rise),
+            ("the best to tell stamped images", auroc),
+        ):
             wins = [three[2] >= max(three) for three in values.values()]
-            yield f"{net}: of ℓ1, ℓ2, ℓ∞ the last is {claim}", verdict(all(wins), any(wins)), in_words(values)
+            yield (
+                f"{net}: of ℓ1, ℓ2, ℓ∞ the last is {claim}",
+                verdict(all(wins), any(wins)),
+                in_words(values),
+            )
 
         bare, falls = table(net), []
         for rule in RULES:
             seven, six = table(net, rule, 7), table(net, rule, 6)
             falls.append(six[1] < seven[1] and six[0] < seven[0])
             lost = bare[0] - seven[0]
-            numbers = ", ".join(f"{100 * a:.1f} → {100 * b:.1f}" for a, b in zip(bare[1:], seven[1:]))
-            numbers = f"SR by original, synthetic, both: {numbers} %; {100 * lost:+.1f} points of accuracy lost"
+            numbers = ", ".join(
+                f"{100 * a:.1f} → {100 * b:.1f}" for a, b in zip(bare[1:], seven[1:])
+            )
+            numbers = (
+                f"SR by original, synthetic, both: {numbers} %; {100 * lost:+.1f} points of "
+                "accuracy lost"
+            )
             # The paper's 81.61 → 48.42 is a factor of 0.59.
             works = [after <= 0.65 * before for before, after in zip(bare[1:], seven[1:])]
-            says = verdict(all(works) and lost <= DROPS[7] + 0.01, seven[1] < 0.8 * bare[1]) if bare[1] > 0.5 else "not"
+            says = (
+                verdict(all(works) and lost <= DROPS[7] + 0.01, seven[1] < 0.8 * bare[1])
+                if bare[1] > 0.5
+                else "not"
+            )
             yield (
-                f"{net}, {rule}: pruning as at τ = 7 takes two fifths of the success, whatever the trigger",
+                f"{net}, {rule}: pruning as at τ = 7 takes two fifths of the success, whatever the "
+                "trigger",
                 says,
                 numbers,
             )
         numbers = f"{sum(falls)} of {len(falls)} readings"
-        yield f"{net}: at τ = 6 success and accuracy are lower than at τ = 7", verdict(all(falls), any(falls)), numbers
+        yield (
+            f"{net}: at τ = 6 success and accuracy are lower than at τ = 7",
+            verdict(all(falls), any(falls)),
+            numbers,
+        )
 
 
 def in_words(values: dict[str, list[float]]) -> str:
     """ℓ1, ℓ2, ℓ∞ for each kind of trigger."""
-    return "; ".join(f"{INPUTS[i]} " + ", ".join(f"{value:.2f}" for value in three) for i, three in values.items())
+    return "; ".join(
+        f"{INPUTS[i]} " + ", ".join(f"{value:.2f}" for value in three)
+        for i, three in values.items()
+    )

@@ -1,33 +1,39 @@
-"""Every defense against many attacks, on real images: a matrix of what each keeps, removes, finds and costs.
+"""Every defense against many attacks, on real images: a matrix of what each keeps, removes, finds
+and costs.
 
     bdjax data prepare mnist; bdjax data prepare gtsrb       # once
-    bdjax run experiments/defense_zoo.py                     # scale cpu: 2 to 3 hours on 2 cores, measured in parts beside other runs
+    bdjax run experiments/defense_zoo.py                     # scale cpu: 2 to 3 hours on 2 cores,
+                                                             # measured in parts beside other runs
     bdjax run experiments/defense_zoo.py --scale smoke       # a few defenses, tiny: no result
-    bdjax run experiments/defense_zoo.py --scale paper       # the papers' settings, whole data sets: for an accelerator
+    bdjax run experiments/defense_zoo.py --scale paper       # the papers' settings, whole data
+                                                             # sets: for an accelerator
 
-- A table is one attack, its first row the victim as it is. Under a filter of inputs, ACC counts a flagged clean image as
-  lost and ASR a flagged stamped one as stopped.
-- Scale cpu uses each defense's preset `cpu`. Where a defense fails, its row shows how: a victim that is not flagged is
-  left as it was by the repairs of Neural Cleanse (`repaired` 0).
-- The defender has a tenth of the images, held out from the attacker, and knows neither trigger nor target. Rows marked
-  oracle are given what no defender has.
-- Under a judge of samples ACC and ASR are those of a net that is trained again without the suspects.
-- A defense works where it leaves an ASR_nt of 20 % or less for 5 points of accuracy or less, a filter for 5 more than
-  the false rejections that it is set to; a judge of nets, where it calls the attacked net infected and the clean net of
-  the same images not. It works in part where ASR_nt is halved for that price, or where the clean net is called infected
-  too.
-- Rates of 2 and 1 % are for the judges of samples: with 10 % half of the target's images are poisoned, and they look
-  for a minority. Spectral signatures are told a bound ε of its share in a class: 10 %, to which only a rate of 1 %
-  keeps, or 20 %, to which 2 % keeps as well. The 3×3 square at random places is the kind of trigger that MESA is for;
-  43 classes and the 4×4 square are Neural Cleanse's own.
-- Each repair of Neural Cleanse makes a search of its own, with other draws than the row `neural-cleanse`, and repairs
-  the labels that it flags; rows "smallest norm" take the label of the smallest norm, outlier or not, as for a net that
-  is known to be infected.
-- Chosen after a look at these victims' results: the preset `cpu` of fine-pruning, the fifth of the images that sets the
-  boundary of input-anomaly, the rows "ε = 20 %" and "smallest norm", and the victims with 1 %, the 3×3 square and 43
-  classes. What the rows replaced or stand beside had failed.
-- Defenses that need what the net has not (a convolution, three classes) are left out. The victims with a rate of 1 %
-  and with 43 classes meet only the defenses that they stand here for.
+- A table is one attack, its first row the victim as it is. Under a filter of inputs, ACC counts a
+  flagged clean image as lost and ASR a flagged stamped one as stopped.
+- Scale cpu uses each defense's preset `cpu`. Where a defense fails, its row shows how: a victim
+  that is not flagged is left as it was by the repairs of Neural Cleanse (`repaired` 0).
+- The defender has a tenth of the images, held out from the attacker, and knows neither trigger nor
+  target. Rows marked oracle are given what no defender has.
+- Under a judge of samples ACC and ASR are those of a net that is trained again without the
+  suspects.
+- A defense works where it leaves an ASR_nt of 20 % or less for 5 points of accuracy or less, a
+  filter for 5 more than the false rejections that it is set to; a judge of nets, where it calls the
+  attacked net infected and the clean net of the same images not. It works in part where ASR_nt is
+  halved for that price, or where the clean net is called infected too.
+- Rates of 2 and 1 % are for the judges of samples: with 10 % half of the target's images are
+  poisoned, and they look for a minority. Spectral signatures are told a bound ε of its share in a
+  class: 10 %, to which only a rate of 1 % keeps, or 20 %, to which 2 % keeps as well. The 3×3
+  square at random places is the kind of trigger that MESA is for; 43 classes and the 4×4 square are
+  Neural Cleanse's own.
+- Each repair of Neural Cleanse makes a search of its own, with other draws than the row
+  `neural-cleanse`, and repairs the labels that it flags; rows "smallest norm" take the label of the
+  smallest norm, outlier or not, as for a net that is known to be infected.
+- Chosen after a look at these victims' results: the preset `cpu` of fine-pruning, the fifth of the
+  images that sets the boundary of input-anomaly, the rows "ε = 20 %" and "smallest norm", and the
+  victims with 1 %, the 3×3 square and 43 classes. What the rows replaced or stand beside had
+  failed.
+- Defenses that need what the net has not (a convolution, three classes) are left out. The victims
+  with a rate of 1 % and with 43 classes meet only the defenses that they stand here for.
 """
 
 import dataclasses
@@ -89,7 +95,8 @@ SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
     "smoke": (
         (
             Cell(
-                "sample", BEFORE, Sample(train_size=400, test_size=100), Cnn("VALID", hidden=16, features=(4, 4)),
+                "sample", BEFORE, Sample(train_size=400, test_size=100),
+                Cnn("VALID", hidden=16, features=(4, 4)),
                 Recipe(epochs=1, batch=50),
             ),
             {"BadNets, 5×5 square": GREY["BadNets, 5×5 square"]},
@@ -112,7 +119,8 @@ SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
         ),
         (
             Cell(
-                "GTSRB, ten classes", BEFORE, Gtsrb(train_size=6_000, test_size=1_000, top_classes=10),
+                "GTSRB, ten classes", BEFORE,
+                Gtsrb(train_size=6_000, test_size=1_000, top_classes=10),
                 Cnn("VALID", hidden=256, features=(16, 32)), Recipe(epochs=10, batch=64),
             ),
             COLOR,
@@ -120,21 +128,26 @@ SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
         (
             Cell(
                 "GTSRB, 43 classes", BEFORE, Gtsrb(train_size=10_000, test_size=1_000),
-                Cnn("VALID", hidden=256, features=(16, 32)), Recipe(epochs=8, batch=64, drops=((6, 0.1),)),
+                Cnn("VALID", hidden=256, features=(16, 32)),
+                Recipe(epochs=8, batch=64, drops=((6, 0.1),)),
             ),
             SIGNS,
         ),
     ),
     "paper": (
-        (Cell("MNIST", BEFORE, Mnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)), GREY),
-        (Cell("Fashion-MNIST", BEFORE, FashionMnist(), BadNetsCnn(pool="max"), Recipe(lr=1e-4, epochs=50, batch=32)), CLOTHES),
+        (Cell("MNIST", BEFORE, Mnist(), BadNetsCnn(pool="max"),
+              Recipe(lr=1e-4, epochs=50, batch=32)), GREY),
+        (Cell("Fashion-MNIST", BEFORE, FashionMnist(), BadNetsCnn(pool="max"),
+              Recipe(lr=1e-4, epochs=50, batch=32)), CLOTHES),
         (Cell("GTSRB", BEFORE, Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)), COLOR | SIGNS),
     ),
 }  # fmt: skip
 
 
 def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
-    """The rows of a table: every registered defense, and the oracle variants where there is an attack."""
+    """The rows of a table: every registered defense, and the oracle variants where there is an
+    attack.
+    """
     for entry in registry.entries("defense"):
         if scale == "smoke" and entry.name not in CHEAP:
             continue
@@ -146,8 +159,14 @@ def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
             yield f"{entry.name}, smallest norm", entry.cls(**preset, pick="smallest")
     if attack is not None and scale != "smoke":
         nc = registry.make("defense", "neural-cleanse", None if scale == "paper" else "cpu")
-        yield "nc-unlearning, original trigger", registry.make("defense", "nc-unlearning", nc=nc, original=attack)
-        yield "nc-pruning, known target", registry.make("defense", "nc-pruning", nc=nc, label=attack.target)
+        yield (
+            "nc-unlearning, original trigger",
+            registry.make("defense", "nc-unlearning", nc=nc, original=attack),
+        )
+        yield (
+            "nc-pruning, known target",
+            registry.make("defense", "nc-pruning", nc=nc, label=attack.target),
+        )
 
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
@@ -168,7 +187,9 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
                     defense.check(model, data.clean)
                 except BadInput:
                     continue
-                yield from grid(dataclasses.replace(victim, row=row, defense=defense), seed=range(seeds or 1))
+                yield from grid(
+                    dataclasses.replace(victim, row=row, defense=defense), seed=range(seeds or 1)
+                )
 
 
 # --- What a defense did ---
@@ -201,7 +222,9 @@ def short(row: dict) -> str:
 
 
 def works(row: dict, before: dict, alarm: bool) -> tuple[bool, bool]:
-    """Whether a defense works on a victim, and whether it does in part. `alarm`: it calls the clean net infected."""
+    """Whether a defense works on a victim, and whether it does in part. `alarm`: it calls the clean
+    net infected.
+    """
     now, was = row["metrics"], before["metrics"]
     if "infected" in now:
         return bool(now["infected"]) and not alarm, bool(now["infected"])
@@ -215,28 +238,48 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
     from bdjax import plots
 
     tables, found = matrix(rows)
-    changing = {name: line for name, line in found.items() if "infected" not in next(iter(line.values()))["metrics"]}
+    changing = {
+        name: line
+        for name, line in found.items()
+        if "infected" not in next(iter(line.values()))["metrics"]
+    }
     for metric, title in (("asr_nt", "ASR left"), ("acc_test", "accuracy left")):
         shown = [t for t in tables if not math.isnan(report.mean(rows, BEFORE, metric, t))]
         if changing and shown:
             values = [[report.mean(rows, name, metric, t) for t in shown] for name in changing]
             picture = plots.heat_map(values, shown, list(changing), label=title, percent=True)
-            yield f"matrix-{metric}", f"Defense × attack: {title}", "Mean over seeds. Empty: does not apply.", picture
+            yield (
+                f"matrix-{metric}",
+                f"Defense × attack: {title}",
+                "Mean over seeds. Empty: does not apply.",
+                picture,
+            )
 
 
 def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
     """Each defense works against one attack at least."""
     tables, found = matrix(rows)
-    attacked = [table for table in tables if not math.isnan(report.mean(rows, BEFORE, "asr_nt", table))]
+    attacked = [
+        table for table in tables if not math.isnan(report.mean(rows, BEFORE, "asr_nt", table))
+    ]
     for name, line in found.items():
         if name == BEFORE:
             continue
-        alarms = {images(t) for t in line if t not in attacked and line[t]["metrics"].get("infected")}
-        did = {t: works(line[t], found[BEFORE][t], images(t) in alarms) for t in attacked if t in line}
+        alarms = {
+            images(t) for t in line if t not in attacked and line[t]["metrics"].get("infected")
+        }
+        did = {
+            t: works(line[t], found[BEFORE][t], images(t) in alarms) for t in attacked if t in line
+        }
         good = [table for table, (whole, _) in did.items() if whole]
         part = [table for table, (_, some) in did.items() if some and table not in good]
-        numbers = f"{len(good)} of {len(did)}" + f", a false alarm on {' and '.join(sorted(alarms))}" * bool(alarms)
+        numbers = (
+            f"{len(good)} of {len(did)}"
+            + f", a false alarm on {' and '.join(sorted(alarms))}" * bool(alarms)
+        )
         for what, tables_of in (("", good), ("in part ", part)):
             if tables_of:
-                numbers += f"; {what}" + ", ".join(f"{table} ({short(line[table])})" for table in tables_of)
+                numbers += f"; {what}" + ", ".join(
+                    f"{table} ({short(line[table])})" for table in tables_of
+                )
         yield f"{name} works", report.verdict(bool(good), bool(part)), numbers

@@ -1,12 +1,15 @@
 """Three defenses against BadNets, by poison rate, target and seed: 50 small victims, 200 cells.
 
-    bdjax sweep experiments/sweep_defenses.py                  # scale cpu: the embedded sample, 2 cores
+    bdjax sweep experiments/sweep_defenses.py                  # scale cpu: the embedded sample, 2
+                                                               # cores
     bdjax sweep experiments/sweep_defenses.py --scale smoke    # every kind of cell, tiny: no result
-    bdjax sweep experiments/sweep_defenses.py --scale paper    # 60,000 images, a CNN, 2,000 cells: for accelerators
+    bdjax sweep experiments/sweep_defenses.py --scale paper    # 60,000 images, a CNN, 2,000 cells:
+                                                               # for accelerators
     bdjax sweep experiments/sweep_defenses.py --dry-run        # what it would do
     bdjax report results/sweep_defenses-cpu --metric asr_nt --x attack.rate --y row
 
-- Victims of poison rate 0 are clean: what a defense costs where there is nothing to repair, and its false alarms.
+- Victims of poison rate 0 are clean: what a defense costs where there is nothing to repair, and its
+  false alarms.
 - A row is a mean over targets and seeds.
 - Neural Cleanse repairs nothing: what it says is the anomaly index.
 """
@@ -44,8 +47,8 @@ class Scale(NamedTuple):
 RATES = (0.0, 0.003, 0.01, 0.03, 0.1)
 SCALES = {
     "smoke": Scale(
-        Sample(train_size=300, test_size=100), Ffnn((16,)), Recipe(epochs=2, batch=32), (0.0, 0.1), (0, 4), 1,
-        Strip(n=5, inputs=20), NeuralCleanse(steps=2, batches=2),
+        Sample(train_size=300, test_size=100), Ffnn((16,)), Recipe(epochs=2, batch=32), (0.0, 0.1),
+        (0, 4), 1, Strip(n=5, inputs=20), NeuralCleanse(steps=2, batches=2),
     ),
     "cpu": Scale(
         Sample(), Ffnn(), Recipe(epochs=8, batch=64), RATES, (0, 2, 4, 6, 8), 2,
@@ -61,15 +64,30 @@ SCALES = {
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """One table a poison rate; the victims' own rows first."""
     s = SCALES[scale]
-    defenses = {"no defense": None, "Fine-Pruning": FinePruning(), "STRIP": s.strip, "Neural Cleanse": s.cleanse}
+    defenses = {
+        "no defense": None,
+        "Fine-Pruning": FinePruning(),
+        "STRIP": s.strip,
+        "Neural Cleanse": s.cleanse,
+    }
     for rate in s.rates:
         for row, defense in defenses.items():
-            cell = Cell(f"Poison rate {100 * rate:g} %", row, s.data, s.net, s.recipe, BadNets(rate=rate), defense)
+            cell = Cell(
+                f"Poison rate {100 * rate:g} %",
+                row,
+                s.data,
+                s.net,
+                s.recipe,
+                BadNets(rate=rate),
+                defense,
+            )
             yield from grid(cell, attack__target=s.targets, seed=range(seeds or s.seeds))
 
 
 def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
-    """Accuracy and success rate over the poison rate, with and without a defense; the anomaly index."""
+    """Accuracy and success rate over the poison rate, with and without a defense; the anomaly
+    index.
+    """
     from bdjax import report
 
     repaired = [row for row in rows if row["row"] != "Neural Cleanse"]

@@ -1,40 +1,50 @@
-"""Ye, Bamigbade & Babushkin, "Comparative Analysis of Defenses against the Backdoor Attacks on Deep Neural Networks" (2021).
+"""Ye, Bamigbade & Babushkin, "Comparative Analysis of Defenses against the Backdoor Attacks on Deep
+Neural Networks" (2021).
 
-    bdjax run experiments/ye2021.py                  # scale cpu: 22 people, small grids, about 20 minutes on 2 cores (estimated)
+    bdjax run experiments/ye2021.py                  # scale cpu: 22 people, small grids, about 20
+                                                     # minutes on 2 cores (estimated)
     bdjax run experiments/ye2021.py --scale smoke    # clothes instead of faces, one net: no result
     bdjax run experiments/ye2021.py --scale paper    # all people, full grids: for an accelerator
 
-Faces are the user's own: put faces_train.npz and faces_test.npz (`image` [N, 55, 47, 3], `label`) into the data folder
-(`BDJAX_DATA_DIR`); with lab3_bd_weights.h5 of CSAW-HackML-2020 beside them the published net is examined too. What is
-not there is left out.
+Faces are the user's own: put faces_train.npz and faces_test.npz (`image` [N, 55, 47, 3], `label`)
+into the data folder (`BDJAX_DATA_DIR`); with lab3_bd_weights.h5 of CSAW-HackML-2020 beside them the
+published net is examined too. What is not there is left out.
 
-Reported (clean accuracy CCA / ASR in %, for nets whose CCA had been 93 to 98): Figure 1: B 42 to 56 / 88 to 100, STRIP
-19 to 20 / 20 to 35 (89 / 10 for the published net), B′ 83 to 85 / 0 to 4, G 38 to 50 / 0 to 4, G′ 76 to 79 / 0 to 4.
-Table I: CCA / ASR of learning rate × channels; their values stand beside ours. No seeds, no spread.
+Reported (clean accuracy CCA / ASR in %, for nets whose CCA had been 93 to 98): Figure 1: B 42 to 56
+/ 88 to 100, STRIP 19 to 20 / 20 to 35 (89 / 10 for the published net), B′ 83 to 85 / 0 to 4, G 38
+to 50 / 0 to 4, G′ 76 to 79 / 0 to 4. Table I: CCA / ASR of learning rate × channels; their values
+stand beside ours. No seeds, no spread.
 
 Where we differ, and why:
-- The paper reads pixels as 0 to 255, but four of its five nets had been trained on 0 to 1: the contest's own script
-  divides by 255, the paper's code does not, and its CCA of 42 % for the sunglasses net is the contest's 97.9 %. We train
-  on 0 to 1 and run everything twice: pixels 255 times too large, as the paper, and right. Metrics without a net's name in
-  the tables of goodnets are those of the victim as it was trained, and under all its triggers.
-- Substitute: the nets and YouTube's aligned faces cannot be had. Ours are DeepIDs trained on LFW's aligned faces; at
-  scale cpu of the 22 people with 30 or more photographs, and for few epochs.
-- Substitute: the trigger of the net anonymous_1 is unknown. We take lipstick alone, whose reported ASR, 91.5 %, is the
-  net's. The multi-trigger net is one net with three triggers and three targets; its three rows share it.
-- B′ has 4 of 60 channels pruned and B0 has 2, as in the authors' code, which counts double on its way to 10 % and 3 %.
-  "As their code" also gives the pruned convolution its old weights back after each channel, as that does.
-- The authors fine-tune each channel for 10 epochs of 11,547 images in batches of 32, 3,600 steps; scale cpu has 2 epochs
-  of 319 in batches of 8, 78 steps: less is unlearnt.
-- What was tried before, on one sunglasses victim and looking at test ASR: at 1e-3, 20 and 60 steps of 32 and 156 of 8 a
-  channel left ASR at 100 % with wrong pixels, 74 to 98 % with right ones. At 3e-3, 60 steps, it was below 1 % with
-  right pixels and accuracy stayed; with wrong ones accuracy fell to 43 % and ASR stayed at 92 %. Therefore rows at 3e-3
-  were added, for both: they show that a rate exists, not that a defender would have found it. Batches of 8 were kept.
-- STRIP's boundary is a quantile of clean inputs' entropies. The paper's was placed by looking at poisoned ones.
-- The published net was trained on pixels of 0 to 255. It knows none of LFW's people, so its accuracy cannot be measured
-  on them: CCA is the share of faces whose answer stays that of the undefended net, and the defender's images carry those
-  answers as labels. Those are few images for many answers, so fine-tuning costs more of them than it cost the authors.
-- Neural Cleanse searches the first few of the published net's 1283 labels at scale cpu. In a first trial (12 labels, 75
-  batches) its λ never left 0 and it missed the target, index 1.15; the schedule now starts above 0, for that reason.
+- The paper reads pixels as 0 to 255, but four of its five nets had been trained on 0 to 1: the
+  contest's own script divides by 255, the paper's code does not, and its CCA of 42 % for the
+  sunglasses net is the contest's 97.9 %. We train on 0 to 1 and run everything twice: pixels 255
+  times too large, as the paper, and right. Metrics without a net's name in the tables of goodnets
+  are those of the victim as it was trained, and under all its triggers.
+- Substitute: the nets and YouTube's aligned faces cannot be had. Ours are DeepIDs trained on LFW's
+  aligned faces; at scale cpu of the 22 people with 30 or more photographs, and for few epochs.
+- Substitute: the trigger of the net anonymous_1 is unknown. We take lipstick alone, whose reported
+  ASR, 91.5 %, is the net's. The multi-trigger net is one net with three triggers and three targets;
+  its three rows share it.
+- B′ has 4 of 60 channels pruned and B0 has 2, as in the authors' code, which counts double on its
+  way to 10 % and 3 %. "As their code" also gives the pruned convolution its old weights back after
+  each channel, as that does.
+- The authors fine-tune each channel for 10 epochs of 11,547 images in batches of 32, 3,600 steps;
+  scale cpu has 2 epochs of 319 in batches of 8, 78 steps: less is unlearnt.
+- What was tried before, on one sunglasses victim and looking at test ASR: at 1e-3, 20 and 60 steps
+  of 32 and 156 of 8 a channel left ASR at 100 % with wrong pixels, 74 to 98 % with right ones. At
+  3e-3, 60 steps, it was below 1 % with right pixels and accuracy stayed; with wrong ones accuracy
+  fell to 43 % and ASR stayed at 92 %. Therefore rows at 3e-3 were added, for both: they show that a
+  rate exists, not that a defender would have found it. Batches of 8 were kept.
+- STRIP's boundary is a quantile of clean inputs' entropies. The paper's was placed by looking at
+  poisoned ones.
+- The published net was trained on pixels of 0 to 255. It knows none of LFW's people, so its
+  accuracy cannot be measured on them: CCA is the share of faces whose answer stays that of the
+  undefended net, and the defender's images carry those answers as labels. Those are few images for
+  many answers, so fine-tuning costs more of them than it cost the authors.
+- Neural Cleanse searches the first few of the published net's 1283 labels at scale cpu. In a first
+  trial (12 labels, 75 batches) its λ never left 0 and it missed the target, index 1.15; the
+  schedule now starts above 0, for that reason.
 """
 
 import functools
@@ -90,7 +100,9 @@ SITE, WEIGHTS = "pool_3", "lab3_bd_weights.h5"
 
 def read(model: Model, scale: Array | float) -> Model:
     """`model` when pixels come `scale` times as large as it was trained on."""
-    return model._replace(apply=lambda variables, x, **options: model.apply(variables, scale * x, **options))
+    return model._replace(
+        apply=lambda variables, x, **options: model.apply(variables, scale * x, **options)
+    )
 
 
 @pytree
@@ -109,7 +121,9 @@ class Only(Attack):
 
 @pytree
 class Filtered:
-    """What passes the input filter `defense`, on every `every`-th test image, under the trigger `kind` alone."""
+    """What passes the input filter `defense`, on every `every`-th test image, under the trigger
+    `kind` alone.
+    """
 
     defense: Defense
     scale: Array | float = RIGHT
@@ -118,17 +132,20 @@ class Filtered:
 
     def __call__(self, key, model, variables, attack, clean, test):
         shared, attack = (None, clean, test[:: self.every]), Only(attack=attack, kind=self.kind)
-        scalars, arrays, _ = JUDGES["inputs"](read(model, self.scale), shared, key, self.defense, attack, variables)
+        scalars, arrays, _ = JUDGES["inputs"](
+            read(model, self.scale), shared, key, self.defense, attack, variables
+        )
         return scalars | arrays
 
 
 @pytree
 class FinePruned:
-    """`acc`, and `asr_NAME` for each of `triggers`, of the nets with each of `counts` channels pruned: `k1`, `k2` …, but
-    B with none, B0 with `light` and B′ with `strong`; and of the goodnets G(B, B′) and G′(B0, B′).
+    """`acc`, and `asr_NAME` for each of `triggers`, of the nets with each of `counts` channels
+    pruned: `k1`, `k2` …, but B with none, B0 with `light` and B′ with `strong`; and of the goodnets
+    G(B, B′) and G′(B0, B′).
 
-    Arrays: how the channels of B and B′ fire, `before.clean: [C]`, `after.NAME: [C]` and so on; `activation_left`: the
-    share that B′ has of B's activation by stamped images.
+    Arrays: how the channels of B and B′ fire, `before.clean: [C]`, `after.NAME: [C]` and so on;
+    `activation_left`: the share that B′ has of B's activation by stamped images.
     """
 
     repair: FinePruning
@@ -143,11 +160,15 @@ class FinePruned:
         assert site is not None
         order, _ = self.repair.rank(model, variables, clean)
         last = max(self.counts)
-        _, (_, stages) = self.repair.one_at_a_time(key, model, variables, clean, order, last, lambda net: net)
+        _, (_, stages) = self.repair.one_at_a_time(
+            key, model, variables, clean, order, last, lambda net: net
+        )
         before = prune(variables, site, jnp.ones(order.shape[0]))
         nets = stack([take(stages, k - 1) if k else before for k in self.counts])
         kinds = range(1, attack.triggers + 1)
-        images = jnp.stack([unit(test.image), *(stamped(attack, kind, test.image, key) for kind in kinds)])
+        images = jnp.stack(
+            [unit(test.image), *(stamped(attack, kind, test.image, key) for kind in kinds)]
+        )
         label = jnp.asarray(test.label)
         aimed = [attack.success(jnp.asarray(kind), label, model.classes) for kind in kinds]
 
@@ -156,20 +177,30 @@ class FinePruned:
                 out = model.apply(net, x[i])
                 return out.logits, out.acts[site].reshape(i.shape[0], -1, order.shape[0]).mean(1)
 
-            logits, fired = jax.lax.map(lambda x: batched(functools.partial(piece, x), x.shape[0], 250), images)
+            logits, fired = jax.lax.map(
+                lambda x: batched(functools.partial(piece, x), x.shape[0], 250), images
+            )
             return logits, fired.mean(1)
 
         def rates(answers):
-            hits = [metrics.attack_success(answers[kind], aimed[kind - 1], label).all for kind in kinds]
+            hits = [
+                metrics.attack_success(answers[kind], aimed[kind - 1], label).all for kind in kinds
+            ]
             asr = {f"asr_{name}": hit for name, hit in zip(self.triggers, hits, strict=True)}
             return {"acc": metrics.accuracy(answers[0], label), **asr}
 
-        logits, fired = jax.lax.map(look, nets)  # of each net, to the clean images [0] and to the stamped ones
+        # of each net, to the clean images [0] and to the stamped ones
+        logits, fired = jax.lax.map(look, nets)
         none, light, strong = map(self.counts.index, (0, self.light, self.strong))
         found = {self.named(k): rates(logits[i].argmax(-1)) for i, k in enumerate(self.counts)}
-        found |= {g: rates(jax.vmap(quarantine)(logits[i], logits[strong])) for g, i in (("G", none), ("G′", light))}
+        found |= {
+            g: rates(jax.vmap(quarantine)(logits[i], logits[strong]))
+            for g, i in (("G", none), ("G′", light))
+        }
         kinds_of = ("clean", *self.triggers)
-        maps = {when: dict(zip(kinds_of, fired[i])) for when, i in (("before", none), ("after", strong))}
+        maps = {
+            when: dict(zip(kinds_of, fired[i])) for when, i in (("before", none), ("after", strong))
+        }
         return found | maps | {"activation_left": fired[strong, 1:].sum() / fired[none, 1:].sum()}
 
     def named(self, count: int) -> str:
@@ -186,8 +217,14 @@ class Searched:
 
     def __call__(self, key, model, variables, attack, clean, test):
         model = model._replace(classes=min(self.labels, model.classes))
-        scalars, arrays, _ = JUDGES["invert"](model, (None, clean, test), key, self.defense, attack, variables)
-        return scalars | arrays | {"target_flagged": arrays["flagged"][attack.target].astype(jnp.float32)}
+        scalars, arrays, _ = JUDGES["invert"](
+            model, (None, clean, test), key, self.defense, attack, variables
+        )
+        return (
+            scalars
+            | arrays
+            | {"target_flagged": arrays["flagged"][attack.target].astype(jnp.float32)}
+        )
 
 
 # --- The published net, and what stands in for faces at scale smoke ---
@@ -195,7 +232,9 @@ class Searched:
 
 @pytree
 class Published(Sunglasses):
-    """The published net: its poisoned training is done, its weights are read from the user's file."""
+    """The published net: its poisoned training is done,
+    its weights are read from the user's file.
+    """
 
     def train(self, key, model, recipe, data, variables=None):
         done = jnp.zeros(1)
@@ -217,7 +256,9 @@ def _answered(faces, weights):
     variables = load_keras_weights(weights, model)
     answer = jax.jit(lambda x: predict(model, variables, x).argmax(-1))
     named = {
-        name: getattr(data, name)._replace(label=np.asarray(answer(getattr(data, name).image), np.int32))
+        name: getattr(data, name)._replace(
+            label=np.asarray(answer(getattr(data, name).image), np.int32)
+        )
         for name in ("train", "clean", "test")
     }
     return data._replace(**named, classes=model.classes, names=())
@@ -229,7 +270,9 @@ class Clothes(Sample):
 
     def read(self):
         def tall(split):
-            return split._replace(image=split.image.repeat(2, 1).repeat(2, 2)[:, :55, 4:51].repeat(3, 3))
+            return split._replace(
+                image=split.image.repeat(2, 1).repeat(2, 2)[:, :55, 4:51].repeat(3, 3)
+            )
 
         train, test, names = super().read()
         return tall(train), tall(test), names
@@ -239,7 +282,9 @@ class Clothes(Sample):
 
 
 class Scale(NamedTuple):
-    """What a scale changes. `every`: STRIP looks at every such test image; `labels`: that Neural Cleanse searches."""
+    """What a scale changes. `every`: STRIP looks at every such test image; `labels`: that Neural
+    Cleanse searches.
+    """
 
     data: Any
     recipe: Recipe
@@ -254,7 +299,9 @@ class Scale(NamedTuple):
     seeds: int
 
 
-def pruning(epochs: int, channels: int = 4, batch: int = 32, lr: float = LR, reset: str | None = None) -> FinePruning:
+def pruning(
+    epochs: int, channels: int = 4, batch: int = 32, lr: float = LR, reset: str | None = None
+) -> FinePruning:
     """Fine-Pruning as the authors' code does it: Adam for some epochs after each channel."""
     recipe = Recipe(lr=lr, epochs=epochs, batch=batch)
     return FinePruning(site=SITE, one_by_one=channels, reset=reset, recipe=recipe)
@@ -268,18 +315,21 @@ def strip(n: int, inputs: int) -> Strip:
 FACES = {"path": "faces_train.npz", "test": "faces_test.npz", "holdout": 0.2}
 SCALES = {
     "smoke": Scale(
-        Clothes(train_size=200, test_size=40, holdout=0.3), Recipe(epochs=1, batch=20), ("sunglasses",),
-        functools.partial(pruning, 1), (LR, FAST), (0, 1, 2, 4), strip(2, 20), 2, NeuralCleanse(steps=2), 3, 1,
+        Clothes(train_size=200, test_size=40, holdout=0.3), Recipe(epochs=1, batch=20),
+        ("sunglasses",), functools.partial(pruning, 1), (LR, FAST), (0, 1, 2, 4), strip(2, 20), 2,
+        NeuralCleanse(steps=2), 3, 1,
     ),
     "cpu": Scale(
-        Faces(**FACES, top_classes=22), Recipe(epochs=12, batch=32), ("sunglasses", "anonymous_1", "multi"),
-        functools.partial(pruning, 2, batch=8), (1e-2, FAST, LR, 1e-4), (0, 1, 2, 4), strip(20, 100), 3,
+        Faces(**FACES, top_classes=22), Recipe(epochs=12, batch=32),
+        ("sunglasses", "anonymous_1", "multi"), functools.partial(pruning, 2, batch=8),
+        (1e-2, FAST, LR, 1e-4), (0, 1, 2, 4), strip(20, 100), 3,
         NeuralCleanse(steps=12, batches=5, start_at_zero=False, init_cost=1e-2, patience=2), 8, 3,
     ),
     "paper": Scale(
-        Faces(**FACES), Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta"), ("sunglasses", "anonymous_1", "multi"),
-        functools.partial(pruning, 10, channels=48), (1e-2, FAST, LR, 1e-4, 1e-5, 1e-6), (0, 1, 2, 3, 4, 6, 12, 30, 48),
-        strip(100, 500), 1, NeuralCleanse(screen=100), 1283, 3,
+        Faces(**FACES), Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta"),
+        ("sunglasses", "anonymous_1", "multi"), functools.partial(pruning, 10, channels=48),
+        (1e-2, FAST, LR, 1e-4, 1e-5, 1e-6), (0, 1, 2, 3, 4, 6, 12, 30, 48), strip(100, 500), 1,
+        NeuralCleanse(screen=100), 1283, 3,
     ),
 }  # fmt: skip
 
@@ -289,7 +339,11 @@ VICTIMS: dict[str, tuple[Attack, dict[str, str]]] = {
     "anonymous_1": (Lipstick(), {"lipstick": "anonymous_1"}),
     "multi": (
         MultiTrigger(**{**MultiTrigger.presets["mtmta"], "rate": 0.15}),
-        {"lipstick": "multi-lipstick", "eyebrows": "multi-eyebrows", "sunglasses": "multi-sunglasses"},
+        {
+            "lipstick": "multi-lipstick",
+            "eyebrows": "multi-eyebrows",
+            "sunglasses": "multi-sunglasses",
+        },
     ),
 }
 ATTACKS = {name: (net, trigger) for net, (_, of) in VICTIMS.items() for trigger, name in of.items()}
@@ -326,8 +380,10 @@ GRID_SAYS = {  # At 1e-2 all are .08/0.
     "multi-sunglasses": {
         1e-3: "85.9/93.0 83.6/2.8 85.2/1.9 84.9/0.0 81.9/0.0 83.3/0.0 85.0/0.0 83.9/0.0",
         1e-4: "92.9/100.0 93.2/100.0 93.6/100.0 93.8/100.0 94.1/100.0 94.2/90.9 93.0/24.9 89.4/0.0",
-        1e-5: "88.9/100.0 89.9/100.0 90.0/100.0 89.9/100.0 90.3/100.0 90.3/100.0 89.6/100.0 82.6/0.1",
-        1e-6: "63.5/100.0 70.6/100.0 75.4/100.0 79.2/100.0 84.2/100.0 86.3/100.0 85.0/99.9 67.5/0.3",
+        1e-5: "88.9/100.0 89.9/100.0 90.0/100.0 89.9/100.0 90.3/100.0 90.3/100.0 89.6/100.0 "
+        "82.6/0.1",
+        1e-6: "63.5/100.0 70.6/100.0 75.4/100.0 79.2/100.0 84.2/100.0 86.3/100.0 85.0/99.9 "
+        "67.5/0.3",
     },
     "multi-lipstick": {
         1e-3: "85.6/75.3 85.3/48.2 83.2/70.7 83.0/46.4 82.7/0.0 79.4/0.1 83.9/0.0 82.1/0.1",
@@ -347,7 +403,11 @@ GRID_SAYS = {  # At 1e-2 all are .08/0.
 def said(text: str, nets: Sequence[str], trigger: str) -> dict[str, float]:
     """The paper's pairs CCA/ASR as our metrics of `nets`."""
     pairs = [[float(number) / 100 for number in pair.split("/")] for pair in text.split()]
-    return {f"{net}.{m}": v for net, pair in zip(nets, pairs) for m, v in zip(("acc", f"asr_{trigger}"), pair)}
+    return {
+        f"{net}.{m}": v
+        for net, pair in zip(nets, pairs)
+        for m, v in zip(("acc", f"asr_{trigger}"), pair)
+    }
 
 
 def says(net: str, probe: FinePruned) -> dict[str, float]:
@@ -355,7 +415,9 @@ def says(net: str, probe: FinePruned) -> dict[str, float]:
     found, lr = {}, float(probe.repair.recipe.lr)
     for trigger, name in VICTIMS[net][1].items():
         line = " ".join([".08/0"] * len(GRID_COUNTS)) if lr == 1e-2 else GRID_SAYS[name].get(lr, "")
-        found |= said(line, [probe.named(k) for k in GRID_COUNTS], trigger) | said(NETS_SAY[name], ("B",), trigger)
+        found |= said(line, [probe.named(k) for k in GRID_COUNTS], trigger) | said(
+            NETS_SAY[name], ("B",), trigger
+        )
         found |= said(NETS_SAY[name], NETS, trigger) if lr == LR else {}
     shown = {probe.named(k) for k in probe.counts} | set(NETS)
     return {metric: value for metric, value in found.items() if metric.split(".")[0] in shown}
@@ -375,15 +437,24 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """The five attacks' rows, then those of the published net."""
     s = SCALES[scale]
 
-    def rows(table, row, attack, probe=None, reported=None, defense=None, base=None, substitute=None):
+    def rows(
+        table, row, attack, probe=None, reported=None, defense=None, base=None, substitute=None
+    ):
         data, net, recipe = base or (s.data, DeepId(), s.recipe)
-        cell = Cell(table, row, data, net, recipe, attack, defense, 0, reported or {}, substitute, probe)
+        cell = Cell(
+            table, row, data, net, recipe, attack, defense, 0, reported or {}, substitute, probe
+        )
         return grid(cell, seed=range(seeds or s.seeds))
 
     def pruned(net, repair, scale):
         most = repair.one_by_one
         return FinePruned(
-            repair, scale, tuple(VICTIMS[net][1]), tuple(k for k in s.counts if k <= most), 2, min(most, 4)
+            repair,
+            scale,
+            tuple(VICTIMS[net][1]),
+            tuple(k for k in s.counts if k <= most),
+            2,
+            min(most, 4),
         )
 
     if there(s.data):
@@ -393,7 +464,9 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
             for pixels, lr in [*((RAW, lr) for lr in s.lrs), (RIGHT, LR), (RIGHT, FAST)]:
                 probe = pruned(net, s.repair(lr=lr), pixels)
                 reported = says(net, probe) if pixels == RAW else {}
-                yield from put(titled(GRID, pixels), line_of(net, lr), probe=probe, reported=reported)
+                yield from put(
+                    titled(GRID, pixels), line_of(net, lr), probe=probe, reported=reported
+                )
             for (kind, name), pixels in itertools.product(enumerate(triggers.values(), 1), READ):
                 pair = zip(("acc_test", "asr_all"), STRIP_SAYS.get(name, ()))
                 reported = {metric: value / 100 for metric, value in pair} if pixels == RAW else {}
@@ -412,26 +485,38 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
             put = functools.partial(rows, LAB3, attack=Published(), base=base, substitute=note)
             yield from put(row="Undefended", reported={"asr_all": 1.0})
             yield from put(
-                row="Fine-Pruning", defense=s.repair(channels=4), reported={"acc_test": 0.8984, "asr_all": 0.0191}
+                row="Fine-Pruning",
+                defense=s.repair(channels=4),
+                reported={"acc_test": 0.8984, "asr_all": 0.0191},
             )
             probe = Filtered(strip(s.strip.n * 2, s.strip.inputs or 2), RIGHT, 1, s.every)
-            yield from put(row="STRIP", probe=probe, reported={"acc_test": 0.8868, "asr_all": 0.0978})
+            yield from put(
+                row="STRIP", probe=probe, reported={"acc_test": 0.8868, "asr_all": 0.0978}
+            )
             yield from put(row="Neural Cleanse", probe=Searched(s.cleanse, s.labels))
             text = "98.6/100 89.84/1.91 89.35/1.91"
             probe = pruned("sunglasses", s.repair(channels=4), RIGHT)
-            yield from put(row="Goodnets", probe=probe, reported=said(text, ("B", "B′", "G"), "sunglasses"))
+            yield from put(
+                row="Goodnets", probe=probe, reported=said(text, ("B", "B′", "G"), "sunglasses")
+            )
 
 
 # --- What comes of them ---
 
 
 def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
-    """Triggers; Figure 1's rates; learning rate × channels; activations; entropies; the published net's triggers."""
+    """Triggers; Figure 1's rates; learning rate × channels; activations; entropies; the published
+    net's triggers.
+    """
     from bdjax import plots, report
 
     s = SCALES[scale]
     done = [row for row in rows if "error" not in row]
-    names = [name for name, (net, _) in ATTACKS.items() if any(row["row"] == line_of(net, LR) for row in done)]
+    names = [
+        name
+        for name, (net, _) in ATTACKS.items()
+        if any(row["row"] == line_of(net, LR) for row in done)
+    ]
 
     def arrays(table, row):
         return next(iter(report.arrays(rows, store, row, table)), None)
@@ -443,9 +528,17 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
 
     if names:
         image = s.data.load().test.image[:4]
-        attacks = [(VICTIMS[net][0], list(VICTIMS[net][1]).index(of) + 1) for net, of in (ATTACKS[n] for n in names)]
-        pictures = [unit(image), *(stamped(attack, kind, image, jax.random.key(0)) for attack, kind in attacks)]
-        caption = "Test images as they are and with each trigger; that of anonymous_1 is a substitute."
+        attacks = [
+            (VICTIMS[net][0], list(VICTIMS[net][1]).index(of) + 1)
+            for net, of in (ATTACKS[n] for n in names)
+        ]
+        pictures = [
+            unit(image),
+            *(stamped(attack, kind, image, jax.random.key(0)) for attack, kind in attacks),
+        ]
+        caption = (
+            "Test images as they are and with each trigger; that of anonymous_1 is a substitute."
+        )
         yield "triggers", "Triggers", caption, plots.images(np.stack(pictures), ["clean", *names])
     for what, word in (("acc", "clean accuracy"), ("asr", "ASR")) if names else ():
         for pixels, lr in itertools.product((RAW, RIGHT), (LR, FAST)):
@@ -458,28 +551,53 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         for name in names:
             values = [[rate(name, what, count(k), lr) for k in s.counts] for lr in s.lrs]
             axes = ("pruned channels", "learning rate", word)
-            picture = plots.heat_map(values, s.counts, [f"{lr:g}" for lr in s.lrs], *axes, percent=True)
+            picture = plots.heat_map(
+                values, s.counts, [f"{lr:g}" for lr in s.lrs], *axes, percent=True
+            )
             title = f"Figure 3, Table I: {word}, {name}"
             yield f"grid-{name}-{what}", title, f"Mean over seeds, in %; {READ[RAW]}.", picture
     for name in names:
         victim, trigger = ATTACKS[name]
         if found := arrays(GRID, line_of(victim, LR)):
             kinds = itertools.product(("clean", trigger), ("before", "after"))
-            maps = {f"{kind}, {when} fine-pruning": found[1][f"{when}.{kind}"] for kind, when in kinds}
-            caption = f"The channels of {SITE} in B and B′: means over test images and places; {READ[RAW]}; first run."
-            yield f"maps-{name}", f"Figures 4–8: activations, {name}", caption, plots.activation_maps(maps)
+            maps = {
+                f"{kind}, {when} fine-pruning": found[1][f"{when}.{kind}"] for kind, when in kinds
+            }
+            caption = (
+                f"The channels of {SITE} in B and B′: means over test images and places; "
+                f"{READ[RAW]}; first run."
+            )
+            yield (
+                f"maps-{name}",
+                f"Figures 4–8: activations, {name}",
+                caption,
+                plots.activation_maps(maps),
+            )
     for name, (pixels, slug) in itertools.product(names, ((RAW, "raw"), (RIGHT, "right"))):
         if found := arrays(titled(STRIPPED, pixels), name):
-            yield entropies(f"strip-{name}-{slug}", f"Figure 2: {name}, {READ[pixels]}", *found, log=pixels == RAW)
+            yield entropies(
+                f"strip-{name}-{slug}",
+                f"Figure 2: {name}, {READ[pixels]}",
+                *found,
+                log=pixels == RAW,
+            )
     if found := arrays(LAB3, "STRIP"):
         yield entropies("strip-published", "Figure 2: the published net", *found)
     if found := arrays(LAB3, "Neural Cleanse"):
         row, nc = found
         labels = [f"label {k}" for k in range(len(nc["norms"]))]
-        caption = f"First run: anomaly index {row['metrics']['anomaly_index']:.2f}; the true target is label 0. "
+        caption = (
+            f"First run: anomaly index {row['metrics']['anomaly_index']:.2f}; the true target is "
+            "label 0. "
+        )
         caption += "Mask ⊙ pattern, and L1 of the mask."
         picture = plots.triggers(nc["mask"], nc["pattern"], nc["norms"], labels, nc["flagged"])
-        yield "triggers-published", "Neural Cleanse, the published net: reversed triggers", caption, picture
+        yield (
+            "triggers-published",
+            "Neural Cleanse, the published net: reversed triggers",
+            caption,
+            picture,
+        )
 
 
 def entropies(file: str, title: str, row: Any, scores: dict, log: bool = False) -> tuple:
@@ -487,9 +605,14 @@ def entropies(file: str, title: str, row: Any, scores: dict, log: bool = False) 
     from bdjax import plots
 
     found = row["metrics"]
-    values = [np.ravel(v) for v in (scores["score_clean"], scores["score_trojan"], found["boundary"])]
+    values = [
+        np.ravel(v) for v in (scores["score_clean"], scores["score_trojan"], found["boundary"])
+    ]
     clean, trojan, boundary = [np.log10(np.maximum(v, 1e-12)) for v in values] if log else values
-    caption = f"First run: FAR {percent(found['far'])} at FRR {percent(found['frr'])}, AUROC {percent(found['auroc'])}."
+    caption = (
+        f"First run: FAR {percent(found['far'])} at FRR {percent(found['frr'])}, AUROC "
+        f"{percent(found['auroc'])}."
+    )
     caption += " Entropies below 1e-12 are drawn there." if log else ""
     label = "log10 of the entropy of the blends" if log else "entropy of the blends"
     return file, title, caption, plots.entropies(clean, trojan, float(boundary[0]), label)
@@ -505,21 +628,33 @@ def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
     from bdjax import report
     from bdjax.report import verdict
 
-    names = [name for name, (net, _) in ATTACKS.items() if any(row["row"] == line_of(net, LR) for row in rows)]
+    names = [
+        name
+        for name, (net, _) in ATTACKS.items()
+        if any(row["row"] == line_of(net, LR) for row in rows)
+    ]
 
     def each(net: str, what: str, lr: float = LR, pixels: float = RAW) -> np.ndarray:
         """A rate of `net` for each attack."""
-        metrics = [f"{net}.acc" if what == "acc" else f"{net}.asr_{ATTACKS[name][1]}" for name in names]
+        metrics = [
+            f"{net}.acc" if what == "acc" else f"{net}.asr_{ATTACKS[name][1]}" for name in names
+        ]
         lines = [line_of(ATTACKS[name][0], lr) for name in names]
         table = titled(GRID, pixels)
-        return np.array([report.mean(rows, line, metric, table) for line, metric in zip(lines, metrics)])
+        return np.array(
+            [report.mean(rows, line, metric, table) for line, metric in zip(lines, metrics)]
+        )
 
     def own(metric: str, table: str, line: str = "{}") -> np.ndarray:
         """A metric of each attack's row."""
-        return np.array([report.mean(rows, line.format(n, net=ATTACKS[n][0]), metric, table) for n in names])
+        return np.array(
+            [report.mean(rows, line.format(n, net=ATTACKS[n][0]), metric, table) for n in names]
+        )
 
     def claim(text: str, holds: np.ndarray, **numbers: np.ndarray) -> tuple[str, str, str]:
-        shown = "; ".join(f"{key.replace('_', ' ')} {', '.join(map(percent, v))}" for key, v in numbers.items())
+        shown = "; ".join(
+            f"{key.replace('_', ' ')} {', '.join(map(percent, v))}" for key, v in numbers.items()
+        )
         return text, verdict(bool(holds.all()), bool(holds.any())), f"{shown} ({', '.join(names)})"
 
     if names:
@@ -530,42 +665,94 @@ def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
         yield claim("STRIP fails on the nets that we trained", auroc < 0.9, AUROC=auroc)
         yield claim("Ours: with pixels right STRIP separates them", right > 0.9, AUROC=right)
         yield claim("B's accuracy is below 60 %", b < 0.6, B=b)
-        yield claim("Ours: with pixels right B is accurate", trained > b + 0.02, pixels_right=trained, as_the_paper=b)
+        yield claim(
+            "Ours: with pixels right B is accurate",
+            trained > b + 0.02,
+            pixels_right=trained,
+            as_the_paper=b,
+        )
         yield claim("Fine-pruning a few channels raises accuracy sharply", b0 > b + 0.1, B=b, B0=b0)
-        yield claim("Fine-pruning 10 % of channels at lr 1e-3 stops the attack", asr_ < 0.1, B=asr, B_prime=asr_)
-        yield claim("G is no more accurate than B, and less than B′", (g <= b) & (g < b_), G=g, B_prime=b_)
+        yield claim(
+            "Fine-pruning 10 % of channels at lr 1e-3 stops the attack",
+            asr_ < 0.1,
+            B=asr,
+            B_prime=asr_,
+        )
+        yield claim(
+            "G is no more accurate than B, and less than B′", (g <= b) & (g < b_), G=g, B_prime=b_
+        )
         yield claim("G's ASR does not exceed B′'s", asr_g <= asr_ + 1e-6, G=asr_g, B_prime=asr_)
         yield claim("G′ is more accurate than G", g_ > g + 0.01, G=g, G_prime=g_)
         yield claim("G′ has the ASR of B′", asr_g_ <= asr_ + 0.01, G_prime=asr_g_, B_prime=asr_)
         for lr in (LR, FAST):  # the same rate on both sides
-            gain, wrong = (each("G′", "acc", lr, pixels) - each("G", "acc", lr, pixels) for pixels in (RIGHT, RAW))
+            gain, wrong = (
+                each("G′", "acc", lr, pixels) - each("G", "acc", lr, pixels)
+                for pixels in (RIGHT, RAW)
+            )
             if not np.isnan(gain + wrong).all():
                 text = f"Ours: with pixels right G′ is not needed, lr {lr:g}"
-                yield claim(text, (gain < 0.01) & (gain < wrong), gain_with_pixels_right=gain, as_the_paper=wrong)
+                yield claim(
+                    text,
+                    (gain < 0.01) & (gain < wrong),
+                    gain_with_pixels_right=gain,
+                    as_the_paper=wrong,
+                )
         for lr in (LR, FAST):
             low = each("G", "asr", lr, RIGHT)
             if not np.isnan(low).all():
                 text = f"Ours: with pixels right G stops the attack, lr {lr:g}"
                 yield claim(text, low < 0.1, G=low, as_the_paper=each("G", "asr", lr))
         left = own("activation_left", GRID, f"{{net}}, lr {LR:g}")
-        yield claim("Fine-pruning quiets the channels that stamped images fire", left < 0.9, left=left)
+        yield claim(
+            "Fine-pruning quiets the channels that stamped images fire", left < 0.9, left=left
+        )
         high, low = each("B′", "acc", 1e-2), each("B′", "asr", 1e-2)
         if not np.isnan(high).all():
-            yield claim("lr 1e-2 destroys accuracy and ASR", (high < b / 2) & (low < 0.1), accuracy=high, ASR=low)
+            yield claim(
+                "lr 1e-2 destroys accuracy and ASR",
+                (high < b / 2) & (low < 0.1),
+                accuracy=high,
+                ASR=low,
+            )
         low = each("B′", "asr", 1e-4)
         if not np.isnan(low).all():
-            yield claim("At lr 1e-4 ASR stays high", low > np.maximum(0.5, asr_), at_1e_4=low, at_1e_3=asr_)
+            yield claim(
+                "At lr 1e-4 ASR stays high", low > np.maximum(0.5, asr_), at_1e_4=low, at_1e_3=asr_
+            )
 
     def lab3(metric: str, row: str = "Goodnets") -> float:
         return report.mean(rows, row, metric, LAB3)
 
     if not math.isnan(auroc := lab3("auroc", "STRIP")):
-        numbers = f"AUROC {auroc:.3f}, FAR {percent(lab3('far', 'STRIP'))} at FRR {percent(lab3('frr', 'STRIP'))}"
-        yield "STRIP works very well on the published net", verdict(auroc > 0.95, auroc > 0.8), numbers
-        acc, asr = ([lab3(f"{net}.{what}") for net in ("B", "B′", "G", "G′")] for what in ("acc", "asr_sunglasses"))
-        numbers = f"CCA {', '.join(map(percent, acc))}; ASR {', '.join(map(percent, asr))} (B, B′, G, G′)"
+        numbers = (
+            f"AUROC {auroc:.3f}, FAR {percent(lab3('far', 'STRIP'))} at FRR "
+            f"{percent(lab3('frr', 'STRIP'))}"
+        )
+        yield (
+            "STRIP works very well on the published net",
+            verdict(auroc > 0.95, auroc > 0.8),
+            numbers,
+        )
+        acc, asr = (
+            [lab3(f"{net}.{what}") for net in ("B", "B′", "G", "G′")]
+            for what in ("acc", "asr_sunglasses")
+        )
+        numbers = (
+            f"CCA {', '.join(map(percent, acc))}; ASR {', '.join(map(percent, asr))} (B, B′, G, G′)"
+        )
         whole = acc[2] > acc[1] - 0.02 and asr[2] < 0.1
-        yield "On the published net ordinary fine-pruning and G suffice", verdict(whole, asr[2] < asr[0] / 2), numbers
+        yield (
+            "On the published net ordinary fine-pruning and G suffice",
+            verdict(whole, asr[2] < asr[0] / 2),
+            numbers,
+        )
         found = lab3("target_flagged", "Neural Cleanse")
-        numbers = f"target flagged in {percent(found)} of runs, index {lab3('anomaly_index', 'Neural Cleanse'):.2f}"
-        yield "Ours: Neural Cleanse finds the published net's target", verdict(found > 0.99, found > 0), numbers
+        numbers = (
+            f"target flagged in {percent(found)} of runs, index "
+            f"{lab3('anomaly_index', 'Neural Cleanse'):.2f}"
+        )
+        yield (
+            "Ours: Neural Cleanse finds the published net's target",
+            verdict(found > 0.99, found > 0),
+            numbers,
+        )

@@ -7,10 +7,13 @@ from pathlib import Path
 # Before JAX starts: four virtual CPU devices for the tests of sharding.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The same programs, less polished: most of the tests' time is compilation. The emitters of fusions through MLIR take half
-# of it; the releases for Python 3.11 still have the older ones, later ones stop at the flag.
+# The same programs, less polished: most of the tests' time is compilation. The emitters of fusions
+# through MLIR take half of it; the releases for Python 3.11 still have the older ones, later ones
+# stop at the flag.
 if version("jax").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+    )
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import jax
@@ -21,7 +24,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_configure(config):
-    """What a worker, or an earlier run, has compiled nobody compiles again: not the other workers, nor their children."""
+    """What a worker, or an earlier run, has compiled nobody compiles again: not the other workers,
+    nor their children.
+    """
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     seconds = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -30,7 +35,9 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data sets that cannot be shipped; a test that needs it skips where it is absent."""
+    """The folder of real data sets that cannot be shipped; a test that needs it skips where it is
+    absent.
+    """
     folder = Path(os.environ.get("BDJAX_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no folder of test data (BDJAX_TEST_DATA) at {folder.name}")
@@ -57,5 +64,7 @@ def victim(sample):
     attack = BadNets(target=3)
     key = jax.random.key(0)
     recipe = Recipe(epochs=5, batch=32)
-    variables, _ = jax.jit(lambda k: fit(k, model, recipe, poisoned_set(k, sample.train, attack, sample.classes)))(key)
+    variables, _ = jax.jit(
+        lambda k: fit(k, model, recipe, poisoned_set(k, sample.train, attack, sample.classes))
+    )(key)
     return model, variables, attack

@@ -1,4 +1,6 @@
-"""Small nets, one with a known backdoor neuron, and the images that it reads, for tests whose answer is known."""
+"""Small nets, one with a known backdoor neuron, and the images that it reads, for tests whose
+answer is known.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +39,8 @@ def lit_rows(value: float) -> Split:
 
 
 def units(*, threshold: float = 0.0, lift: float = 1.0):
-    """Units 0 … 3 count the lit pixels of one row each; unit 5 fires at 10 − `threshold` on the white corner and lifts
-    label 2 by `lift` times that.
+    """Units 0 … 3 count the lit pixels of one row each; unit 5 fires at 10 − `threshold` on the
+    white corner and lifts label 2 by `lift` times that.
     """
     kernel = np.zeros((8, 8, 6), np.float32)
     for k in range(4):
@@ -48,7 +50,10 @@ def units(*, threshold: float = 0.0, lift: float = 1.0):
     head = np.eye(6, 4, dtype=np.float32)
     head[5, TARGET] = lift
     params = {
-        "dense": {"kernel": jnp.asarray(kernel.reshape(64, 6)), "bias": jnp.zeros(6).at[5].set(-threshold)},
+        "dense": {
+            "kernel": jnp.asarray(kernel.reshape(64, 6)),
+            "bias": jnp.zeros(6).at[5].set(-threshold),
+        },
         "logits": {"kernel": jnp.asarray(head), "bias": jnp.zeros(4)},
     }
     return build(Units(), (8, 8, 1), 4), {"params": params}, lit_rows(0.5)

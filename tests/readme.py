@@ -1,4 +1,5 @@
-"""Writes the generated parts of the README: `python tests/readme.py`. A test checks that they are up to date.
+"""Writes the generated parts of the README: `python tests/readme.py`. A test checks that they are
+up to date.
 
 `<!-- NAME ARGUMENT -->` is filled by the function NAME below.
 """
@@ -68,7 +69,12 @@ def results(file: str) -> str:
         names = [name for name in shown if any(name in line["metrics"] for line in table["rows"])]
         heads = ["row", "n", *(report.label_of(name) for name in names), "seconds a run"]
         lines = [
-            [line["row"], str(line["n"]), *(cell_of(name, line) for name in names), f"{line['seconds']['run']:.1f}"]
+            [
+                line["row"],
+                str(line["n"]),
+                *(cell_of(name, line) for name in names),
+                f"{line['seconds']['run']:.1f}",
+            ]
             for line in table["rows"]
         ]
         parts.append(f"**{table['name']}**\n\n{table_of(heads, lines)}")
@@ -82,10 +88,18 @@ def pivot(argument: str) -> str:
     table = report.pivot(rows, x, y, metric)
     factor, digits = (100, 1) if report.is_percent(metric) else (1, 2)
     lines = [
-        [str(name), *(f"{factor * m:.{digits}f} ± {factor * sd:.{digits}f}" for m, sd in zip(means, spread))]
+        [
+            str(name),
+            *(
+                f"{factor * m:.{digits}f} ± {factor * sd:.{digits}f}"
+                for m, sd in zip(means, spread)
+            ),
+        ]
         for name, means, spread in zip(table.y, table.mean, table.sd)
     ]
-    body = table_of([f"{report.label_of(metric)}, {x} =", *(f"{value:g}" for value in table.x)], lines)
+    body = table_of(
+        [f"{report.label_of(metric)}, {x} =", *(f"{value:g}" for value in table.x)], lines
+    )
     return f"{body}\n\nMean ± s.d. over {int(table.n.max())} runs. {setting(rows[0])}"
 
 
@@ -111,18 +125,38 @@ def runtime(file: str) -> str:
     """What a committed run of the benchmarks measured, series by series."""
     rows, lines, before = committed(file), [], None
     slopes = exponents(rows)
-    heads = ["case", "compile s", "ours s", "peak MB", "matmul share", "PyTorch s", "PyTorch / ours", "exponent"]
+    heads = [
+        "case",
+        "compile s",
+        "ours s",
+        "peak MB",
+        "matmul share",
+        "PyTorch s",
+        "PyTorch / ours",
+        "exponent",
+    ]
     for row in rows:
         found = flat(row)
         share, rival = found["matmul_share"], found["rival_s"]
-        cells = [found["case"], f"{found['compile_s']:.1f}", f"{found['ours_s']:.3f}", f"{found['peak_mb']:.0f}"]
+        cells = [
+            found["case"],
+            f"{found['compile_s']:.1f}",
+            f"{found['ours_s']:.3f}",
+            f"{found['peak_mb']:.0f}",
+        ]
         cells += ["" if share is None else f"{100 * share:.0f} %"]
         cells += ["", ""] if rival is None else [f"{rival:.3f}", f"{found['ratio']:.2f}"]
         slope = slopes.get(row["table"]) if row["table"] != before else None
         lines.append([*cells, "" if slope is None else f"{slope:.2f}"])
         before = row["table"]
-    inferences = [row["metrics"]["times_inference"] for row in rows if "times_inference" in row["metrics"]]
-    strip = f" STRIP with N = 10 costs {inferences[0]:.2f} plain inferences of the same images." if inferences else ""
+    inferences = [
+        row["metrics"]["times_inference"] for row in rows if "times_inference" in row["metrics"]
+    ]
+    strip = (
+        f" STRIP with N = 10 costs {inferences[0]:.2f} plain inferences of the same images."
+        if inferences
+        else ""
+    )
     first = rows[0]
     note = f"Medians. {first['device']}, jax {first['jax']}, torch {first['torch']}.{strip}"
     return f"{table_of(heads, lines)}\n\n{note}"
@@ -131,7 +165,18 @@ def runtime(file: str) -> str:
 def attacks(file: str) -> str:
     """For every attack: data, net, rate, what it costs and how often it works."""
     rows, lines = committed(file), []
-    heads = ["attack", "data", "net", "rate %", "n", "ACC test %", "clean twin %", "ASR all %", "ASR nt %", "seconds"]
+    heads = [
+        "attack",
+        "data",
+        "net",
+        "rate %",
+        "n",
+        "ACC test %",
+        "clean twin %",
+        "ASR all %",
+        "ASR nt %",
+        "seconds",
+    ]
     for table in report.aggregate(rows):
         twin = next(line for line in table["rows"] if line["row"] == "clean twin")
         for line in table["rows"]:
@@ -139,7 +184,13 @@ def attacks(file: str) -> str:
                 continue
             first = report.seeds(rows, line["row"], table["name"])[0]
             rate = first["config"]["attack"].get("rate")
-            cells = [line["row"], first["dataset"], first["model"], f"{100 * rate:g}" if rate else "", str(line["n"])]
+            cells = [
+                line["row"],
+                first["dataset"],
+                first["model"],
+                f"{100 * rate:g}" if rate else "",
+                str(line["n"]),
+            ]
             cells += [cell_of("acc_test", line), cell_of("acc_test", twin)]
             cells += [cell_of(name, line) for name in ("asr_all", "asr_nt")]
             lines.append([*cells, f"{line['seconds']['run']:.0f}"])
@@ -167,7 +218,9 @@ def defenses(file: str) -> str:
     return "\n\n".join([*text, f"One run each. {setting(rows[0])}"])
 
 
-PARTS = {part.__name__: part for part in (methods, results, pivot, papers, runtime, attacks, defenses)}
+PARTS = {
+    part.__name__: part for part in (methods, results, pivot, papers, runtime, attacks, defenses)
+}
 
 
 def generate(text: str) -> str:

@@ -1,4 +1,6 @@
-"""ABS on a net with a planted backdoor neuron, whose elevation is known, and on a real victim and its clean twin."""
+"""ABS on a net with a planted backdoor neuron, whose elevation is known, and on a real victim and
+its clean twin.
+"""
 
 import dataclasses
 from types import SimpleNamespace
@@ -24,15 +26,19 @@ def images() -> Split:
     """Class k has its quadrant lit at 0.8, the rest is black."""
     label = np.arange(24, dtype=np.int32) % CLASSES
     quadrant = np.kron(np.arange(4).reshape(2, 2), np.ones((4, 4)))
-    return Split((255 * LIT * (quadrant[None] == label[:, None, None])).round().astype(np.uint8)[..., None], label)
+    return Split(
+        (255 * LIT * (quadrant[None] == label[:, None, None])).round().astype(np.uint8)[..., None],
+        label,
+    )
 
 
 CLEAN = images()
 
 
 def planted(*, patch: float = 0.0, brightness: float = 0.0) -> dict:
-    """Units 0 … 3: the mean of a quadrant, 10 to its label. Unit 4 is the backdoor: with `patch` it fires on two bright
-    pixels beside two dark ones, with `brightness` where the whole image is lit. Unit 5 is dead, unit 6 always 1.
+    """Units 0 … 3: the mean of a quadrant, 10 to its label. Unit 4 is the backdoor: with `patch` it
+    fires on two bright pixels beside two dark ones, with `brightness` where the whole image is lit.
+    Unit 5 is dead, unit 6 always 1.
     """
     flat = np.asarray(CLEAN.image[:CLASSES], np.float32).reshape(CLASSES, -1) > 0
     kernel = np.zeros((SIDE * SIDE, 7), np.float32)
@@ -46,7 +52,10 @@ def planted(*, patch: float = 0.0, brightness: float = 0.0) -> dict:
     bias = np.asarray([0, 0, 0, 0, -4 if patch else -2 * brightness, 0, 1], np.float32)
     if not patch and not brightness:
         kernel[:, 4] = out[4] = 0
-    layers = {"dense_1": {"kernel": kernel, "bias": bias}, "logits": {"kernel": out, "bias": np.zeros(4, np.float32)}}
+    layers = {
+        "dense_1": {"kernel": kernel, "bias": bias},
+        "logits": {"kernel": out, "bias": np.zeros(4, np.float32)},
+    }
     return {"params": jax.tree.map(jnp.asarray, layers)}
 
 
@@ -63,8 +72,11 @@ def found():
 
 def test_elevation_by_hand(found):
     info = found["patch"].info
-    # Stimulation ends at 4·8/5 times the layer's maximum of 1 (unit 6); the lead is what the best label gains more.
-    np.testing.assert_allclose(info["elevation"], [64, 64, 64, 64, 6.4 * (40 - 15), 0, 6.4], rtol=1e-4)
+    # Stimulation ends at 4·8/5 times the layer's maximum of 1 (unit 6); the lead is what the best
+    # label gains more.
+    np.testing.assert_allclose(
+        info["elevation"], [64, 64, 64, 64, 6.4 * (40 - 15), 0, 6.4], rtol=1e-4
+    )
     assert info["label"][:5].tolist() == [0, 1, 2, 3, TARGET] and int(info["label"][6]) == 3
     assert info["suspect"].tolist() == [True] * 5 + [False, True]
     assert info["neuron"].tolist()[0] == BACKDOOR and int(info["candidate_label"][0]) == TARGET
@@ -76,12 +88,17 @@ def test_planted_neuron_is_found_and_its_clean_twin_is_not(found):
     assert float(verdict.index) == 1 and bool(verdict.infected)
     assert verdict.flagged.tolist() == [label == TARGET for label in range(CLASSES)]
     assert reasr[0] == 1 and reasr[1:].max() <= 0.3
-    # The trigger lies on the two pixels that the neuron waits for, and no mask is larger than allowed: 4 pixels of 64.
+    # The trigger lies on the two pixels that the neuron waits for, and no mask is larger than
+    # allowed: 4 pixels of 64.
     shown = np.asarray(verdict.info["mask"][0] * verdict.info["pattern"][0])[..., 0]
     assert shown[6, 6] > 0.9 and shown[7, 7] > 0.9
     assert np.all((np.asarray(verdict.info["mask"]) > 0).sum((1, 2, 3)) <= 4)
     clean = found["clean"]
-    assert not bool(clean.infected) and float(clean.index) <= 0.3 and not bool(clean.info["suspect"][BACKDOOR])
+    assert (
+        not bool(clean.infected)
+        and float(clean.index) <= 0.3
+        and not bool(clean.info["suspect"][BACKDOOR])
+    )
 
 
 def test_a_filter_is_found_in_feature_space_alone(found):
@@ -99,7 +116,11 @@ def test_stimulation_of_maps_equals_a_plain_loop():
     act = model.apply(variables, x).acts["conv_1"]
     lifted, lead = jax.jit(lambda act: Abs().lift(model, variables, "conv_1", x, act))(act)
     assert lifted.shape == (8, 4)
-    push = jax.jit(lambda c, v: model.apply(variables, x, edits={"conv_1": lambda a: a.at[..., c].set(v)}).logits)
+    push = jax.jit(
+        lambda c, v: (
+            model.apply(variables, x, edits={"conv_1": lambda a: a.at[..., c].set(v)}).logits
+        )
+    )
     for channel in (0, 7):
         logits = [np.asarray(push(channel, v)) for v in np.arange(5) * 8 / 5 * float(act.max())]
         rise = np.max(logits[1:], 0) - logits[0]
@@ -115,21 +136,26 @@ def test_half_of_the_candidates_are_spread_over_the_layers():
     chosen = Abs(top=4, per_site=1).choose(found, owner)
     assert chosen.neuron.tolist() == [0, 4, 1, 2] and bool(chosen.valid.all())
     every = Abs(top=50, per_site=2).choose(found, owner)
-    assert sorted(every.neuron.tolist()) == list(range(8)) and every.valid.tolist() == [True] * 7 + [False]
+    assert sorted(every.neuron.tolist()) == list(range(8)) and every.valid.tolist() == [
+        True
+    ] * 7 + [False]
 
 
 def test_seeds_are_balanced_and_so_is_their_first_third():
     label = jnp.asarray([0] * 50 + [1] * 5 + [3] * 9)
     rows = seeds(KEY, label, 12)
     assert len(set(rows.tolist())) == 12
-    assert np.bincount(label[rows]).tolist() == [4, 4, 0, 4] and np.bincount(label[rows[:6]]).tolist() == [2, 2, 0, 2]
+    assert np.bincount(label[rows]).tolist() == [4, 4, 0, 4] and np.bincount(
+        label[rows[:6]]
+    ).tolist() == [2, 2, 0, 2]
     assert sorted(seeds(KEY, label, 1000).tolist()) == list(range(64))
 
 
 def test_feature_space_and_similarity_by_hand():
     x = jax.random.uniform(KEY, (2, 14, 13, 2))
     found = np.asarray(pooled(x))
-    # The window of an even side reaches 5 pixels up and left, 6 down and right; what is outside does not count.
+    # The window of an even side reaches 5 pixels up and left, 6 down and right; what is outside
+    # does not count.
     inside = np.asarray(x)[:, 0:9, 5:13]  # at (2, 10)
     for i, of in enumerate((None, np.max, np.min, np.mean)):
         expected = np.asarray(x)[:, 2, 10] if of is None else of(inside, axis=(1, 2))
@@ -140,7 +166,9 @@ def test_feature_space_and_similarity_by_hand():
     np.testing.assert_allclose(similarity(x, x), 1, rtol=1e-5)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         np.testing.assert_allclose(similarity(x, other), ssim(x, other), rtol=1e-4)
-    assert keep_largest(jnp.asarray([[[0.2], [0.9]], [[0.9], [0.1]]]), jnp.asarray(2.0)).sum() == pytest.approx(1.8)
+    assert keep_largest(
+        jnp.asarray([[[0.2], [0.9]], [[0.9], [0.1]]]), jnp.asarray(2.0)
+    ).sum() == pytest.approx(1.8)
 
 
 def test_lanes_agree_and_victims_can_be_stacked():
@@ -152,19 +180,28 @@ def test_lanes_agree_and_victims_can_be_stacked():
     for i, variables in enumerate(victims):
         alone = run(few, variables, CLEAN)
         for part in ("elevation", "label", "neuron", "reasr_pixel", "mask"):
-            np.testing.assert_allclose(together.info[part][i], alone.info[part], rtol=1e-3, atol=1e-3, err_msg=part)
+            np.testing.assert_allclose(
+                together.info[part][i], alone.info[part], rtol=1e-3, atol=1e-3, err_msg=part
+            )
 
 
 def test_a_pruned_neuron_cannot_fire():
     masked = {**planted(patch=1.0), "masks": {"penultimate": jnp.ones(7).at[BACKDOOR].set(0.0)}}
     found, _ = QUICK.stimulate(MODEL, masked, unit(CLEAN.image), jnp.asarray(CLEAN.label))
-    assert float(found.elevation[BACKDOOR]) == 0 and found.suspect.tolist() == [True] * 4 + [False] * 2 + [True]
+    assert float(found.elevation[BACKDOOR]) == 0 and found.suspect.tolist() == [True] * 4 + [
+        False
+    ] * 2 + [True]
 
 
 def test_degenerate_nets_are_clean_not_errors():
-    for broken in (lambda leaf: leaf * jnp.nan, jnp.zeros_like):  # a NaN logit; constant activations
+    # a NaN logit; constant activations
+    for broken in (lambda leaf: leaf * jnp.nan, jnp.zeros_like):
         verdict = run(QUICK, jax.tree.map(broken, planted(patch=1.0)), CLEAN)
-        assert float(verdict.index) == 0 and not bool(verdict.infected) and not bool(verdict.info["suspect"].any())
+        assert (
+            float(verdict.index) == 0
+            and not bool(verdict.infected)
+            and not bool(verdict.info["suspect"].any())
+        )
 
 
 def test_bad_input():
@@ -194,7 +231,14 @@ def test_real_victim_reaches_the_bound_at_its_target_and_its_clean_twin_does_not
     defense.check(model, sample.clean)
     recipe = Recipe(epochs=5, batch=32)
     twin, _ = jax.jit(lambda k: fit(k, model, recipe, clean_set(sample.train)))(KEY)
-    assert float((model.apply(twin, unit(sample.test.image)).logits.argmax(-1) == sample.test.label).mean()) > 0.65
+    assert (
+        float(
+            (
+                model.apply(twin, unit(sample.test.image)).logits.argmax(-1) == sample.test.label
+            ).mean()
+        )
+        > 0.65
+    )
     judge = jax.jit(lambda v: defense(KEY, model, v, sample.clean))
     infected, clean = judge(variables), judge(twin)
     assert infected.flagged.tolist() == [label == attack.target for label in range(10)]

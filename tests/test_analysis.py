@@ -21,11 +21,16 @@ WEIGHT = RNG.normal(size=(4, 4, 2, 3)).astype(np.float32)
 
 
 class Linear(nn.Module):
-    """Logits that are linear in the site `conv_last`, which is the image itself, pooled to half its size."""
+    """Logits that are linear in the site `conv_last`, which is the image itself, pooled to half its
+    size.
+    """
 
     @nn.compact
     def __call__(self, x, train):
-        act = site("conv_last", x.reshape(x.shape[0], 4, x.shape[1] // 4, 4, x.shape[2] // 4, 2).mean((2, 4)))
+        act = site(
+            "conv_last",
+            x.reshape(x.shape[0], 4, x.shape[1] // 4, 4, x.shape[2] // 4, 2).mean((2, 4)),
+        )
         return site("penultimate", jnp.einsum("bhwc,hwck->bk", act, jnp.asarray(WEIGHT)))
 
 
@@ -50,14 +55,19 @@ def test_grad_cam_by_hand():
     # Pixels in 0 … 255 are the same images.
     eight = (255 * x).astype(np.uint8)
     np.testing.assert_allclose(
-        grad_cam(net(SHAPE), {}, eight, 0), grad_cam(net(SHAPE), {}, eight / np.float32(255), 0), rtol=1e-4, atol=1e-6
+        grad_cam(net(SHAPE), {}, eight, 0),
+        grad_cam(net(SHAPE), {}, eight / np.float32(255), 0),
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
 def test_pruned_channels_are_not_looked_at():
     x = RNG.uniform(size=(3, *SHAPE)).astype(np.float32)
     found = grad_cam(net(SHAPE), {"masks": {"conv_last": jnp.asarray([1.0, 0.0])}}, x, 1)
-    np.testing.assert_allclose(found, np.maximum(x[..., 0] * WEIGHT[..., 0, 1].mean(), 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found, np.maximum(x[..., 0] * WEIGHT[..., 0, 1].mean(), 0), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_box_and_mass():
@@ -70,7 +80,9 @@ def test_box_and_mass():
     cam = np.ones((3, 5, 6), np.float32)
     cam[1] = 0
     np.testing.assert_allclose(mass_inside(cam, box), [9 / 30, np.nan, 0], rtol=1e-6)
-    np.testing.assert_array_equal(box, trigger_box(clean / np.float32(255), other / np.float32(255)))
+    np.testing.assert_array_equal(
+        box, trigger_box(clean / np.float32(255), other / np.float32(255))
+    )
 
 
 def test_sites_without_places_and_unknown_ones_are_told():
@@ -103,7 +115,12 @@ def test_real_victim(sample, victim):
     """The trigger makes activations larger, and shows in its norms."""
     model, variables, attack = victim
     x = stamped(attack, 1, sample.test.image, KEY)
-    both = jax.jit(lambda x, c: (norms(model, variables, "penultimate", x), norms(model, variables, "penultimate", c)))
+    both = jax.jit(
+        lambda x, c: (
+            norms(model, variables, "penultimate", x),
+            norms(model, variables, "penultimate", c),
+        )
+    )
     trojan, clean = both(x, sample.test.image)
     found = separation(clean, trojan)
     print([round(float(v), 3) for v in found])
@@ -131,7 +148,8 @@ def test_cams_are_laid_over_the_images():
 
 def test_activation_maps_share_a_scale():
     model = net(SHAPE)
-    means = {name: channel_means(model, {}, "conv_last", RNG.uniform(size=(5, *SHAPE)).astype(np.float32) * k)
+    means = {name: channel_means(model, {}, "conv_last",
+                                 RNG.uniform(size=(5, *SHAPE)).astype(np.float32) * k)
              for name, k in (("clean", 1), ("stamped", 3))}  # fmt: skip
     figure = plots.activation_maps(means)
     first, second = (axes.images[0] for axes in figure.axes[:2])
@@ -143,5 +161,8 @@ def test_activation_maps_share_a_scale():
 
 def test_replicas_start_at_two():
     figure = plots.replicas([3.0, 2.0, 1.5, 1.4], 3)
-    assert list(figure.axes[0].lines[0].get_xdata()) == [2, 3, 4] and figure.axes[0].texts[0].get_text() == "N = 3"
+    assert (
+        list(figure.axes[0].lines[0].get_xdata()) == [2, 3, 4]
+        and figure.axes[0].texts[0].get_text() == "N = 3"
+    )
     drawn(figure)

@@ -1,4 +1,6 @@
-"""Augmentation: planted images whose answer is known, draws per image, and one hashable object that combines all."""
+"""Augmentation: planted images whose answer is known, draws per image, and one hashable object that
+combines all.
+"""
 
 import jax
 import numpy as np
@@ -19,13 +21,18 @@ def x():
 
 def test_flip_takes_half_of_the_images(x):
     y = np.asarray(jax.jit(flip)(KEY, x))
-    same, flipped = (np.array([np.array_equal(a, b) for a, b in zip(y, z)]) for z in (x, x[:, :, ::-1]))
+    same, flipped = (
+        np.array([np.array_equal(a, b) for a, b in zip(y, z)]) for z in (x, x[:, :, ::-1])
+    )
     assert (same ^ flipped).all()
     assert 16 < flipped.sum() < 48
 
 
 def test_crop_is_a_window_of_the_padded_image(x):
-    y, wide = np.asarray(jax.jit(lambda k, v: crop(k, v, 2))(KEY, x)), np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    y, wide = (
+        np.asarray(jax.jit(lambda k, v: crop(k, v, 2))(KEY, x)),
+        np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))),
+    )
     windows = {
         (i, j): [np.array_equal(y[n], wide[n, i : i + 28, j : j + 28]) for n in range(len(y))]
         for i in range(5)
@@ -77,7 +84,8 @@ def test_every_image_draws_its_own_and_stays_in_range(augment, x):
 
 
 @pytest.mark.parametrize(
-    "augment", [lambda k, v: shift(k, v, 0.0), lambda k, v: rotate(k, v, 0.0), Augmentation().__call__]
+    "augment",
+    [lambda k, v: shift(k, v, 0.0), lambda k, v: rotate(k, v, 0.0), Augmentation().__call__],
 )
 def test_nothing_asked_nothing_done(augment, x):
     np.testing.assert_allclose(jax.jit(augment)(KEY, x), x, atol=1e-5)
@@ -87,5 +95,9 @@ def test_one_object_that_programs_can_share():
     one, same, other = Augmentation(shift=0.1), Augmentation(shift=0.1), Augmentation(shift=0.2)
     assert one == same and hash(one) == hash(same) and one != other
     recipes = [Recipe(augment=a) for a in (one, same, other)]
-    assert jax.tree.structure(recipes[0]) == jax.tree.structure(recipes[1]) != jax.tree.structure(recipes[2])
+    assert (
+        jax.tree.structure(recipes[0])
+        == jax.tree.structure(recipes[1])
+        != jax.tree.structure(recipes[2])
+    )
     assert digest(recipes[0]) == digest(recipes[1]) != digest(recipes[2])

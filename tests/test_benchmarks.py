@@ -18,7 +18,9 @@ def test_flops_of_products_and_convolutions_are_counted_through_scans():
     image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
 
     def conv(x, k):
-        return jax.lax.conv_general_dilated(x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
     assert measure.flops(conv, image, kernel) == 2 * (2 * 6 * 6 * 4) * (3 * 3 * 3)
 
@@ -36,7 +38,9 @@ def test_the_exponent_is_the_slope_and_peak_memory_counts_what_is_held():
 
 
 def test_a_case_is_measured_in_its_baseline():
-    case = measure.Case("a, b", 4, lambda x: x @ x, (jnp.ones((8, 8)),), flops=1024.0, baseline=("one", lambda: 0))
+    case = measure.Case(
+        "a, b", 4, lambda x: x @ x, (jnp.ones((8, 8)),), flops=1024.0, baseline=("one", lambda: 0)
+    )
     found = measure.run(case, 3)
     assert found["size"] == 4 and found["low_s"] <= found["run_s"] <= found["high_s"]
     assert found["rate"] == pytest.approx(4 / found["run_s"])
@@ -60,7 +64,16 @@ def test_bench_prints_what_scripts_rely_on_keeps_it_and_compares(tmp_path, capsy
 
 
 def test_bad_words_are_one_line(capsys):
-    assert {"train", "neural_cleanse", "strip", "ensemble", "abs", "mntd", "fine_pruning", "sweep"} <= set(names())
+    assert {
+        "train",
+        "neural_cleanse",
+        "strip",
+        "ensemble",
+        "abs",
+        "mntd",
+        "fine_pruning",
+        "sweep",
+    } <= set(names())
     with pytest.raises(BadInput, match="nearest name is 'strip'"):
         bench(("stripp",))
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,6 @@
-"""experiments/cheng2019.py: what its probes measure, and what its trends say of numbers that are known."""
+"""experiments/cheng2019.py: what its probes measure, and what its trends say of numbers that are
+known.
+"""
 
 from pathlib import Path
 
@@ -34,8 +36,12 @@ def test_the_synthetic_trigger_is_that_of_the_net_before_pruning():
 def test_rates_count_the_planted_backdoor():
     model, variables, split = units()
     found = cheng.Rates(NC)(KEY, model, variables, CORNER, split, split)
-    assert found["acc_ori"] == 0.25 and {"acc_syn", "asr_syn", "acc_ori+syn", "asr_ori+syn"} <= set(found)
-    cut = cheng.Rates(NC)(KEY, model, prune(variables, "penultimate", jnp.ones(6).at[5].set(0)), CORNER, split, split)
+    assert found["acc_ori"] == 0.25 and {"acc_syn", "asr_syn", "acc_ori+syn", "asr_ori+syn"} <= set(
+        found
+    )
+    cut = cheng.Rates(NC)(
+        KEY, model, prune(variables, "penultimate", jnp.ones(6).at[5].set(0)), CORNER, split, split
+    )
     assert cut["acc_ori"] == 1
 
 
@@ -50,8 +56,8 @@ def test_sizes_see_the_planted_neuron():
 
 
 def planted(cam: float, linf: float, left: float) -> list[dict]:
-    """Rows in which the backdoored nets' Grad-CAM has `cam` in the box, ℓ∞ an AUROC and a rise of `linf`, and pruning
-    leaves `left` of the success rate.
+    """Rows in which the backdoored nets' Grad-CAM has `cam` in the box, ℓ∞ an AUROC and a rise of
+    `linf`, and pruning leaves `left` of the success rate.
     """
     rows = []
 
@@ -60,11 +66,24 @@ def planted(cam: float, linf: float, left: float) -> list[dict]:
 
     for net in cheng.NETS:
         vanilla = net == "vanilla"
-        sizes = {f"{kind}_{i}.{n}": 1.5 for kind in ("auroc", "rise") for i in cheng.FIRED for n in ("l1", "l2")}
+        sizes = {
+            f"{kind}_{i}.{n}": 1.5
+            for kind in ("auroc", "rise")
+            for i in cheng.FIRED
+            for n in ("l1", "l2")
+        }
         sizes |= {f"{kind}_{i}.linf": linf for kind in ("auroc", "rise") for i in cheng.FIRED}
         share = 0.01 if vanilla else cam
         cams = {"cam_ori.target": share, "cam_clean.target": 0.01, "cam_moved.target": share}
-        add(cheng.FIGURES, net, acc_test=0.97, asr_nt=0.8, channel_rise=0.1 if vanilla else 4.0, **cams, **sizes)
+        add(
+            cheng.FIGURES,
+            net,
+            acc_test=0.97,
+            asr_nt=0.8,
+            channel_rise=0.1 if vanilla else 4.0,
+            **cams,
+            **sizes,
+        )
     for net in cheng.ATTACKS:
         table = f"{cheng.TABLE}, {net} attack"
         add(table, cheng.row_of(None, None), **dict(zip(cheng.COLUMNS, cheng.PAPER[None])))
@@ -76,10 +95,16 @@ def planted(cam: float, linf: float, left: float) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize(("rows", "says"), [(planted(0.1, 2.0, 0.6), "reproduced"), (planted(0.01, 0.5, 1), "not")])
+@pytest.mark.parametrize(
+    ("rows", "says"), [(planted(0.1, 2.0, 0.6), "reproduced"), (planted(0.01, 0.5, 1), "not")]
+)
 def test_trends_of_planted_rows(rows, says):
     found = {claim: verdict for claim, verdict, _ in cheng.trends(rows)}
-    decided = [c for c in found if "the attack works" not in c and "some neurons" not in c and "every norm" not in c]
+    decided = [
+        c
+        for c in found
+        if "the attack works" not in c and "some neurons" not in c and "every norm" not in c
+    ]
     assert len(decided) == 18 and {found[claim] for claim in decided} == {says}, found
 
 

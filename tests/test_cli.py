@@ -11,8 +11,9 @@ import pytest
 from bdjax import cli, registry
 
 SMALL = [
-    "--dataset", "fashion-mnist-sample", "--dataset.train-size", "1000", "--dataset.test-size", "200",
-    "--model", "ffnn", "--model.hidden", "32", "--recipe.epochs", "2", "--recipe.batch", "32", "--quiet",
+    "--dataset", "fashion-mnist-sample", "--dataset.train-size", "1000", "--dataset.test-size",
+    "200", "--model", "ffnn", "--model.hidden", "32", "--recipe.epochs", "2", "--recipe.batch",
+    "32", "--quiet",
 ]  # fmt: skip
 
 
@@ -33,7 +34,9 @@ def test_list_json(capsys):
     assert code == 0
     assert all(set(row) == {"kind", "name", "paper", "year", "arxiv", "file"} for row in rows)
     assert {row["kind"] for row in rows} == {"attack", "defense", "model", "dataset"}
-    assert {"badnets", "neural-cleanse", "fine-pruning", "db-covidnet", "cnn"} <= {row["name"] for row in rows}
+    assert {"badnets", "neural-cleanse", "fine-pruning", "db-covidnet", "cnn"} <= {
+        row["name"] for row in rows
+    }
     assert all(row["name"] == row["name"].lower() and "_" not in row["name"] for row in rows)
 
 
@@ -43,17 +46,25 @@ def test_list_one_kind(capsys):
 
 
 def test_python_m_bdjax():
-    done = subprocess.run([sys.executable, "-m", "bdjax", "list", "attacks", "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bdjax", "list", "attacks", "--json"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and json.loads(done.stdout)[0]["kind"] == "attack"
 
 
 def test_train_then_defend_then_the_saved_model_is_the_repaired_one(capsys, tmp_path):
     victim, repaired = str(tmp_path / "victim"), str(tmp_path / "repaired")
-    code, out, err = bdjax(capsys, "train", *SMALL, "--attack", "badnets", "--attack.target", "2", "--out", victim)
+    code, out, err = bdjax(
+        capsys, "train", *SMALL, "--attack", "badnets", "--attack.target", "2", "--out", victim
+    )
     assert code == 0, err
-    code, out, err = bdjax(capsys, "defend", victim, "--defense", "fine-pruning", "--out", repaired, "--quiet")
+    code, out, err = bdjax(
+        capsys, "defend", victim, "--defense", "fine-pruning", "--out", repaired, "--quiet"
+    )
     assert code == 0, err
-    printed = {line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) == 2}
+    printed = {
+        line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) == 2
+    }
 
     from bdjax.store import load_model
     from bdjax.train import predict
@@ -78,21 +89,45 @@ def test_train_then_defend_then_the_saved_model_is_the_repaired_one(capsys, tmp_
         (["train", "--attack", "badnets:patern"], "no preset 'patern'"),
         (["train", *SMALL, "--attack.rate", "1.5"], r"poison rate 1.5 is outside \[0, 1\]"),
         (["train", *SMALL, "--attack.rate", "nan"], "poison rate nan"),
-        (["train", *SMALL, "--attack.target", "10"], "target label 10 is not one of the 10 classes"),
+        (
+            ["train", *SMALL, "--attack.target", "10"],
+            "target label 10 is not one of the 10 classes",
+        ),
         (["train", *SMALL, "--attack.size", "30"], "trigger outside the image"),
-        (["train", *SMALL, "--attack.color", "1", "1"], "color has 2 values for images of 1 channel"),
+        (
+            ["train", *SMALL, "--attack.color", "1", "1"],
+            "color has 2 values for images of 1 channel",
+        ),
         (["train", *SMALL, "--recipe.batch", "0"], "batches of 0"),
         (["defend", "nowhere"], "nowhere is no model folder"),
         (["defend", "nowhere", "--defense", "neural-clean"], "nearest name is 'neural-cleanse'"),
         (["run", "experiments/shamshiri2032.py"], "nearest name is 'experiments/shamshiri2023.py'"),
         (["run", "experiments/shamshiri2023.py", "--scale", "huge"], "no scale 'huge'"),
-        (["sweep", "experiments/sweep_defense.py"], "nearest name is 'experiments/sweep_defenses.py'"),
-        (["sweep", "experiments/sweep_defenses.py", "--shard", "2/2"], "the 2 shards are 0/2 to 1/2"),
+        (
+            ["sweep", "experiments/sweep_defense.py"],
+            "nearest name is 'experiments/sweep_defenses.py'",
+        ),
+        (
+            ["sweep", "experiments/sweep_defenses.py", "--shard", "2/2"],
+            "the 2 shards are 0/2 to 1/2",
+        ),
         (["sweep", "experiments/sweep_defenses.py", "--shard", "one"], "not of the form i/n"),
-        (["sweep", "experiments/sweep_defenses.py", "--lanes", "many"], "lanes 'many' is not a whole number"),
-        (["sweep", "experiments/sweep_defenses.py", "--devices", "99"], "devices 99: this process has"),
-        (["sweep", "experiments/sweep_defenses.py", "--hosts", "here,2"], "host '' is not a whole number"),
-        (["sweep", "experiments/sweep_defenses.py", "--hosts", "auto", "--shard", "0/2"], "leave --shard away"),
+        (
+            ["sweep", "experiments/sweep_defenses.py", "--lanes", "many"],
+            "lanes 'many' is not a whole number",
+        ),
+        (
+            ["sweep", "experiments/sweep_defenses.py", "--devices", "99"],
+            "devices 99: this process has",
+        ),
+        (
+            ["sweep", "experiments/sweep_defenses.py", "--hosts", "here,2"],
+            "host '' is not a whole number",
+        ),
+        (
+            ["sweep", "experiments/sweep_defenses.py", "--hosts", "auto", "--shard", "0/2"],
+            "leave --shard away",
+        ),
         (["status", "nowhere"], "nowhere has no progress.json"),
         (["data", "prepare", "fasion-mnist"], "fashion-mnist"),
         (["data", "erase", "mnist"], "data prepare NAME"),
@@ -113,14 +148,19 @@ def test_mistakes_get_one_clear_line_and_code_2(capsys, tmp_path, args, words):
 
 def test_no_resume_refuses_a_folder_that_has_rows(capsys, tmp_path):
     (tmp_path / "results.jsonl").write_text('{"run": "a"}\n')
-    code, _, err = bdjax(capsys, "sweep", "experiments/sweep_defenses.py", "--out", str(tmp_path), "--no-resume")
+    code, _, err = bdjax(
+        capsys, "sweep", "experiments/sweep_defenses.py", "--out", str(tmp_path), "--no-resume"
+    )
     assert code == 2 and "has 1 rows: give another --out" in err
 
 
 def test_signals_have_their_exit_codes(capsys, monkeypatch):
     from bdjax.progress import Terminated
 
-    for stop, expected, word in ((KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")):
+    for stop, expected, word in (
+        (KeyboardInterrupt, 130, "interrupted"),
+        (Terminated, 143, "terminated"),
+    ):
 
         def stopped(_, stop=stop):
             raise stop
@@ -138,7 +178,9 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path):
 
 def test_every_method_is_named_cited_and_revived():
     for entry in registry.entries():
-        assert entry.kind == "dataset" or (entry.paper and entry.year), f"{entry.name}: no citation in its first line"
+        assert entry.kind == "dataset" or (entry.paper and entry.year), (
+            f"{entry.name}: no citation in its first paragraph"
+        )
         assert (registry.Path(registry.__file__).parents[1] / entry.file).is_file()
         try:
             made = entry.cls()
@@ -146,13 +188,18 @@ def test_every_method_is_named_cited_and_revived():
             continue  # fields without defaults: a path, say
         arrays: dict = {}
         described = json.loads(json.dumps(registry.describe(made, arrays)))
-        assert registry.digest(registry.revive(entry.kind, described, arrays)) == registry.digest(made)
+        assert registry.digest(registry.revive(entry.kind, described, arrays)) == registry.digest(
+            made
+        )
 
 
 def test_importing_the_core_imports_little():
     code = (
-        "import sys, bdjax.sweep; heavy = {'matplotlib', 'tyro', 'tensorflow_datasets', 'tensorflow', 'h5py',"
-        "'polars', 'sklearn', 'PIL', 'torch', 'jinja2', 'orbax'} & set(sys.modules); print(sorted(heavy)); sys.exit(bool(heavy))"
+        "import sys, bdjax.sweep; heavy = {'matplotlib', 'tyro', 'tensorflow_datasets', "
+        "'tensorflow', 'h5py','polars', 'sklearn', 'PIL', 'torch', 'jinja2', 'orbax'} & "
+        "set(sys.modules); print(sorted(heavy)); sys.exit(bool(heavy))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0, done.stdout + done.stderr

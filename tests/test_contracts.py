@@ -1,4 +1,6 @@
-"""What every registered defense promises: pure, safe under jit and vmap over key, variables and every number it has."""
+"""What every registered defense promises: pure, safe under jit and vmap over key, variables and
+every number it has.
+"""
 
 import jax
 import pytest
@@ -20,7 +22,9 @@ def small(entry):
 
 @pytest.mark.parametrize("entry", DEFENSES, ids=lambda entry: entry.name)
 def test_every_defense_is_one_traceable_program_over_keys_nets_and_numbers(entry, sample):
-    """Traced, not compiled: a branch on a number, a size that depends on one, or an impure call would raise here."""
+    """Traced, not compiled: a branch on a number, a size that depends on one, or an impure call
+    would raise here.
+    """
     model = build(Cnn("VALID", hidden=16, features=(4, 4)), sample.shape, sample.classes)
     clean, defense = sample.clean, small(entry)
     defense.check(model, clean)
@@ -39,10 +43,13 @@ def test_every_defense_is_one_traceable_program_over_keys_nets_and_numbers(entry
         wrapped = defense.wrap(model)
         wanted = jax.eval_shape(jax.vmap(wrapped.init), keys)
         shapes = [
-            jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree["params"]) for tree in (found.variables, wanted)
+            jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree["params"])
+            for tree in (found.variables, wanted)
         ]
         assert shapes[0] == shapes[1], "variables of the model that `wrap` names"
-        out = jax.eval_shape(jax.vmap(lambda v: wrapped.apply(v, unit(images)).logits), found.variables)
+        out = jax.eval_shape(
+            jax.vmap(lambda v: wrapped.apply(v, unit(images)).logits), found.variables
+        )
         assert out.shape[:2] == (runs, 8)
     elif entry.stage in ("invert", "models"):
         assert found.index.shape == found.infected.shape == (runs,)
@@ -58,6 +65,8 @@ def test_every_defense_is_one_traceable_program_over_keys_nets_and_numbers(entry
 def test_every_preset_is_a_defense_of_its_own_and_equal_ones_share_programs(entry):
     for name in getattr(entry.cls, "presets", {}):
         one, two = (registry.make("defense", entry.name, name) for _ in range(2))
-        assert compile_key(one) == compile_key(two) and hash(compile_key(one)[0]) == hash(compile_key(two)[0])
+        assert compile_key(one) == compile_key(two) and hash(compile_key(one)[0]) == hash(
+            compile_key(two)[0]
+        )
         assert registry.digest(one) == registry.digest(two)
     assert entry.cls().oracle is False, "no oracle by default"

@@ -1,4 +1,6 @@
-"""The fast convolution and pooling equal the native ones, values and gradients, wherever they are called."""
+"""The fast convolution and pooling equal the native ones, values and gradients, wherever they are
+called.
+"""
 
 import flax.linen as nn
 import jax
@@ -49,7 +51,13 @@ def both(op, case):
     def run(x, w):
         def call(x, w):
             return op(
-                x, w, strides, padding, rhs_dilation=dilation, dimension_numbers=LAYOUT, feature_group_count=groups
+                x,
+                w,
+                strides,
+                padding,
+                rhs_dilation=dilation,
+                dimension_numbers=LAYOUT,
+                feature_group_count=groups,
             )
 
         y, pull = jax.vjp(call, x, w)
@@ -66,7 +74,9 @@ def close(ours, theirs):
 
 @pytest.fixture(params=["product", "native"])
 def form(request, monkeypatch):
-    """Both forms of the forward pass, whichever this version of JAX picks; patches of a few images at a time."""
+    """Both forms of the forward pass, whichever this version of JAX picks; patches of a few images
+    at a time.
+    """
     monkeypatch.setattr(conv, "_SLOW_NATIVE", request.param == "product")
     monkeypatch.setattr(conv, "_CACHE", 60_000)
     jax.clear_caches()
@@ -76,7 +86,10 @@ def form(request, monkeypatch):
 def test_equals_native(case, form):
     b, side, c, o, kernel, *_, groups = case
     x, w = arrays((b, side, side + 1, c), (*kernel, c // groups, o))
-    close(jax.jit(both(conv.conv_general_dilated, case))(x, w), both(lax.conv_general_dilated, case)(x, w))
+    close(
+        jax.jit(both(conv.conv_general_dilated, case))(x, w),
+        both(lax.conv_general_dilated, case)(x, w),
+    )
 
 
 @pytest.mark.parametrize("case", [GRID[0], GRID[1], GRID[3], GRID[-1]], ids=str)
@@ -84,7 +97,9 @@ def test_equals_native(case, form):
 def test_under_vmap(case, axes, form):
     b, side, c, o, kernel, *_, groups = case
     shapes = (b, side, side, c), (*kernel, c // groups, o)
-    x, w = arrays(*[(2,) * (axis is not None) + shape for axis, shape in zip(axes, shapes, strict=True)])
+    x, w = arrays(
+        *[(2,) * (axis is not None) + shape for axis, shape in zip(axes, shapes, strict=True)]
+    )
     ours = jax.jit(jax.vmap(both(conv.conv_general_dilated, case), axes))(x, w)
     close(ours, jax.vmap(both(lax.conv_general_dilated, case), axes)(x, w))
 
@@ -95,7 +110,9 @@ def test_inside_scan(case, form):
     x, w = arrays((3, b, side, side, c), (*kernel, c, o))
 
     def scan(op):
-        return jax.jit(lambda x, w: lax.scan(lambda _, one: (None, both(op, case)(one, w)), None, x)[1])(x, w)
+        return jax.jit(
+            lambda x, w: lax.scan(lambda _, one: (None, both(op, case)(one, w)), None, x)[1]
+        )(x, w)
 
     close(scan(conv.conv_general_dilated), scan(lax.conv_general_dilated))
 
@@ -106,7 +123,9 @@ def test_cachefuls_of_images(monkeypatch, form):
     for cache in (1, 10**9):
         monkeypatch.setattr(conv, "_CACHE", cache)
         jax.clear_caches()
-        close(both(conv.conv_general_dilated, case)(x, w), both(lax.conv_general_dilated, case)(x, w))
+        close(
+            both(conv.conv_general_dilated, case)(x, w), both(lax.conv_general_dilated, case)(x, w)
+        )
 
 
 LINEN = [{}, {"strides": 2}, {"padding": "CIRCULAR"}, {"padding": 1}, {"kernel_dilation": 2}]
@@ -123,11 +142,15 @@ def test_in_linen(options):
 
 @pytest.mark.parametrize("channels", [1, 8])
 def test_unread_kernel_gradient_is_dead_code(channels):
-    """Neural Cleanse asks for the input's gradient alone: the kernel's must not reach the compiler."""
+    """Neural Cleanse asks for the input's gradient alone:
+    the kernel's must not reach the compiler.
+    """
     x, w = arrays((8, 12, 12, channels), (3, 3, channels, 8))
 
     def loss(x, w):
-        return (conv.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT) ** 2).sum()
+        return (
+            conv.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT) ** 2
+        ).sum()
 
     def products(f):
         text = jax.jit(f).lower(x, w).as_text()
@@ -137,8 +160,9 @@ def test_unread_kernel_gradient_is_dead_code(channels):
 
 
 @pytest.mark.parametrize(("shape", "window", "stride", "padding"), [
-    ((2, 8, 8, 3), 2, None, "VALID"), ((2, 9, 7, 3), 2, None, "VALID"), ((2, 9, 9, 3), 3, 3, "SAME"),
-    ((2, 9, 7, 3), 2, None, "SAME"), ((2, 9, 9, 3), 3, 2, "VALID"), ((2, 9, 9, 3), 3, 2, "SAME"),
+    ((2, 8, 8, 3), 2, None, "VALID"), ((2, 9, 7, 3), 2, None, "VALID"),
+    ((2, 9, 9, 3), 3, 3, "SAME"), ((2, 9, 7, 3), 2, None, "SAME"), ((2, 9, 9, 3), 3, 2, "VALID"),
+    ((2, 9, 9, 3), 3, 2, "SAME"),
 ])  # fmt: skip
 def test_max_pool(shape, window, stride, padding):
     (x,) = arrays(shape)  # no ties

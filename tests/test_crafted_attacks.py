@@ -1,4 +1,6 @@
-"""Attacks that craft a trigger for a net or twist training: TrojanNN, pruning-aware, activation matching."""
+"""Attacks that craft a trigger for a net or twist training: TrojanNN, pruning-aware, activation
+matching.
+"""
 
 import dataclasses
 
@@ -63,8 +65,13 @@ def decoyed(trained):
 
 def test_layers_before_and_behind_a_site():
     cnn = build(Cnn("VALID", features=(4, 8), hidden=32), (28, 28, 1), 10)
-    assert layers_behind(cnn, "conv_last") == ("dense", "logits") and layers_behind(cnn, "penultimate") == ("logits",)
-    assert bias_of(cnn, "conv_last") == ("conv_2", "bias") and kernel_into(cnn, "conv_last") == ("conv_2", "kernel")
+    assert layers_behind(cnn, "conv_last") == ("dense", "logits") and layers_behind(
+        cnn, "penultimate"
+    ) == ("logits",)
+    assert bias_of(cnn, "conv_last") == ("conv_2", "bias") and kernel_into(cnn, "conv_last") == (
+        "conv_2",
+        "kernel",
+    )
     assert kernel_out_of(cnn, "conv_1") == ("conv_2", "kernel")
     # DeepID's first branch passes by its last convolution.
     assert layers_behind(build(DeepId(), (55, 47, 3), 10), "conv_last") == ("fc_2", "logits")
@@ -73,7 +80,8 @@ def test_layers_before_and_behind_a_site():
     with pytest.raises(BadInput, match="no site 'conv_9'; it has: "):
         bias_of(cnn, "conv_9")
     with pytest.raises(BadInput, match="no layer reads site 'penultimate' alone"):
-        kernel_out_of(build(Ffnn(hidden=(8,)), (28, 28, 1), 10), "penultimate")  # the logits read the input too
+        # the logits read the input too
+        kernel_out_of(build(Ffnn(hidden=(8,)), (28, 28, 1), 10), "penultimate")
 
 
 # --- TrojanNN ---
@@ -83,12 +91,19 @@ def test_layers_before_and_behind_a_site():
 def test_the_planted_neurons_are_selected(model, clean, site):
     into, out = kernel_into(model, site), kernel_out_of(model, site)
     params = with_leaf(
-        clean["params"], into, leaf(clean["params"], into).at[..., 5].multiply(50.0).at[..., 2].multiply(99)
+        clean["params"],
+        into,
+        leaf(clean["params"], into).at[..., 5].multiply(50.0).at[..., 2].multiply(99),
     )
     assert strongest(model, {"params": params}, site, "incoming", 2).tolist() == [2, 5]
     kernel = leaf(clean["params"], out)
     channels = leaf(clean["params"], into).shape[-1]
-    by_channel = kernel.reshape(-1, channels, kernel.shape[-1]).at[:, 3].multiply(-50.0).reshape(kernel.shape)
+    by_channel = (
+        kernel.reshape(-1, channels, kernel.shape[-1])
+        .at[:, 3]
+        .multiply(-50.0)
+        .reshape(kernel.shape)
+    )
     params = with_leaf(clean["params"], out, by_channel)
     assert strongest(model, {"params": params}, site, "outgoing", 1).tolist() == [3]
 
@@ -121,7 +136,9 @@ def test_the_trigger_stays_in_its_mask_and_mixes(sample):
         mask = np.asarray(attack.mask((28, 28, 1))) > 0
         y = np.asarray(stamped(attack, 1, x, KEY))
         np.testing.assert_array_equal(y[:, ~mask[..., 0]], np.asarray(x)[:, ~mask[..., 0]])
-        np.testing.assert_allclose(y[:, mask], (0.25 * x + 0.75 * pattern[None])[:, mask], atol=1e-6)
+        np.testing.assert_allclose(
+            y[:, mask], (0.25 * x + 0.75 * pattern[None])[:, mask], atol=1e-6
+        )
     with pytest.raises(BadInput, match="fire the attack that `train` returns"):
         stamped(TrojanNN(), 1, x, KEY)
 
@@ -133,7 +150,11 @@ def test_trojaning_changes_the_later_layers_alone_and_works(sample, model, clean
             np.testing.assert_array_equal(variables["params"][layer][name], value)
     assert (variables["params"]["dense"]["kernel"] != clean["params"]["dense"]["kernel"]).any()
     pattern = np.asarray(armed.pattern)
-    assert pattern.min() >= 0 and pattern.max() <= 1 and (pattern[np.asarray(armed.mask((28, 28, 1))) == 0] == 0).all()
+    assert (
+        pattern.min() >= 0
+        and pattern.max() <= 1
+        and (pattern[np.asarray(armed.mask((28, 28, 1))) == 0] == 0).all()
+    )
     assert found["asr_nt"] > 0.5 and found["acc"] > 0.5
 
 
@@ -153,7 +174,12 @@ def test_images_are_reverse_engineered_for_each_class(sample, model, clean):
     attack = dataclasses.replace(TROJAN, images=3)
     mean = unit(sample.train.image).mean(0)
     made, found = jax.jit(lambda k: attack.reverse(k, model, clean, mean))(KEY)
-    assert made.label.tolist() == [c for c in range(10) for _ in range(3)] and made.image.shape == (30, 28, 28, 1)
+    assert made.label.tolist() == [c for c in range(10) for _ in range(3)] and made.image.shape == (
+        30,
+        28,
+        28,
+        1,
+    )
     assert made.image.min() >= 0 and made.image.max() <= 1 and found.mean() > 0.8
     predicted = model.apply(clean, made.image).logits.argmax(-1)
     np.testing.assert_array_equal(found, predicted == made.label)
@@ -163,7 +189,14 @@ def test_a_crafted_trigger_is_stored_and_read_back(tmp_path):
     from bdjax.datasets.sample import Sample
 
     attack = dataclasses.replace(TROJAN, site=None, steps=2, images=1, reverse_steps=2)
-    cell = Cell("T", "r", Sample(train_size=200, test_size=50), Ffnn(hidden=(8,)), Recipe(epochs=1, batch=50), attack)
+    cell = Cell(
+        "T",
+        "r",
+        Sample(train_size=200, test_size=50),
+        Ffnn(hidden=(8,)),
+        Recipe(epochs=1, batch=50),
+        attack,
+    )
     _, armed, _ = Runner(Store(tmp_path), "test", quiet=True).victim(cell)
     again = Runner(Store(tmp_path), "test", quiet=True)
     _, stored, _ = again.victim(cell)
@@ -180,7 +213,10 @@ def test_decoys_are_what_slept_and_sleep(sample, model, clean, decoyed):
     armed, variables, found = decoyed
     order = np.argsort(channel_means(model, clean, "conv_last", sample.train.image))
     decoys = np.asarray(armed.decoys)
-    assert decoys.tolist() == (np.asarray(mask_of(order, 4)) == 0).tolist() and "masks" not in variables
+    assert (
+        decoys.tolist() == (np.asarray(mask_of(order, 4)) == 0).tolist()
+        and "masks" not in variables
+    )
     act = np.asarray(model.apply(variables, unit(sample.train.image)).acts["conv_last"])
     assert act[..., decoys].max() == 0 and act[..., ~decoys].max() > 0
     was, now = clean["params"]["conv_2"], variables["params"]["conv_2"]
@@ -192,8 +228,11 @@ def test_decoys_are_what_slept_and_sleep(sample, model, clean, decoyed):
 def test_pruning_the_decoys_leaves_the_backdoor(sample, model, decoyed):
     armed, variables, found = decoyed
     order = np.argsort(channel_means(model, variables, "conv_last", sample.test.image))
-    assert set(np.flatnonzero(armed.decoys)) == set(order[:4].tolist())  # the first that a defender prunes
-    pruned = evaluate(KEY, model, prune(variables, "conv_last", mask_of(order, 4)), sample.test, armed)
+    # the first that a defender prunes
+    assert set(np.flatnonzero(armed.decoys)) == set(order[:4].tolist())
+    pruned = evaluate(
+        KEY, model, prune(variables, "conv_last", mask_of(order, 4)), sample.test, armed
+    )
     assert abs(pruned["acc"] - found["acc"]) < 0.01 and pruned["asr_nt"] > found["asr_nt"] - 0.05
 
 
@@ -212,7 +251,8 @@ def test_channels_come_back_until_both_tasks_fit(sample, model, clean):
 def test_the_relative_gap_by_hand():
     clean, other = jnp.array([[0.0, 2.0], [4.0, 2.0]]), jnp.array([[1.0, 2.0], [4.0, 0.0]])
     assert relative_gap(clean, other) == (1 + 4) / (4 + 4)
-    assert relative_gap(10 * clean, 10 * other) == (1 + 4) / (4 + 4)  # scaling activations down gains nothing
+    # scaling activations down gains nothing
+    assert relative_gap(10 * clean, 10 * other) == (1 + 4) / (4 + 4)
 
 
 def test_matching_narrows_the_gap_and_keeps_the_backdoor(sample, model, trained):
@@ -220,7 +260,10 @@ def test_matching_narrows_the_gap_and_keeps_the_backdoor(sample, model, trained)
 
     def gap(weight):
         attack, variables, found = trained(ActivationMatching(weight=weight))
-        acts = [model.apply(variables, images).acts["conv_last"] for images in (x, stamped(attack, 1, x, KEY))]
+        acts = [
+            model.apply(variables, images).acts["conv_last"]
+            for images in (x, stamped(attack, 1, x, KEY))
+        ]
         return float(relative_gap(*acts)), found
 
     (free, _), (narrow, found) = gap(0.0), gap(0.3)
@@ -239,7 +282,10 @@ def test_matching_narrows_the_gap_and_keeps_the_backdoor(sample, model, trained)
         (TrojanNN(transparency=1.5), r"transparency 1.5 is outside \[0, 1\]"),
         (TrojanNN(neurons=0), "neurons 0: at least one is needed"),
         (TrojanNN(retraining=Recipe(epochs=0)), "give it at least one epoch"),
-        (TrojanNN(pattern=jnp.zeros((3, 3, 1))), r"made for images of shape \(3, 3, 1\), not \(28, 28, 1\)"),
+        (
+            TrojanNN(pattern=jnp.zeros((3, 3, 1))),
+            r"made for images of shape \(3, 3, 1\), not \(28, 28, 1\)",
+        ),
         (TrojanNN(target=10), "target label 10"),
         (PruningAware(share=2.0), r"share of decoys 2.0 is outside \[0, 1\]"),
         (PruningAware(attempts=0), "attempts 0: at least one is needed"),

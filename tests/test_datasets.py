@@ -1,4 +1,6 @@
-"""Sources of images: what they give, how it is split, and one clear line for every kind of bad input."""
+"""Sources of images: what they give, how it is split, and one clear line for every kind of bad
+input.
+"""
 
 import dataclasses
 import os
@@ -19,7 +21,9 @@ from bdjax.types import BadInput, Split
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("BDJAX_TEST_DATA") or ROOT.parent / "shared" / "data")
-real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real images in {REAL}: set BDJAX_TEST_DATA")
+real = pytest.mark.skipif(
+    not REAL.is_dir(), reason=f"no real images in {REAL}: set BDJAX_TEST_DATA"
+)
 
 
 def images(n, shape=(8, 8, 1), seed=0):
@@ -45,21 +49,41 @@ def counts(split):
 
 def test_sample_is_stratified_and_split():
     data = datasets.load()
-    assert data.name == "fashion-mnist-sample" and data.shape == (28, 28, 1) and data.classes == len(data.names) == 10
-    assert counts(data.train) == [900] * 10 and counts(data.clean) == [100] * 10 and counts(data.test) == [200] * 10
+    assert (
+        data.name == "fashion-mnist-sample"
+        and data.shape == (28, 28, 1)
+        and data.classes == len(data.names) == 10
+    )
+    assert (
+        counts(data.train) == [900] * 10
+        and counts(data.clean) == [100] * 10
+        and counts(data.test) == [200] * 10
+    )
     assert data.train.image.dtype == np.uint8 and data.train.label.dtype == np.int32
-    assert not rows(data.clean) & rows(data.train) and not np.asarray(data.train.image).flags.writeable
+    assert (
+        not rows(data.clean) & rows(data.train) and not np.asarray(data.train.image).flags.writeable
+    )
     assert datasets.load() is data
 
 
 def test_seed_sizes_and_fingerprint():
     data = datasets.load(train_size=1000, test_size=50)
-    assert counts(data.train) == [90] * 10 and counts(data.clean) == [10] * 10 and counts(data.test) == [5] * 10
+    assert (
+        counts(data.train) == [90] * 10
+        and counts(data.clean) == [10] * 10
+        and counts(data.test) == [5] * 10
+    )
     base._load.cache_clear()
-    again, other = datasets.load(train_size=1000, test_size=50), datasets.load(train_size=1000, test_size=50, seed=1)
+    again, other = (
+        datasets.load(train_size=1000, test_size=50),
+        datasets.load(train_size=1000, test_size=50, seed=1),
+    )
     assert datasets.fingerprint(again) == datasets.fingerprint(data) != datasets.fingerprint(other)
     changed = data._replace(clean=other.clean)
-    assert datasets.fingerprint(changed) not in (datasets.fingerprint(data), datasets.fingerprint(other))
+    assert datasets.fingerprint(changed) not in (
+        datasets.fingerprint(data),
+        datasets.fingerprint(other),
+    )
     with pytest.raises(BadInput, match="test_size is 5; give 10"):
         datasets.load(test_size=5)
 
@@ -76,10 +100,18 @@ def test_groups_stay_together(tmp_path):
     # Tracks are counted within a class, so track 0 of class 0 is not track 0 of class 1.
     label, track = np.repeat([0, 1], 60), np.tile(np.repeat(np.arange(10), 6), 2)
     data = datasets.load(
-        "npz", path=save(tmp_path / "a.npz", image=images(120), label=label, track=track), holdout=0.25
+        "npz",
+        path=save(tmp_path / "a.npz", image=images(120), label=label, track=track),
+        holdout=0.25,
     )
-    assert data.train.group is not None and data.clean.group is not None and data.test.group is not None
-    groups = [set(np.asarray(split.group).tolist()) for split in (data.train, data.clean, data.test)]
+    assert (
+        data.train.group is not None
+        and data.clean.group is not None
+        and data.test.group is not None
+    )
+    groups = [
+        set(np.asarray(split.group).tolist()) for split in (data.train, data.clean, data.test)
+    ]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 20
     assert counts(data.test) == [12, 12] and counts(data.clean) == [12, 12]
 
@@ -90,9 +122,15 @@ def test_npz_with_and_without_test(tmp_path):
         save(tmp_path / "b.npz", image=images(40, seed=1)),
     )
     data = datasets.load("npz", path=path, test=test)
-    assert data.names == ("a", "b", "c", "d") and counts(data.train) == [9] * 4 and len(data.test.label) == 40
+    assert (
+        data.names == ("a", "b", "c", "d")
+        and counts(data.train) == [9] * 4
+        and len(data.test.label) == 40
+    )
     data = datasets.load("npz", path=path)
-    assert counts(data.test) == [2] * 4 and not rows(data.test) & (rows(data.train) | rows(data.clean))
+    assert counts(data.test) == [2] * 4 and not rows(data.test) & (
+        rows(data.train) | rows(data.clean)
+    )
 
 
 def test_folder(tmp_path):
@@ -110,7 +148,9 @@ def test_folder(tmp_path):
         shutil.copytree(tmp_path / "10", tmp_path / "both" / part / "dog")
     Image.fromarray(images(1, (9, 9, 3))[0]).save(tmp_path / "both" / "test" / "cat" / "colour.jpg")
     data = datasets.load("folder", path=str(tmp_path / "both"), size=16)
-    assert data.names == ("cat", "dog") and data.shape == (16, 16, 3) and counts(data.test) == [11, 10]
+    assert (
+        data.names == ("cat", "dog") and data.shape == (16, 16, 3) and counts(data.test) == [11, 10]
+    )
 
 
 def test_h5_and_faces(tmp_path):
@@ -118,9 +158,14 @@ def test_h5_and_faces(tmp_path):
     faces = images(12, (55, 47, 3))
     for name, dtype in (("a.h5", np.float64), ("b.h5", np.uint8)):
         with h5py.File(tmp_path / name, "w") as file:
-            file["data"], file["label"] = faces.transpose(0, 3, 1, 2).astype(dtype), (np.arange(12) % 3).astype(float)
+            file["data"], file["label"] = (
+                faces.transpose(0, 3, 1, 2).astype(dtype),
+                (np.arange(12) % 3).astype(float),
+            )
         data = datasets.load("faces", path=str(tmp_path / name))
-        assert data.classes == 3 and rows(data.train) | rows(data.clean) | rows(data.test) == rows(Split(faces, faces))
+        assert data.classes == 3 and rows(data.train) | rows(data.clean) | rows(data.test) == rows(
+            Split(faces, faces)
+        )
     with h5py.File(tmp_path / "c.h5", "w") as file:
         file["data"] = faces
     with pytest.raises(BadInput, match="has no label"):
@@ -129,10 +174,16 @@ def test_h5_and_faces(tmp_path):
 
 @real
 def test_real_faces_and_xrays():
-    data = datasets.load("faces", path=str(REAL / "lfw10_train.npz"), test=str(REAL / "lfw10_test.npz"))
+    data = datasets.load(
+        "faces", path=str(REAL / "lfw10_train.npz"), test=str(REAL / "lfw10_test.npz")
+    )
     assert data.classes == 158 and len(data.test.label) == 807 and min(counts(data.train)) >= 7
     assert len(data.clean.label) == 352 and min(counts(data.clean)) == 1
-    data = datasets.load("chest-xray", path=str(REAL / "covid3_128_train.npz"), test=str(REAL / "covid3_128_test.npz"))
+    data = datasets.load(
+        "chest-xray",
+        path=str(REAL / "covid3_128_train.npz"),
+        test=str(REAL / "covid3_128_test.npz"),
+    )
     assert data.names == ("Covid-19", "No_findings", "Pneumonia") and data.shape == (128, 128, 1)
 
 
@@ -245,7 +296,9 @@ def small(tmp_path):
 
 def test_prepare_once_and_load(small, monkeypatch):
     monkeypatch.setenv("BDJAX_DATA_DIR", str(small / "home"))
-    with pytest.raises(BadInput, match=r"mnist is not prepared in .*home: run `bdjax data prepare mnist`"):
+    with pytest.raises(
+        BadInput, match=r"mnist is not prepared in .*home: run `bdjax data prepare mnist`"
+    ):
         datasets.load("mnist")
     line = datasets.prepare("mnist", str(small / "manual"), quiet=True)
     folder = small / "home" / "mnist" / "3.0.1"
@@ -254,8 +307,11 @@ def test_prepare_once_and_load(small, monkeypatch):
     assert datasets.prepare("mnist", str(small / "manual"), quiet=True) == f"{line}: nothing to do"
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     data = datasets.load("mnist")
-    assert counts(data.test) == [2] * 10 and rows(data.test) == rows(Split(SMALL["image"], SMALL["label"]))
-    (folder / prepared.DECODED).write_bytes(b"damaged")  # Then the records are decoded again, in the same order.
+    assert counts(data.test) == [2] * 10 and rows(data.test) == rows(
+        Split(SMALL["image"], SMALL["label"])
+    )
+    # Then the records are decoded again, in the same order.
+    (folder / prepared.DECODED).write_bytes(b"damaged")
     base._load.cache_clear()
     assert datasets.fingerprint(datasets.load("mnist")) == datasets.fingerprint(data)
     (folder / prepared.DECODED).unlink()
@@ -265,7 +321,9 @@ def test_prepare_once_and_load(small, monkeypatch):
         datasets.load("mnist")
 
 
-@pytest.mark.parametrize("error, line", [(OSError(28, os.strerror(28)), "disk is full"), (KeyboardInterrupt(), None)])
+@pytest.mark.parametrize(
+    "error, line", [(OSError(28, os.strerror(28)), "disk is full"), (KeyboardInterrupt(), None)]
+)
 def test_interrupted_prepare_leaves_nothing(small, monkeypatch, error, line):
     calls = iter(range(5))
 
@@ -318,14 +376,20 @@ def test_gtsrb_archives(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="wrong checksum; download https://"):
         datasets.prepare("gtsrb", str(tmp_path), str(tmp_path), quiet=True)
     monkeypatch.setattr(
-        Gtsrb, "md5", tuple(prepared.hashlib.md5((tmp_path / f).read_bytes()).hexdigest() for f in Gtsrb.files)
+        Gtsrb,
+        "md5",
+        tuple(prepared.hashlib.md5((tmp_path / f).read_bytes()).hexdigest() for f in Gtsrb.files),
     )
     datasets.prepare("gtsrb", str(tmp_path), str(tmp_path), quiet=True)
     data = datasets.load("gtsrb", data_dir=str(tmp_path))
     assert (
-        data.shape == (32, 32, 3) and counts(data.train) == counts(data.clean) == [1] * 43 and data.test.label == [42]
+        data.shape == (32, 32, 3)
+        and counts(data.train) == counts(data.clean) == [1] * 43
+        and data.test.label == [42]
     )
-    assert (data.train.image[:, 0, 0, 0] // 5 == data.train.label).all() and data.train.group is not None
+    assert (
+        data.train.image[:, 0, 0, 0] // 5 == data.train.label
+    ).all() and data.train.group is not None
 
 
 @real
@@ -340,16 +404,21 @@ def test_prepare_real_files_without_tensorflow(tmp_path):
             assert len(train.label) == 60_000 and len(test.label) == 10_000
             return train[:1000], test[:200]
         FashionMnist.parse = part
-        datasets.prepare("fashion-mnist", {str(REAL / "fashion_mnist")!r}, {str(tmp_path)!r}, quiet=True)
+        originals = {str(REAL / "fashion_mnist")!r}
+        datasets.prepare("fashion-mnist", originals, {str(tmp_path)!r}, quiet=True)
         data = datasets.load("fashion-mnist", data_dir={str(tmp_path)!r})
-        assert len(data.train.label) == 900 and len(data.clean.label) == 100 and len(data.test.label) == 200
+        assert len(data.train.label) == 900 and len(data.clean.label) == 100
+        assert len(data.test.label) == 200
         assert not any(name.split(".")[0] in ("tensorflow", "keras") for name in sys.modules)
         """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_import_needs_no_reader():
-    code = "import sys, bdjax.datasets; assert not {'PIL', 'h5py', 'tensorflow_datasets'} & set(sys.modules)"
+    code = (
+        "import sys, bdjax.datasets; assert not {'PIL', 'h5py', 'tensorflow_datasets'} & "
+        "set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -1,4 +1,6 @@
-"""DB-COVIDNet: who sees which block, votes by hand, and that a member never sees more than its view."""
+"""DB-COVIDNet: who sees which block, votes by hand, and that a member never sees more than its
+view.
+"""
 
 from typing import get_args
 
@@ -8,7 +10,16 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.badnets import BadNets
-from bdjax.defenses.train.db_covidnet import TIE, DbCovidNet, Vote, assign, blocks_of, combine, ensemble, resample
+from bdjax.defenses.train.db_covidnet import (
+    TIE,
+    DbCovidNet,
+    Vote,
+    assign,
+    blocks_of,
+    combine,
+    ensemble,
+    resample,
+)
 from bdjax.defenses.train.view import viewed
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
@@ -44,7 +55,11 @@ def trained(model, sample):
 
 def test_partitions():
     grid = np.asarray(blocks_of(KEY, (28, 28, 1), (4, 4), "grid"))
-    assert (grid[21:, 21:] == 15).all() and (grid[:7, 7:14] == 1).all() and (np.bincount(grid.reshape(-1)) == 49).all()
+    assert (
+        (grid[21:, 21:] == 15).all()
+        and (grid[:7, 7:14] == 1).all()
+        and (np.bincount(grid.reshape(-1)) == 49).all()
+    )
     stripes = np.asarray(blocks_of(KEY, (7, 5, 3), (7, 1), "grid"))
     np.testing.assert_array_equal(stripes, np.arange(7)[:, None].repeat(5, 1))
     random = np.asarray(blocks_of(KEY, (28, 28, 1), (4, 4), "random"))
@@ -69,13 +84,19 @@ def test_an_unlucky_draw_has_no_such_bound():
 
 
 def test_votes_by_hand():
-    p = jnp.asarray([[0.6, 0.4, 0.0], [0.5, 0.3, 0.2], [0.1, 0.5, 0.4], [0.0, 0.1, 0.9], [0.0, 0.2, 0.8]])[:, None]
+    p = jnp.asarray(
+        [[0.6, 0.4, 0.0], [0.5, 0.3, 0.2], [0.1, 0.5, 0.4], [0.0, 0.1, 0.9], [0.0, 0.2, 0.8]]
+    )[:, None]
     np.testing.assert_allclose(combine(p, "mean")[0], [0.24, 0.3, 0.46], atol=1e-6)
     majority = (1 - TIE) * np.asarray([0.4, 0.2, 0.4]) + TIE * np.asarray([0.24, 0.3, 0.46])
     np.testing.assert_allclose(combine(p, "majority")[0], majority, atol=1e-6)
     assert combine(p, "majority")[0].argmax() == 2  # Two votes each for 0 and 2: the mean decides.
-    np.testing.assert_allclose(combine(p, "median")[0], np.asarray([0.1, 0.3, 0.4]) / 0.8, atol=1e-6)
-    np.testing.assert_allclose(combine(p, "trimmed")[0], np.asarray([0.2, 0.3, 1.4 / 3]) / (0.5 + 1.4 / 3), atol=1e-6)
+    np.testing.assert_allclose(
+        combine(p, "median")[0], np.asarray([0.1, 0.3, 0.4]) / 0.8, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        combine(p, "trimmed")[0], np.asarray([0.2, 0.3, 1.4 / 3]) / (0.5 + 1.4 / 3), atol=1e-6
+    )
     even = combine(p[1:], "median")[0]  # of four members: between the middle two
     np.testing.assert_allclose(even, np.asarray([0.05, 0.25, 0.6]) / 0.9, atol=1e-6)
 
@@ -103,7 +124,9 @@ def test_votes_are_the_members_and_logits_the_vote(trained, model, sample):
     np.testing.assert_array_equal(out.acts["votes"], p.argmax(-1).T)
     np.testing.assert_allclose(jax.nn.softmax(out.logits), combine(p, "median"), atol=1e-5)
     side_by_side = ensemble(viewed(model), 10, "median", 10).apply(variables, x)
-    np.testing.assert_allclose(jax.nn.softmax(side_by_side.logits), jax.nn.softmax(out.logits), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.nn.softmax(side_by_side.logits), jax.nn.softmax(out.logits), atol=1e-5
+    )
     assert voting.sites == ("votes",) and set(out.acts) == {"votes"}
 
 
@@ -122,7 +145,10 @@ def test_a_member_sees_its_blocks_only(trained, sample):
 def test_it_holds_off_a_trigger_within_one_block(trained):
     _, info, measured, *_ = trained
     assert measured["acc"] > 0.65 and measured["asr_nt"] < 0.5
-    assert info["acc"].shape == info["loss"].shape == (10, 4) and (info["acc"][:, -1] > info["acc"][:, 0]).all()
+    assert (
+        info["acc"].shape == info["loss"].shape == (10, 4)
+        and (info["acc"][:, -1] > info["acc"][:, 0]).all()
+    )
 
 
 def test_seeds_vmap(trained):
@@ -149,9 +175,13 @@ def test_a_bootstrap_draws_existing_rows_with_replacement():
 
 
 def test_without_bootstrap_and_masks_members_differ_in_their_seed_alone(model, sample):
-    defense = DbCovidNet(members=2, keep=16, design="random", bootstrap=False, scale=True, vote="mean")
+    defense = DbCovidNet(
+        members=2, keep=16, design="random", bootstrap=False, scale=True, vote="mean"
+    )
     data = clean_set(sample.train)
-    out = jax.jit(lambda: defense(KEY, model, Recipe(epochs=1, batch=50), data, sample.clean).variables)()
+    out = jax.jit(
+        lambda: defense(KEY, model, Recipe(epochs=1, batch=50), data, sample.clean).variables
+    )()
     assert (out["view"] == 1).all() and (
         out["params"]["logits"]["kernel"][0] != out["params"]["logits"]["kernel"][1]
     ).any()
@@ -186,4 +216,6 @@ def test_a_saved_ensemble_is_loaded_as_one(trained, sample, tmp_path):
 def test_predict_takes_an_ensemble(trained, sample):
     variables, _, measured, voting, _ = trained
     label = predict(voting, variables, sample.test.image).argmax(-1)
-    assert float((label == sample.test.label).mean()) == pytest.approx(float(measured["acc"]), abs=1e-6)
+    assert float((label == sample.test.label).mean()) == pytest.approx(
+        float(measured["acc"]), abs=1e-6
+    )

@@ -1,4 +1,6 @@
-"""DeepInspect on nets in which the smallest perturbation of each label is known, and on a real victim."""
+"""DeepInspect on nets in which the smallest perturbation of each label is known, and on a real
+victim.
+"""
 
 import dataclasses
 
@@ -25,8 +27,11 @@ def found():
 def test_the_label_with_a_one_pixel_trigger_is_flagged_alone(found):
     verdict, clean = found["planted"], found["clean"]
     assert verdict.flagged.tolist() == [True] + [False] * 5, (verdict.info, clean.info)
-    assert int(verdict.info["norms"].argmin()) == 0 and float(verdict.index) == float(verdict.info["index"][0])
-    # Six labels are a coarse scale: by chance a clean net may pass the bar of 2, but nowhere near as far.
+    assert int(verdict.info["norms"].argmin()) == 0 and float(verdict.index) == float(
+        verdict.info["index"][0]
+    )
+    # Six labels are a coarse scale: by chance a clean net may pass the bar of 2, but nowhere near
+    # as far.
     assert float(clean.index) < 0.25 * float(verdict.index), clean.info
 
 
@@ -38,7 +43,8 @@ def test_surrogates_are_what_the_net_takes_for_their_label():
 
 
 def test_left_index_by_hand():
-    # Median 10; below it the gaps 0, 1, 6: median 1, so that 4 lies 6 / 1.4826 deviations to the left.
+    # Median 10; below it the gaps 0, 1, 6: median 1, so that 4 lies 6 / 1.4826 deviations to the
+    # left.
     np.testing.assert_allclose(
         left_index(jnp.asarray([10.0, 9, 4, 30, 90])), [0, 1 / 1.4826, 6 / 1.4826, 0, 0], rtol=1e-5
     )
@@ -53,8 +59,12 @@ def test_left_index_by_hand():
 def test_degenerate_norms():
     works = jnp.ones(5)
     assert not bool(QUICK.judge(jnp.full(5, 7.0), works).infected)
-    assert QUICK.judge(jnp.asarray([7.0, 7, 7, 7, 3]), works).flagged.tolist() == [False] * 4 + [True]
-    assert not bool(QUICK.judge(jnp.asarray([7.0, 7, 7, 7, 3]), works.at[4].set(0.0)).infected), "it does not work"
+    assert QUICK.judge(jnp.asarray([7.0, 7, 7, 7, 3]), works).flagged.tolist() == [False] * 4 + [
+        True
+    ]
+    assert not bool(QUICK.judge(jnp.asarray([7.0, 7, 7, 7, 3]), works.at[4].set(0.0)).infected), (
+        "it does not work"
+    )
     for broken in (jnp.full(5, jnp.nan), jnp.asarray([1.0, jnp.nan, jnp.nan, jnp.nan, 2.0])):
         assert not bool(QUICK.judge(broken, works).infected)
 

@@ -22,10 +22,26 @@ BEFORE = row(HERE.BEFORE, acc_test=0.98, asr_nt=1.0)
     [
         ({"acc_test": 0.94, "asr_nt": 0.1}, False, (True, True)),
         ({"acc_test": 0.94, "asr_nt": 0.4}, False, (False, True)),
-        ({"acc_test": 0.90, "asr_nt": 0.0}, False, (False, False)),  # nothing is left of the net either
-        ({"acc_test": 0.98, "asr_nt": 1.0, "infected": 1.0, "anomaly_index": 3.0}, False, (True, True)),
-        ({"acc_test": 0.98, "asr_nt": 1.0, "infected": 1.0, "anomaly_index": 3.0}, True, (False, True)),
-        ({"acc_test": 0.98, "asr_nt": 1.0, "infected": 0.0, "anomaly_index": 1.0}, False, (False, False)),
+        (
+            {"acc_test": 0.90, "asr_nt": 0.0},
+            False,
+            (False, False),
+        ),  # nothing is left of the net either
+        (
+            {"acc_test": 0.98, "asr_nt": 1.0, "infected": 1.0, "anomaly_index": 3.0},
+            False,
+            (True, True),
+        ),
+        (
+            {"acc_test": 0.98, "asr_nt": 1.0, "infected": 1.0, "anomaly_index": 3.0},
+            True,
+            (False, True),
+        ),
+        (
+            {"acc_test": 0.98, "asr_nt": 1.0, "infected": 0.0, "anomaly_index": 1.0},
+            False,
+            (False, False),
+        ),
     ],
 )
 def test_what_works(metrics, alarm, wanted):
@@ -36,7 +52,10 @@ def test_a_false_alarm_on_the_clean_net_counts_against_all():
     judge = {"acc_test": 0.98, "infected": 1.0, "anomaly_index": 3.0}
     rows = [row(HERE.BEFORE, CLEAN, acc_test=0.98), BEFORE, row("judge", asr_nt=1.0, **judge)]
     ((claim, verdict, numbers),) = HERE.trends(rows)
-    assert (claim, verdict) == ("judge works", "reproduced") and numbers == f"1 of 1; {ATTACKED} (✓ 3.0)"
+    assert (claim, verdict) == (
+        "judge works",
+        "reproduced",
+    ) and numbers == f"1 of 1; {ATTACKED} (✓ 3.0)"
     ((_, verdict, numbers),) = HERE.trends([*rows, row("judge", CLEAN, **judge)])
     assert verdict == "partly" and "a false alarm on MNIST" in numbers
     ((_, verdict, _),) = HERE.trends([*rows, row("judge", "GTSRB: no attack", **judge)])
@@ -52,7 +71,10 @@ def test_a_filter_may_cost_the_rejections_that_it_is_set_to():
 
 def test_the_maps_leave_judges_and_the_clean_net_out(tmp_path):
     rows = [row(HERE.BEFORE, CLEAN, acc_test=0.98), BEFORE, row("repair", acc_test=0.9, asr_nt=0.0)]
-    rows += [row("repair", CLEAN, acc_test=0.9), row("judge", acc_test=0.98, asr_nt=1.0, infected=0.0)]
+    rows += [
+        row("repair", CLEAN, acc_test=0.9),
+        row("judge", acc_test=0.98, asr_nt=1.0, infected=0.0),
+    ]
     asr, acc = HERE.figures(rows, None, "cpu")
     for (*_, picture), columns in ((asr, 1), (acc, 2)):
         assert picture.axes[0].images[0].get_array().shape == (2, columns)

@@ -1,4 +1,6 @@
-"""The experiments from end to end at scale smoke, as a user starts them: every row, table and figure, no result."""
+"""The experiments from end to end at scale smoke, as a user starts them: every row, table and
+figure, no result.
+"""
 
 import json
 import os
@@ -13,17 +15,33 @@ from bdjax import experiment
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
-@pytest.mark.parametrize("name", ["cheng2019", "shamshiri2023", "strip_neural_cleanse", "veldanda2020", "ye2021"])
+@pytest.mark.parametrize(
+    "name", ["cheng2019", "shamshiri2023", "strip_neural_cleanse", "veldanda2020", "ye2021"]
+)
 def test_smoke(name, tmp_path):
     file, out = EXPERIMENTS / f"{name}.py", tmp_path / "out"
-    command = [sys.executable, "-m", "bdjax", "run", str(file), "--scale", "smoke", "--out", str(out), "--quiet"]
-    # Its programs run once: compiling them is all that takes time. The user's data folder is none of a test's business.
+    command = [
+        sys.executable,
+        "-m",
+        "bdjax",
+        "run",
+        str(file),
+        "--scale",
+        "smoke",
+        "--out",
+        str(out),
+        "--quiet",
+    ]
+    # Its programs run once: compiling them is all that takes time. The user's data folder is none
+    # of a test's business.
     own = {
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("level=1", "level=0"),
         "JAX_NUM_CPU_DEVICES": "1",
         "BDJAX_DATA_DIR": str(tmp_path),
     }
-    done = subprocess.run(command, text=True, capture_output=True, env={**os.environ, **own}, check=False)
+    done = subprocess.run(
+        command, text=True, capture_output=True, env={**os.environ, **own}, check=False
+    )
     assert done.returncode == 0, done.stderr
     module = experiment.load(file)
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]

@@ -1,5 +1,5 @@
-"""Fine-Pruning and the channel masks under it: planted channels, the curve against one net at a time, what stays
-frozen.
+"""Fine-Pruning and the channel masks under it: planted channels, the curve against one net at a
+time, what stays frozen.
 """
 
 import dataclasses
@@ -39,7 +39,9 @@ def tiny(sample):
 
 
 def test_a_planted_backdoor_channel_is_pruned_and_nothing_else(clean):
-    """Channel 2 fires on a white 3×3 square, which half-bright images do not have; the others carry the clean labels."""
+    """Channel 2 fires on a white 3×3 square, which half-bright images do not have; the others carry
+    the clean labels.
+    """
     model = build(Planted(), (28, 28, 1), 10)
     edge = jnp.tile(jnp.asarray([1.0, 0.0, -1.0]), (3, 1))
     kernel = jnp.stack([edge, edge.T, jnp.ones((3, 3)), jnp.full((3, 3), 0.3)], -1)[:, :, None]
@@ -69,7 +71,9 @@ def test_activation_order_and_curve_equal_one_net_at_a_time(tiny, clean):
     np.testing.assert_allclose(mean, act.mean((0, 1, 2)), rtol=1e-4)
     order = jnp.argsort(mean)
     label = clean.label.at[:50].set(-1)
-    got = jax.jit(lambda v: channels.curve(model, v, "conv_last", order, clean.image, label, batch=80))(variables)
+    got = jax.jit(
+        lambda v: channels.curve(model, v, "conv_last", order, clean.image, label, batch=80)
+    )(variables)
     for count in range(9):
         masked = {**variables, "masks": {"conv_last": jnp.ones(8).at[order[:count]].set(0.0)}}
         right = predict(model, masked, clean.image).argmax(-1)[50:] == label[50:]
@@ -82,14 +86,21 @@ def test_what_stands_before_the_site_is_computed_once_a_batch(tiny, clean):
     run = jax.jit(lambda v: channels.curve(model, v, "conv_last", order, clean.image, clean.label))
     text = run.lower(variables).compile().as_text()
     assert (
-        sum("convolution" in line and "f32[200,28,28" in line.partition("=")[2][:20] for line in text.splitlines()) == 1
+        sum(
+            "convolution" in line and "f32[200,28,28" in line.partition("=")[2][:20]
+            for line in text.splitlines()
+        )
+        == 1
     )
 
 
 def test_the_budget_rule():
     points = jnp.asarray([0.90, 0.91, 0.88, 0.86, 0.85, 0.90, 0.10])
-    counts = jax.vmap(lambda drop: channels.largest_within(points, drop))(jnp.asarray([0.0, 0.02, 0.04, 0.05, 1.0]))
-    np.testing.assert_array_equal(counts, [1, 2, 3, 5, 6])  # The point at 5 never helps a budget that 4 exceeds.
+    counts = jax.vmap(lambda drop: channels.largest_within(points, drop))(
+        jnp.asarray([0.0, 0.02, 0.04, 0.05, 1.0])
+    )
+    # The point at 5 never helps a budget that 4 exceeds.
+    np.testing.assert_array_equal(counts, [1, 2, 3, 5, 6])
 
 
 def test_pruned_channels_stay_frozen_at_zero_through_fine_tuning(tiny, clean):
@@ -103,13 +114,18 @@ def test_pruned_channels_stay_frozen_at_zero_through_fine_tuning(tiny, clean):
     left = np.asarray(info["order"][4:])
     np.testing.assert_array_equal(np.flatnonzero(after["masks"]["conv_last"] == 0), np.sort(gone))
     moved = [
-        np.abs(after["params"][n][p] - variables["params"][n][p]) for n, p in (("conv", "kernel"), ("norm", "scale"))
+        np.abs(after["params"][n][p] - variables["params"][n][p])
+        for n, p in (("conv", "kernel"), ("norm", "scale"))
     ]
     moved.append(
-        np.abs(after["params"]["logits"]["kernel"] - variables["params"]["logits"]["kernel"]).reshape(-1, 8, 10).sum(2)
+        np.abs(after["params"]["logits"]["kernel"] - variables["params"]["logits"]["kernel"])
+        .reshape(-1, 8, 10)
+        .sum(2)
     )
     for change in moved:
-        assert (change[..., gone] == 0).all() and (change[..., left].max(tuple(range(change.ndim - 1))) > 0).all()
+        assert (change[..., gone] == 0).all() and (
+            change[..., left].max(tuple(range(change.ndim - 1))) > 0
+        ).all()
     acts = model.apply(after, unit(clean.image)).acts["conv_last"]
     assert (acts[..., gone] == 0).all() and (acts[..., left].max((0, 1, 2)) > 0).all()
     assert info["acc"][-1] > info["acc"][0]
@@ -118,12 +134,18 @@ def test_pruned_channels_stay_frozen_at_zero_through_fine_tuning(tiny, clean):
 def test_budgets_vmap(victim, clean):
     model, variables, _ = victim
     recipe = Recipe(epochs=1, batch=50)
-    run = jax.jit(lambda drop: FinePruning(max_drop=drop, recipe=recipe)(KEY, model, variables, clean))
+    run = jax.jit(
+        lambda drop: FinePruning(max_drop=drop, recipe=recipe)(KEY, model, variables, clean)
+    )
     drops = jnp.asarray([0.0, 0.02, 0.5])
     together = jax.jit(jax.vmap(run))(drops)
     alone = jax.tree.map(lambda *leaves: np.stack(leaves), *[run(drop) for drop in drops])
     np.testing.assert_array_equal(together.info["pruned"], alone.info["pruned"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), together.variables, alone.variables)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        together.variables,
+        alone.variables,
+    )
 
 
 def test_on_a_real_victim(victim, sample):
@@ -131,13 +153,19 @@ def test_on_a_real_victim(victim, sample):
     defense = FinePruning(recipe=Recipe(epochs=0))
     repaired, info = jax.jit(lambda v: defense(KEY, model, v, sample.clean))(variables)
     k, points = int(info["pruned"]), np.asarray(info["curve"])
-    assert 0 < k < 64 and (points[: k + 1] >= points[0] - 0.0401).all() and points[k + 1] < points[0] - 0.0399
+    assert (
+        0 < k < 64
+        and (points[: k + 1] >= points[0] - 0.0401).all()
+        and points[k + 1] < points[0] - 0.0399
+    )
     kept = predict(model, repaired, sample.clean.image).argmax(-1) == sample.clean.label
     assert float(kept.mean()) == pytest.approx(points[k], abs=1e-6)
     # The curve over stamped images says what evaluate measures on the repaired net.
     aimed = jnp.where(sample.test.label == 3, -1, 3)
     x = stamped(attack, 1, sample.test.image, KEY)
-    asr = jax.jit(lambda v: channels.curve(model, v, "penultimate", info["order"], x, aimed))(variables)
+    asr = jax.jit(lambda v: channels.curve(model, v, "penultimate", info["order"], x, aimed))(
+        variables
+    )
     measured = jax.jit(lambda v: evaluate(KEY, model, v, sample.test, attack))(repaired)
     assert float(asr[k]) == pytest.approx(float(measured["asr_nt"]), abs=1e-6)
     assert asr[0] > 0.9
@@ -145,8 +173,8 @@ def test_on_a_real_victim(victim, sample):
 
 @pytest.mark.parametrize("reset", [None, "conv"])
 def test_one_channel_at_a_time_equals_a_plain_loop(tiny, clean, reset):
-    """One optimiser throughout; channels that no clean image fires come last; with the quirk, the pruned convolution
-    starts from the victim's parameters each time.
+    """One optimiser throughout; channels that no clean image fires come last; with the quirk, the
+    pruned convolution starts from the victim's parameters each time.
     """
     model, fresh = tiny
     variables = jax.tree.map(jnp.asarray, fresh)
@@ -167,17 +195,23 @@ def test_one_channel_at_a_time_equals_a_plain_loop(tiny, clean, reset):
         if reset is not None:
             net["params"] = {**net["params"], "conv": variables["params"]["conv"]}
         state = step(state._replace(variables=net))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, dict(state.variables))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, dict(state.variables)
+    )
 
 
 def test_the_grid_is_what_single_runs_measure(victim, clean, sample):
-    """Rows are learning rates, columns counts of pruned channels; under `one_by_one` a count of 0 is the victim."""
+    """Rows are learning rates, columns counts of pruned channels; under `one_by_one` a count of 0
+    is the victim.
+    """
     model, variables, attack = victim
     recipe = Recipe(epochs=1, batch=50)
     measure = jax.jit(lambda v: evaluate(KEY, model, v, sample.test, attack))
     lrs, counts = jnp.asarray([1e-3, 1e-2]), (0, 2, 1)
     for defense in (FinePruning(recipe=recipe), FinePruning(recipe=recipe, one_by_one=2)):
-        run = jax.jit(lambda v, d=defense: d.grid(KEY, model, v, clean, sample.test, attack, lrs, counts))
+        run = jax.jit(
+            lambda v, d=defense: d.grid(KEY, model, v, clean, sample.test, attack, lrs, counts)
+        )
         got = run(variables)
         assert set(got) == {"acc", "asr_all", "asr_nt"} and got["acc"].shape == (2, 3)
         for i, lr in enumerate(lrs):
@@ -186,7 +220,10 @@ def test_the_grid_is_what_single_runs_measure(victim, clean, sample):
                 one = dataclasses.replace(one, share=2 / 64)
             alone = measure(jax.jit(lambda v, d=one: d(KEY, model, v, clean))(variables).variables)
             for name, table in got.items():
-                assert float(table[i, 1]) == pytest.approx(float(alone[name]), abs=0.005), (name, lr)
+                assert float(table[i, 1]) == pytest.approx(float(alone[name]), abs=0.005), (
+                    name,
+                    lr,
+                )
         if defense.one_by_one is not None:
             before = measure(variables)
             assert all((table[:, 0] == before[name]).all() for name, table in got.items())
@@ -202,7 +239,9 @@ def test_bad_input(tiny, clean):
         FinePruning(share=1.5).check(model, clean)
     with pytest.raises(BadInput, match="batch"):
         FinePruning(recipe=Recipe(batch=0)).check(model, clean)
-    with pytest.raises(BadInput, match="reset 'conv_9' needs one_by_one and one of the layers conv, logits, norm"):
+    with pytest.raises(
+        BadInput, match="reset 'conv_9' needs one_by_one and one of the layers conv, logits, norm"
+    ):
         FinePruning(one_by_one=1, reset="conv_9").check(model, clean)
     with pytest.raises(BadInput, match="one_by_one"):
         FinePruning(reset="conv").check(model, clean)

@@ -39,14 +39,18 @@ def test_the_rule_by_hand():
 
 
 def test_two_nets_that_must_agree():
-    """B′ has lost the neuron of the backdoor: it disagrees on all stamped images but those of the target itself."""
+    """B′ has lost the neuron of the backdoor: it disagrees on all stamped images but those of the
+    target itself.
+    """
     clean, trojan = answers(Goodnet(repair=PRUNE))
     np.testing.assert_array_equal(clean, CLEAN.label)
     np.testing.assert_array_equal(trojan, np.where(CLEAN.label == 2, 2, 4))
 
 
 def test_the_answer_is_that_of_the_lightly_repaired_net():
-    """Without unit 1, images of row 1 look like row 0 to both B0 and B′: they pass, with B0's label."""
+    """Without unit 1, images of row 1 look like row 0 to both B0 and B′: they pass, with B0's
+    label.
+    """
     cut = AntiNet(channels=(1,), site="penultimate")
     clean, trojan = answers(Goodnet(light=cut, repair=cut))
     np.testing.assert_array_equal(clean, np.where(CLEAN.label == 1, 0, CLEAN.label))
@@ -66,7 +70,9 @@ def test_an_anti_network_agrees_on_the_backdoor():
 
 
 def test_on_a_real_victim(victim, sample):
-    """ASR counts stamped images of other classes that pass with the target's label: fewer than in either net."""
+    """ASR counts stamped images of other classes that pass with the target's label: fewer than in
+    either net.
+    """
     model, variables, attack = victim
     tune = {"recipe": Recipe(lr=3e-3, epochs=5, batch=32), "site": "penultimate"}
     heavy, light = FinePruning(share=0.8, **tune), FinePruning(share=0.1, **tune)

@@ -1,4 +1,6 @@
-"""How the house is built: imports go one way, the core imports little, nothing personal is in the files."""
+"""How the house is built: imports go one way, the core imports little, nothing personal is in the
+files.
+"""
 
 import ast
 import re
@@ -9,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types"}, {"registry"}, {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"}, {"train"}, {"store", "channels"}, {"attacks"},
-    {"defenses", "analysis", "zoo"}, {"sweep"}, {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
+    {"types"}, {"registry"}, {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"},
+    {"train"}, {"store", "channels"}, {"attacks"}, {"defenses", "analysis", "zoo"}, {"sweep"},
+    {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax"}
 LATE = {"augment", "plots", "report", "experiment", "cli", "__main__"}
@@ -28,7 +31,11 @@ def imports(tree: ast.Module, top: bool):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from ([f"{node.module}.{a.name}" for a in node.names] if node.module == "bdjax" else [node.module])
+            yield from (
+                [f"{node.module}.{a.name}" for a in node.names]
+                if node.module == "bdjax"
+                else [node.module]
+            )
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(ROOT).as_posix())
@@ -40,19 +47,33 @@ def test_imports_go_one_way_and_are_few(file):
     for name in imports(tree, top=True):
         first, *rest = name.split(".")
         if first == "bdjax":
-            assert layer(rest[0]) <= layer(parts[0]), f"{name} is built on what this file belongs to"
+            assert layer(rest[0]) <= layer(parts[0]), (
+                f"{name} is built on what this file belongs to"
+            )
         elif parts[0] not in LATE:
             import sys
 
-            assert first in CORE | set(sys.stdlib_module_names), f"import {first} where it is used, not at the top"
+            assert first in CORE | set(sys.stdlib_module_names), (
+                f"import {first} where it is used, not at the top"
+            )
 
 
 def test_one_shard_map_and_no_jit_in_methods():
     for file in FILES:
         text, where = file.read_text(), file.relative_to(ROOT / "bdjax").parts[0]
         assert "jax.shard_map(" not in text or where == "mesh.py", file
-        if where in ("attacks", "defenses", "models", "analysis", "train.py", "metrics.py", "mesh.py"):
-            assert not re.search(r"jax\.jit\b", text), f"{file}: only sweep, cli and benchmarks compile"
+        if where in (
+            "attacks",
+            "defenses",
+            "models",
+            "analysis",
+            "train.py",
+            "metrics.py",
+            "mesh.py",
+        ):
+            assert not re.search(r"jax\.jit\b", text), (
+                f"{file}: only sweep, cli and benchmarks compile"
+            )
 
 
 def test_no_path_of_a_machine_and_no_big_file():

@@ -1,4 +1,6 @@
-"""ℓ∞ pruning: norms and caps by hand, a planted channel, each rule against one net at a time, a real victim."""
+"""ℓ∞ pruning: norms and caps by hand, a planted channel, each rule against one net at a time, a
+real victim.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,9 @@ ATTACK = BadNets(size=1, target=TARGET)  # one white pixel in the corner
 
 @pytree
 class Planted(Net):
-    """Four maps: the image × 1, 2, 3, and 20·(image − ½), which only pixels brighter than ½ fire; then rows are summed."""
+    """Four maps: the image × 1, 2, 3, and 20·(image − ½), which only pixels brighter than ½ fire;
+    then rows are summed.
+    """
 
     def layers(self, x, train, classes):
         maps = site("conv_last", relu(conv(x, 4, 1, "conv")))
@@ -54,7 +58,9 @@ STAMPED = stamped(ATTACK, 1, CLEAN.image, KEY)
 def given(suspect: bool = True) -> Reversed:
     """The true trigger at 0.9 instead of white."""
     mask = jnp.zeros((1, 8, 8, 1)).at[0, 7, 7].set(1.0)
-    return Reversed(mask, jnp.full((1, 8, 8, 1), 0.9), jnp.asarray([TARGET]), jnp.asarray([suspect]))
+    return Reversed(
+        mask, jnp.full((1, 8, 8, 1), 0.9), jnp.asarray([TARGET]), jnp.asarray([suspect])
+    )
 
 
 def test_norms_by_hand():
@@ -78,15 +84,27 @@ def test_the_planted_net_is_what_it_should_be():
     assert (predict(MODEL, VARIABLES, STAMPED).argmax(-1) == TARGET).all()
 
 
-# Map 3 fires at 10 on white, at 8 on the reversed trigger, at 0 on clean images, whose largest activation is 1.2 (map 2).
+# Map 3 fires at 10 on white, at 8 on the reversed trigger, at 0 on clean images, whose largest
+# activation is 1.2 (map 2).
 CASES = {
-    "static": (LinfPruning(rule="static", inputs="syn", found=given(), max_drop=0.0, points=13), [0.9, 1.8, 2.7, 8.0]),
-    "oracle": (LinfPruning(rule="static", inputs="ori", original=ATTACK, max_drop=0.0, points=13), [1, 2, 3, 10]),
-    "both": (
-        LinfPruning(rule="static", inputs="ori+syn", original=ATTACK, found=given(), max_drop=0.0, points=13),
+    "static": (
+        LinfPruning(rule="static", inputs="syn", found=given(), max_drop=0.0, points=13),
         [0.9, 1.8, 2.7, 8.0],
     ),
-    "excess": (LinfPruning(rule="excess", inputs="syn", found=given(), max_drop=0.0, points=13), [0.5, 1.0, 1.5, 8.0]),
+    "oracle": (
+        LinfPruning(rule="static", inputs="ori", original=ATTACK, max_drop=0.0, points=13),
+        [1, 2, 3, 10],
+    ),
+    "both": (
+        LinfPruning(
+            rule="static", inputs="ori+syn", original=ATTACK, found=given(), max_drop=0.0, points=13
+        ),
+        [0.9, 1.8, 2.7, 8.0],
+    ),
+    "excess": (
+        LinfPruning(rule="excess", inputs="syn", found=given(), max_drop=0.0, points=13),
+        [0.5, 1.0, 1.5, 8.0],
+    ),
     "zero": (LinfPruning(rule="zero", max_drop=0.0, points=13), None),
     "clip": (LinfPruning(rule="clip", max_drop=0.0, points=13), None),
 }
@@ -94,7 +112,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def results():
-    return {name: jax.jit(lambda v, d=d: d(KEY, MODEL, v, CLEAN))(VARIABLES) for name, (d, _) in CASES.items()}
+    return {
+        name: jax.jit(lambda v, d=d: d(KEY, MODEL, v, CLEAN))(VARIABLES)
+        for name, (d, _) in CASES.items()
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,9 +127,14 @@ def test_the_backdoor_goes_and_clean_images_stay_right(name, results):
     assert (predict(model, repaired, STAMPED).argmax(-1) == CLEAN.label).all()
     if top is not None:
         np.testing.assert_allclose(info["top"], top, rtol=1e-5)
-        assert repaired["masks"]["conv_last"][3] == 0 and info["pruned"] == 4 - repaired["masks"]["conv_last"].sum()
+        assert (
+            repaired["masks"]["conv_last"][3] == 0
+            and info["pruned"] == 4 - repaired["masks"]["conv_last"].sum()
+        )
     start = 8.0 if name == "excess" else 1.2
-    np.testing.assert_allclose(info["thresholds"], [np.inf, *(start * np.linspace(1, 0, 13))], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        info["thresholds"], [np.inf, *(start * np.linspace(1, 0, 13))], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -128,8 +154,8 @@ def test_the_curve_equals_one_net_at_a_time(name, results):
 
 
 def test_curves_of_the_four_settings():
-    """At τ = ∞ each trigger works; at the largest clean activation none does. On top, the reversed trigger covers the
-    original one.
+    """At τ = ∞ each trigger works; at the largest clean activation none does. On top, the reversed
+    trigger covers the original one.
     """
     defense, _ = CASES["static"]
 
@@ -138,9 +164,19 @@ def test_curves_of_the_four_settings():
         return result, defense.report(KEY, MODEL, v, CLEAN, ATTACK, result)
 
     _, curves = jax.jit(both)(VARIABLES)
-    assert set(curves) == {"acc_clean", "acc_ori", "acc_syn", "acc_ori+syn", "asr_ori", "asr_syn", "asr_ori+syn"}
+    assert set(curves) == {
+        "acc_clean",
+        "acc_ori",
+        "acc_syn",
+        "acc_ori+syn",
+        "asr_ori",
+        "asr_syn",
+        "asr_ori+syn",
+    }
     for name, curve in curves.items():
-        first, second = (1, 0) if name.startswith("asr") else (1 if name == "acc_clean" else 0.25, 1)
+        first, second = (
+            (1, 0) if name.startswith("asr") else (1 if name == "acc_clean" else 0.25, 1)
+        )
         np.testing.assert_allclose(curve[:2], [first, second], err_msg=name)
     np.testing.assert_array_equal(curves["asr_syn"], curves["asr_ori+syn"])
     np.testing.assert_array_equal(curves["acc_syn"], curves["acc_ori+syn"])
@@ -154,12 +190,16 @@ def test_a_threshold_of_ones_own():
         repaired, info = LinfPruning(rule="clip", threshold=tau)(KEY, MODEL, VARIABLES, CLEAN)
         assert repaired["cap"] == info["threshold"] == jnp.float32(tau)
     for tau, pruned in ((8.5, 0), (5.0, 1), (1.0, 3)):
-        _, info = LinfPruning(rule="static", inputs="syn", found=given(), threshold=tau)(KEY, MODEL, VARIABLES, CLEAN)
+        _, info = LinfPruning(rule="static", inputs="syn", found=given(), threshold=tau)(
+            KEY, MODEL, VARIABLES, CLEAN
+        )
         assert info["pruned"] == pruned
 
 
 def test_no_suspect_no_pruning():
-    repaired, info = LinfPruning(rule="static", inputs="syn", found=given(False))(KEY, MODEL, VARIABLES, CLEAN)
+    repaired, info = LinfPruning(rule="static", inputs="syn", found=given(False))(
+        KEY, MODEL, VARIABLES, CLEAN
+    )
     assert not bool(info["repaired"]) and info["pruned"] == 0 and np.isinf(info["threshold"])
     np.testing.assert_array_equal(repaired["masks"]["conv_last"], 1)
 
@@ -167,12 +207,18 @@ def test_no_suspect_no_pruning():
 def test_an_edit_still_works_on_a_capped_net():
     model = LinfPruning(rule="clip").wrap(MODEL)
     seen = []
-    model.apply({**VARIABLES, "cap": jnp.asarray(0.5)}, STAMPED, edits={"conv_last": lambda a: seen.append(a) or a})
+    model.apply(
+        {**VARIABLES, "cap": jnp.asarray(0.5)},
+        STAMPED,
+        edits={"conv_last": lambda a: seen.append(a) or a},
+    )
     assert float(seen[0].max()) == 0.5
 
 
 def test_on_a_real_victim(victim, sample, tmp_path):
-    """Norms of the penultimate units of a net without convolutions; the saved net is the repaired one."""
+    """Norms of the penultimate units of a net without convolutions; the saved net is the repaired
+    one.
+    """
     model, variables, attack = victim
     label = jnp.asarray(3)
     mask = jnp.zeros((1, 28, 28, 1)).at[0, 23:, 23:].set(1.0)
@@ -189,7 +235,9 @@ def test_on_a_real_victim(victim, sample, tmp_path):
         assert after["asr_nt"] < before["asr_nt"] - 0.02 and after["acc"] > before["acc"] - 0.2
         save_model(tmp_path / "net", Ffnn(hidden=(64,)), wrapped, repaired, defenses=(defense,))
         _, again, loaded, _ = load_model(tmp_path / "net")
-        jax.tree.map(np.testing.assert_array_equal, evaluate(KEY, again, loaded, sample.test, attack), after)
+        jax.tree.map(
+            np.testing.assert_array_equal, evaluate(KEY, again, loaded, sample.test, attack), after
+        )
 
 
 def test_what_counts_as_an_oracle_and_bad_input():

@@ -25,12 +25,20 @@ class Tiny(Net):
 
 @pytest.mark.parametrize(
     ("links", "second", "last"),
-    [("chain", [4, 5, 6], [7, 8]), ("input", [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 7, 8]), ("all", range(7), range(9))],
+    [
+        ("chain", [4, 5, 6], [7, 8]),
+        ("input", [0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 7, 8]),
+        ("all", range(7), range(9)),
+    ],
 )
 def test_the_graph_of_a_net(links, second, last):
     params = build(Ffnn(hidden=(3, 2), links=links), (2, 2, 1), 2).init(KEY)["params"]
     graph = graph_of(dict(sorted(params.items(), reverse=True)))
-    assert graph.names == ("dense_1", "dense_2", "logits") and graph.widths == (3, 2, 2) and graph.nodes == 11
+    assert (
+        graph.names == ("dense_1", "dense_2", "logits")
+        and graph.widths == (3, 2, 2)
+        and graph.nodes == 11
+    )
     for rows, wanted in zip(graph.rows, (range(4), second, last), strict=True):
         np.testing.assert_array_equal(rows, list(wanted))
 
@@ -43,17 +51,23 @@ def test_a_unit_draws_exactly_its_links_from_living_earlier_nodes():
     np.testing.assert_array_equal(drawn.sum(1), [3] * 6 + [10] * 5 + [9 - 3 + 6 + 5] * 4)
     for unit_, first in zip(drawn, [9] * 6 + [15] * 5 + [20] * 4, strict=True):
         assert not unit_[first:].any()
-    np.testing.assert_array_equal(degrees(drawn), drawn.sum(0) + jnp.append(jnp.zeros(9, int), drawn.sum(1)))
+    np.testing.assert_array_equal(
+        degrees(drawn), drawn.sum(0) + jnp.append(jnp.zeros(9, int), drawn.sum(1))
+    )
 
 
 def test_preference_is_degree_plus_one():
-    """Two units read the same two inputs, one link each: the second repeats the first's choice with probability 2/3,
-    not 1/2.
+    """Two units read the same two inputs, one link each: the second repeats the first's choice with
+    probability 2/3, not 1/2.
     """
     graph = Graph(("a", "b"), (np.arange(2), np.arange(2)), (1, 1))
 
     def repeats(preferential):
-        one = jax.vmap(lambda k: grow(k, graph, jnp.ones(4, bool), jnp.asarray([1, 1]), preferential=preferential))
+        one = jax.vmap(
+            lambda k: grow(
+                k, graph, jnp.ones(4, bool), jnp.asarray([1, 1]), preferential=preferential
+            )
+        )
         drawn = jax.jit(one)(jax.random.split(KEY, 4000))
         return float((drawn[:, 0] == drawn[:, 1]).all(-1).mean())
 
@@ -66,7 +80,10 @@ def test_growth_is_heavy_tailed_and_random_links_are_not():
     rows = tuple(np.arange(8 + i) for i in range(1200))
     graph = Graph(tuple(map(str, range(1200))), rows, (1,) * 1200)
     links = jnp.full(1200, 8)
-    grown, even = (degrees(grow(KEY, graph, jnp.ones(1208, bool), links, preferential=p)) for p in (True, False))
+    grown, even = (
+        degrees(grow(KEY, graph, jnp.ones(1208, bool), links, preferential=p))
+        for p in (True, False)
+    )
     assert grown.sum() == even.sum() == 2 * 8 * 1200
     assert 2.5 < exponent(grown, 8) < 3.3
     assert grown.max() > 2 * even.max()
@@ -74,7 +91,8 @@ def test_growth_is_heavy_tailed_and_random_links_are_not():
 
 def test_the_exponent_of_a_power_law():
     uniform = (jnp.arange(20000.0) + 0.5) / 20000
-    degree = jnp.floor(9.5 * uniform ** (-1 / 1.5) + 0.5)  # continuous P(k) ∝ k^−2.5 from 9.5 on, rounded
+    # continuous P(k) ∝ k^−2.5 from 9.5 on, rounded
+    degree = jnp.floor(9.5 * uniform ** (-1 / 1.5) + 0.5)
     assert exponent(degree, 10) == pytest.approx(2.5, abs=0.05)
 
 
@@ -96,7 +114,9 @@ def test_dormant_pixels_by_each_rule():
 
 @pytest.fixture(scope="module")
 def run(sample):
-    """`(model, train)`: the net, and its training on an attacked set at any tau and number of links."""
+    """`(model, train)`: the net, and its training on an attacked set at any tau and number of
+    links.
+    """
     model = build(Ffnn(hidden=(64,), links="all"), sample.shape, 10)
     attack = BadNets(target=3)
     data = poisoned_set(KEY, sample.train, attack, 10)
@@ -105,7 +125,11 @@ def run(sample):
     @jax.jit
     def train(tau, links):
         trained = Lpsf(tau=tau, links=links)(KEY, model, recipe, data, sample.clean)
-        return trained.variables, trained.info, evaluate(KEY, model, trained.variables, sample.test, attack)
+        return (
+            trained.variables,
+            trained.info,
+            evaluate(KEY, model, trained.variables, sample.test, attack),
+        )
 
     return model, lambda tau, links: train(jnp.float32(tau), jnp.int32(links))
 
@@ -117,13 +141,17 @@ def test_pruned_links_stay_zero_and_dormant_pixels_have_no_say(run, sample):
     assert 300 < dormant.sum() < 500
     for name, mask in info["masks"].items():
         kernel = np.asarray(variables["params"][name]["kernel"])
-        assert (kernel[np.asarray(mask) == 0] == 0).all() and (kernel[np.asarray(mask) == 1] != 0).mean() > 0.99
+        assert (kernel[np.asarray(mask) == 0] == 0).all() and (
+            kernel[np.asarray(mask) == 1] != 0
+        ).mean() > 0.99
         assert not kernel[:784][dormant.reshape(-1)].any()
         np.testing.assert_array_equal(mask.sum(0), 24)
     assert float(info["density"]) == pytest.approx(24 * 74 / (784 * 64 + 848 * 10))
     x = unit(sample.test.image[:50])
     noise = jnp.where(info["dormant"][None], jax.random.uniform(KEY, x.shape), x)
-    np.testing.assert_allclose(predict(model, variables, x), predict(model, variables, noise), atol=1e-5)
+    np.testing.assert_allclose(
+        predict(model, variables, x), predict(model, variables, noise), atol=1e-5
+    )
 
 
 def test_a_sweep_over_tau_and_links_is_one_program(run):
@@ -143,10 +171,14 @@ def test_variants_have_the_links_they_say(run, sample):
     alive = jnp.ones(graph.nodes, bool).at[:100].set(False)
 
     def count(**fields):
-        masks, scales, _ = jax.jit(lambda d: d.links_of(KEY, graph, alive))(Lpsf(links=24, **fields))
+        masks, scales, _ = jax.jit(lambda d: d.links_of(KEY, graph, alive))(
+            Lpsf(links=24, **fields)
+        )
         for name, rows in zip(graph.names, graph.rows, strict=True):
             # The variance of a unit's input is what it was, whatever is pruned.
-            np.testing.assert_allclose((masks[name] * scales[name] ** 2).sum(0), len(rows), rtol=1e-4)
+            np.testing.assert_allclose(
+                (masks[name] * scales[name] ** 2).sum(0), len(rows), rtol=1e-4
+            )
         return [int(mask.sum()) for mask in masks.values()]
 
     assert count() == count(topology="random") == [24 * 64, 24 * 10]
@@ -165,7 +197,8 @@ def test_a_net_with_convolutions_loses_dormant_pixels_and_last_links(sample):
     assert (variables["params"]["logits"]["kernel"] != 0).sum() == 50
     x = unit(sample.test.image[:20])
     np.testing.assert_array_equal(
-        trained.apply(variables, x).logits, trained.apply(variables, jnp.where(info["dormant"][None], 0.5, x)).logits
+        trained.apply(variables, x).logits,
+        trained.apply(variables, jnp.where(info["dormant"][None], 0.5, x)).logits,
     )
 
 
@@ -179,7 +212,11 @@ def test_it_removes_a_trigger_on_dormant_pixels(run):
 
 def test_bad_input(sample):
     model = build(Ffnn(hidden=(4,)), sample.shape, 10)
-    for fields, message in (({"tau": 2.0}, "tau"), ({"links": 0}, "links"), ({"rule": "median"}, "rule 'median'")):
+    for fields, message in (
+        ({"tau": 2.0}, "tau"),
+        ({"links": 0}, "links"),
+        ({"rule": "median"}, "rule 'median'"),
+    ):
         with pytest.raises(BadInput, match=message):
             Lpsf(**fields).check(model, sample.clean)
     Lpsf().check(model, sample.clean)

@@ -1,4 +1,6 @@
-"""MESA: its entropy estimator against a known information, its generator on a known distribution, its repair."""
+"""MESA: its entropy estimator against a known information, its generator on a known distribution,
+its repair.
+"""
 
 import dataclasses
 
@@ -9,7 +11,16 @@ import optax
 import pytest
 
 from bdjax.defenses.invert.inversion import descend
-from bdjax.defenses.invert.mesa import Mesa, Params, Statistic, information, mine_loss, mine_rule, stick, stick_each
+from bdjax.defenses.invert.mesa import (
+    Mesa,
+    Params,
+    Statistic,
+    information,
+    mine_loss,
+    mine_rule,
+    stick,
+    stick_each,
+)
 from bdjax.defenses.repair.mesa_retraining import MesaRetraining, Patches
 from bdjax.train import Recipe, predict
 from bdjax.types import BadInput, Model, Output, Split
@@ -22,7 +33,11 @@ def apply(variables, x, *, train=False, edits=None, key=None):
     """Labels 0 and 1: the brighter half. Label 2: any pixel above 0.6."""
     p = variables["params"]
     halves = p["gain"] * jnp.stack([x[:, :, :4].mean((1, 2, 3)), x[:, :, 4:].mean((1, 2, 3))], 1)
-    return Output(jnp.concatenate([halves, p["backdoor"] * (x.max((1, 2, 3)) - EDGE)[:, None]], 1), {}, variables)
+    return Output(
+        jnp.concatenate([halves, p["backdoor"] * (x.max((1, 2, 3)) - EDGE)[:, None]], 1),
+        {},
+        variables,
+    )
 
 
 VARIABLES = {"params": {"gain": jnp.asarray(20.0), "backdoor": jnp.asarray(100.0)}}
@@ -36,7 +51,10 @@ QUICK = Mesa(alpha=1.0, side=1, hidden=32, noise_size=8, batch=50, epochs=75, lr
 @pytest.fixture(scope="module")
 def found():
     run = jax.jit(lambda variables: QUICK(KEY, MODEL, variables, CLEAN))
-    return {name: run(jax.tree.map(change, VARIABLES)) for name, change in (("planted", lambda v: v), ("nan", _nan))}
+    return {
+        name: run(jax.tree.map(change, VARIABLES))
+        for name, change in (("planted", lambda v: v), ("nan", _nan))
+    }
 
 
 def _nan(leaf):
@@ -70,7 +88,9 @@ def test_estimator_finds_the_information_of_correlated_normals():
 def test_moving_average_and_information_by_hand():
     joint, independent = jnp.asarray([1.0, 3.0]), jnp.log(jnp.asarray([2.0, 6.0]))
     assert float(information(joint, independent)) == pytest.approx(2 - np.log(4), rel=1e-5)
-    assert float(mine_loss(joint, independent, jnp.asarray(2.0))) == pytest.approx(4 / 2 - 2 + (2 - 4) ** 2 / 2)
+    assert float(mine_loss(joint, independent, jnp.asarray(2.0))) == pytest.approx(
+        4 / 2 - 2 + (2 - 4) ** 2 / 2
+    )
     params = Params((), (), jnp.asarray(2.0))
     rule = mine_rule(optax.adam(1.0), 0.25)
     loss = lambda p, _: (mine_loss(joint, independent, p.average), None)  # noqa: E731
@@ -79,10 +99,13 @@ def test_moving_average_and_information_by_hand():
 
 
 def test_generator_covers_the_valid_patches_and_collapses_without_entropy(found):
-    # F ≥ 0.9 from 0.69 up, as the other labels' logits are 6 and 0; nothing else is asked of a pixel.
+    # F ≥ 0.9 from 0.69 up, as the other labels' logits are 6 and 0; nothing else is asked of a
+    # pixel.
     spread = np.asarray(found["planted"].info["patches"][TARGET, -1]).reshape(-1)
     assert (spread > EDGE + 0.06).mean() > 0.95
-    assert np.histogram(spread, bins=3, range=(0.7, 1.0))[0].min() >= 3, "a third of the valid range is not covered"
+    assert np.histogram(spread, bins=3, range=(0.7, 1.0))[0].min() >= 3, (
+        "a third of the valid range is not covered"
+    )
     dull = dataclasses.replace(QUICK, alpha=0.0)
     image = jnp.asarray(CLEAN.image)
     alone, _ = jax.jit(lambda t, b: dull.train(KEY, MODEL, VARIABLES, image, t, b))(
@@ -114,7 +137,9 @@ def test_patches_are_pasted_whole_and_everywhere():
 
 
 def test_stamper_takes_patches_of_flagged_labels_alone():
-    pool = jnp.broadcast_to(jnp.asarray([0.1, 0.2, 0.3])[:, None, None, None, None], (3, 4, 2, 2, 1))
+    pool = jnp.broadcast_to(
+        jnp.asarray([0.1, 0.2, 0.3])[:, None, None, None, None], (3, 4, 2, 2, 1)
+    )
     stamper = Patches(pool, jnp.asarray([True, False, True]))
     keys = jax.random.split(KEY, 30)
     made = jax.jit(jax.vmap(lambda k: stamper.stamp(jnp.asarray(1), jnp.zeros((4, 4, 1)), k)))(keys)

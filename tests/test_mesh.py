@@ -1,4 +1,6 @@
-"""Lanes and devices: the same numbers however the work is laid out, and nothing sent between devices."""
+"""Lanes and devices: the same numbers however the work is laid out, and nothing sent between
+devices.
+"""
 
 import chex
 import jax
@@ -81,7 +83,8 @@ def test_sharded_over_devices_equals_unsharded(sample):
     assert len(devices) == 4
     small = sample.train[:128]
     run = training(Ffnn(hidden=(16,)), small, sample.classes)
-    items = (jax.random.split(jax.random.key(0), 6), jnp.linspace(0.0, 0.5, 6))  # 6 runs on 4 devices: padded
+    # 6 runs on 4 devices: padded
+    items = (jax.random.split(jax.random.key(0), 6), jnp.linspace(0.0, 0.5, 6))
     one = jax.jit(mesh.over_runs(run, devices=devices[:1]))(small, items)
     four = jax.jit(mesh.over_runs(run, devices=devices))(*mesh.place(small, items, devices))
     chex.assert_trees_all_close(four, one, atol=1e-5)

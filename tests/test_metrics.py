@@ -17,7 +17,9 @@ def test_asr_denominators():
 
 
 def test_asr_of_a_source_specific_attack_counts_its_sources_only():
-    rates = metrics.attack_success(jnp.array([0, 0, 5]), jnp.array([-1, 0, 0]), jnp.array([4, 1, 1]))
+    rates = metrics.attack_success(
+        jnp.array([0, 0, 5]), jnp.array([-1, 0, 0]), jnp.array([4, 1, 1])
+    )
     assert rates.all == rates.nt == 0.5
 
 
@@ -26,15 +28,22 @@ def test_asr_of_nobody_is_nan():
 
 
 def test_far_frr():
-    far, frr = metrics.far_frr(jnp.array([True, False, False, False]), jnp.array([True, False, True, False]))
+    far, frr = metrics.far_frr(
+        jnp.array([True, False, False, False]), jnp.array([True, False, True, False])
+    )
     assert (far, frr) == (0.5, 0.25)
-    far, _ = metrics.far_frr(jnp.array([False]), jnp.array([True, False, True]), jnp.array([True, False, True]))
+    far, _ = metrics.far_frr(
+        jnp.array([False]), jnp.array([True, False, True]), jnp.array([True, False, True])
+    )
     assert far == 0
 
 
 def test_auroc_equals_sklearn_with_ties_and_weights():
     rng = np.random.default_rng(0)
-    low, high = rng.integers(0, 10, 50).astype(np.float32), rng.integers(3, 13, 40).astype(np.float32)
+    low, high = (
+        rng.integers(0, 10, 50).astype(np.float32),
+        rng.integers(3, 13, 40).astype(np.float32),
+    )
     expected = roc_auc_score(np.r_[np.zeros(50), np.ones(40)], np.r_[low, high])
     assert metrics.auroc(jnp.asarray(low), jnp.asarray(high)) == pytest.approx(expected, abs=1e-6)
     keep = rng.random(40) < 0.5

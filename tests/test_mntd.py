@@ -1,4 +1,6 @@
-"""MNTD: what jumbo learning draws, planted families of nets told apart, what each variant learns, real shadow nets."""
+"""MNTD: what jumbo learning draws, planted families of nets told apart, what each variant learns,
+real shadow nets.
+"""
 
 import dataclasses
 import functools
@@ -33,7 +35,9 @@ def model():
 
 
 def families(key, nets):
-    """Linear nets of random weights; in every second one the last pixel speaks for a random class."""
+    """Linear nets of random weights;
+    in every second one the last pixel speaks for a random class.
+    """
     keys = jax.random.split(key, 2)
     guilty = jnp.arange(nets) % 2
     kernel = 0.3 * jax.random.normal(keys[0], (nets, 36, CLASSES))
@@ -49,15 +53,21 @@ def test_jumbo_draws_what_the_paper_draws(channels):
     mask, pattern, alpha = (np.asarray(leaf) for leaf in (draws.mask, draws.pattern, draws.alpha))
     rows, cols = mask[..., 0].any(2).sum(1), mask[..., 0].any(1).sum(1)
     whole = rows == 12
-    assert (mask.sum((1, 2, 3)) == rows * cols).all() and ((rows == cols) | (whole & (cols == 10))).all()
+    assert (mask.sum((1, 2, 3)) == rows * cols).all() and (
+        (rows == cols) | (whole & (cols == 10))
+    ).all()
     counts = [(rows == size).sum() for size in (2, 3, 4, 5)] + [whole.sum()]
     assert sum(counts) == 400 and min(counts) > 50
     first = mask[..., 0].any(2).argmax(1)[rows == 2]
     assert set(first) == set(range(11))  # flush with either edge, and everything between
     assert ((alpha[whole] >= 0.05) & (alpha[whole] <= 0.2)).all()
     patch = alpha[~whole]
-    assert (((patch >= 0.2) & (patch <= 0.5)) | (patch == 1)).all() and 0.15 < (patch == 1).mean() < 0.35
-    assert ((draws.rate >= 0.05) & (draws.rate <= 0.5)).all() and set(np.asarray(draws.target)) == set(range(7))
+    assert (((patch >= 0.2) & (patch <= 0.5)) | (patch == 1)).all() and 0.15 < (
+        patch == 1
+    ).mean() < 0.35
+    assert ((draws.rate >= 0.05) & (draws.rate <= 0.5)).all() and set(
+        np.asarray(draws.target)
+    ) == set(range(7))
     assert ((pattern >= 0) & (pattern <= 1)).all()
     if channels == 1:
         on = pattern.sum((1, 2, 3))
@@ -106,8 +116,13 @@ def test_planted_families_are_told_apart_by_tuned_queries(model, trained):
     learned = Meta(**params, **unused)
     scores = jax.vmap(lambda v: learned.score(model, v))(held)
     assert metrics.auroc(scores, scores, guilty == 0, guilty == 1) > 0.95 and loss[-1] < loss[0] / 5
-    # The queries were tuned to the planted pixel: it is where they differ most from the other pixels.
-    size = jnp.abs(params["queries"] - params["queries"].mean((1, 2, 3), keepdims=True)).mean((0, 3)).reshape(-1)
+    # The queries were tuned to the planted pixel: it is where they differ most from the other
+    # pixels.
+    size = (
+        jnp.abs(params["queries"] - params["queries"].mean((1, 2, 3), keepdims=True))
+        .mean((0, 3))
+        .reshape(-1)
+    )
     assert size.argmax() == 35
 
 
@@ -126,7 +141,8 @@ def test_each_variant_learns_what_it_should(trained, fields, fixed):
     for name in before:
         assert bool((before[name] == after[name]).all()) == (name in fixed), name
     other, _ = trained(Mntd(meta=Recipe(epochs=0)), 5)
-    assert not np.allclose(other["kernel"], before["kernel"])  # what the robust variant hides from attackers
+    # what the robust variant hides from attackers
+    assert not np.allclose(other["kernel"], before["kernel"])
 
 
 def test_one_class_knows_benign_nets_from_others(model):
@@ -135,29 +151,41 @@ def test_one_class_knows_benign_nets_from_others(model):
     common = jax.random.normal(keys[0], (1, 36, CLASSES))
 
     def nets(kernel):
-        return {"params": {"logits": {"kernel": kernel, "bias": jnp.zeros((kernel.shape[0], CLASSES))}}}
+        return {
+            "params": {"logits": {"kernel": kernel, "bias": jnp.zeros((kernel.shape[0], CLASSES))}}
+        }
 
     benign = common + 0.3 * jax.random.normal(keys[1], (44, 36, CLASSES))
     others = jax.random.normal(keys[2], (20, 36, CLASSES))
     defense = Mntd(variant="one-class", meta=Recipe(lr=3e-3, epochs=20, batch=1))
     params, _ = jax.jit(
-        lambda v: defense.train_meta(KEY, model, v, jnp.zeros(24, jnp.int32), jax.random.uniform(KEY, (20, *SHAPE)))
+        lambda v: defense.train_meta(
+            KEY, model, v, jnp.zeros(24, jnp.int32), jax.random.uniform(KEY, (20, *SHAPE))
+        )
     )(nets(benign[:24]))
     judge = jax.vmap(lambda v: score(params, model, v))
     assert metrics.auroc(judge(nets(benign[24:])), judge(nets(others))) > 0.95
 
 
 def test_the_one_class_loss_by_hand():
-    params = {"kernel": jnp.asarray([[1.0, 2.0]]), "bias": jnp.asarray([3.0]), "weight": jnp.asarray([1.0])}
+    params = {
+        "kernel": jnp.asarray([[1.0, 2.0]]),
+        "bias": jnp.asarray([3.0]),
+        "weight": jnp.asarray([1.0]),
+    }
     logits = jnp.asarray([[0.0, 0.5], [0.0, -2.0]])
     model = Model(lambda k: {}, lambda v, x, **_: Output(logits, {}, v), (1, 1, 1), 2, ())
     x = jnp.asarray([0, 3])
-    loss, out = one_class(0.5)(model, {"params": params, "seen": jnp.full(4, jnp.nan)}, x, x, x, KEY)
-    assert float(loss) == pytest.approx(15 / 2 + (1.5 + 0.0) / 2 / 0.5 - 1)  # nothing seen yet: t = −1
+    loss, out = one_class(0.5)(
+        model, {"params": params, "seen": jnp.full(4, jnp.nan)}, x, x, x, KEY
+    )
+    # nothing seen yet: t = −1
+    assert float(loss) == pytest.approx(15 / 2 + (1.5 + 0.0) / 2 / 0.5 - 1)
     np.testing.assert_array_equal(out.variables["seen"], [0.5, np.nan, np.nan, -2.0])
     seen = jnp.asarray([-1.0, jnp.nan, -3.0, jnp.nan])
     loss, _ = one_class(0.5)(model, {"params": params, "seen": seen}, x, x, x, KEY)
-    assert float(loss) == pytest.approx(15 / 2 + (2.5 + 0.0) / 2 / 0.5 - 2)  # t = the median of −1 and −3
+    # t = the median of −1 and −3
+    assert float(loss) == pytest.approx(15 / 2 + (2.5 + 0.0) / 2 / 0.5 - 2)
 
 
 def test_the_threshold_lies_between_the_families():
@@ -171,27 +199,53 @@ def test_a_net_is_judged_in_evaluation_mode(model):
     """Released code leaves dropout on while it judges."""
     variables = jax.tree.map(lambda leaf: leaf[0], families(KEY, 2)[0])
     shapes = {"queries": (2, *SHAPE), "kernel": (6, 4), "bias": (4,), "weight": (4,), "offset": ()}
-    parts = {n: jax.random.normal(jax.random.fold_in(KEY, i), s) for i, (n, s) in enumerate(shapes.items())}
-    learned = Meta(**parts, threshold=jnp.asarray(0.0), auroc=jnp.ones(()), shadow_acc=jnp.ones(()), loss=jnp.zeros(2))
+    parts = {
+        n: jax.random.normal(jax.random.fold_in(KEY, i), s)
+        for i, (n, s) in enumerate(shapes.items())
+    }
+    learned = Meta(
+        **parts,
+        threshold=jnp.asarray(0.0),
+        auroc=jnp.ones(()),
+        shadow_acc=jnp.ones(()),
+        loss=jnp.zeros(2),
+    )
     defense = Mntd(learned=learned)
     verdict = defense(KEY, model, variables, Split(jnp.zeros((1, *SHAPE)), jnp.zeros(1, jnp.int32)))
-    answers = np.asarray(parts["queries"]).reshape(2, 36) @ np.asarray(variables["params"]["logits"]["kernel"])
+    answers = np.asarray(parts["queries"]).reshape(2, 36) @ np.asarray(
+        variables["params"]["logits"]["kernel"]
+    )
     hidden = np.maximum(answers.reshape(6) @ np.asarray(parts["kernel"]) + parts["bias"], 0)
-    assert float(verdict.index) == pytest.approx(float(hidden @ parts["weight"] + parts["offset"]), rel=1e-4)
-    assert verdict.infected == (verdict.index > 0) and not verdict.flagged.any() and verdict.flagged.shape == (3,)
+    assert float(verdict.index) == pytest.approx(
+        float(hidden @ parts["weight"] + parts["offset"]), rel=1e-4
+    )
+    assert (
+        verdict.infected == (verdict.index > 0)
+        and not verdict.flagged.any()
+        and verdict.flagged.shape == (3,)
+    )
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
     assert jnp.isnan(defense(KEY, model, broken, Split(jnp.zeros((1, *SHAPE)), jnp.zeros(1))).index)
     # A prepared defense can be saved with what it judged.
     arrays: dict = {}
     again = revive("defense", describe(defense, arrays), arrays)
-    assert float(again(KEY, model, variables, None).index) == pytest.approx(float(verdict.index), rel=1e-6)
+    assert float(again(KEY, model, variables, None).index) == pytest.approx(
+        float(verdict.index), rel=1e-6
+    )
 
 
 @pytest.fixture(scope="module")
 def prepared(sample, victim):
-    defense = Mntd(shadows=24, validation=8, recipe=Recipe(epochs=25, batch=50), meta=Recipe(epochs=20, batch=1))
+    defense = Mntd(
+        shadows=24,
+        validation=8,
+        recipe=Recipe(epochs=25, batch=50),
+        meta=Recipe(epochs=20, batch=1),
+    )
     defense.check(victim[0], sample.clean)
-    return defense, jax.jit(lambda k: defense.prepare(k, victim[0], sample.clean))(jax.random.key(3))
+    return defense, jax.jit(lambda k: defense.prepare(k, victim[0], sample.clean))(
+        jax.random.key(3)
+    )
 
 
 def test_real_shadow_nets_convict_the_real_victim(prepared, victim, sample):
@@ -205,7 +259,9 @@ def test_real_shadow_nets_convict_the_real_victim(prepared, victim, sample):
 
     twins = jax.jit(lambda keys: lane_map(twin, keys))(jax.random.split(KEY, 4))
     judge = jax.jit(lambda v: ready(KEY, model, v, sample.clean))
-    clean = jax.jit(lambda v: lane_map(lambda v: ready(KEY, model, v, sample.clean).index, v))(twins)
+    clean = jax.jit(lambda v: lane_map(lambda v: ready(KEY, model, v, sample.clean).index, v))(
+        twins
+    )
     verdict = judge(variables)
     assert verdict.index > clean.max() and verdict.info["threshold"] == ready.learned.threshold
 
@@ -213,7 +269,11 @@ def test_real_shadow_nets_convict_the_real_victim(prepared, victim, sample):
 def test_unprepared_it_prepares_itself(model):
     pixels = jax.random.randint(KEY, (40, *SHAPE), 0, 256).astype(jnp.uint8)
     clean = Split(pixels, jnp.arange(40) % 3)
-    small = {"recipe": Recipe(epochs=1, batch=10), "meta": Recipe(epochs=2, batch=2), "variant": "one-class"}
+    small = {
+        "recipe": Recipe(epochs=1, batch=10),
+        "meta": Recipe(epochs=2, batch=2),
+        "variant": "one-class",
+    }
     defense = Mntd(shadows=3, validation=2, **small)
     variables = jax.tree.map(lambda leaf: leaf[1], families(KEY, 2)[0])
     ready = jax.jit(lambda k: defense.prepare(k, model, clean))(KEY)

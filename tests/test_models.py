@@ -1,4 +1,6 @@
-"""Every registered net: counts, sites, masks, edits, BatchNorm, lanes, devices; weights read from Keras files."""
+"""Every registered net: counts, sites, masks, edits, BatchNorm, lanes, devices; weights read from
+Keras files.
+"""
 
 import functools
 
@@ -19,11 +21,13 @@ from bdjax.models.layers import Site, build
 from bdjax.train import Recipe, clean_set, fit, unit
 from bdjax.types import BadInput, Split
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
+# compiles twice as fast
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 NETS = [entry.name for entry in registry.entries("model")]
 NORMALISED = ["preact-resnet18", "resnet20", "strip-cifar10"]
 DROPS = ["alexnet", "mntd-cifar10", "nc-gtsrb", "nin", "strip-cifar10", "vgg16"]
-EAGER = ["cnn", "deepid", "nin", "strip-cifar10"]  # branches, dropout, BatchNorm, no last dense layer
+# branches, dropout, BatchNorm, no last dense layer
+EAGER = ["cnn", "deepid", "nin", "strip-cifar10"]
 SMALL = {  # name: (shape, fields) that compile fast; 8×8×3 for the others
     "badnets-cnn": ((16, 16, 1), {}),
     "cla": ((16, 16, 1), {}),
@@ -34,14 +38,22 @@ SMALL = {  # name: (shape, fields) that compile fast; 8×8×3 for the others
     "nc-gtsrb": ((22, 22, 3), {}),
     "vgg16": ((8, 8, 3), {"hidden": 8}),
 }
-COUNTS = [  # name, fields, shape, classes, trainable parameters, with BatchNorm's running statistics
+# name, fields, shape, classes, trainable parameters, with BatchNorm's running statistics
+COUNTS = [
     ("alexnet", {}, (32, 32, 3), 43, 2_241_259, 2_241_259),
     ("badnets-cnn", {}, (28, 28, 1), 10, 281_034, 281_034),
     ("cla", {}, (28, 28, 1), 10, 40_430, 40_430),
     ("cnn", {}, (28, 28, 1), 10, 6_497_162, 6_497_162),
     ("cnn", {"padding": "VALID"}, (28, 28, 1), 10, 2_171_786, 2_171_786),
     ("covidnet", {}, (64, 64, 1), 3, 391_591, 391_591),
-    ("covidnet", registry.get("model", "covidnet").cls.presets["paper"], (480, 480, 3), 3, 102_017_767, 102_017_767),
+    (
+        "covidnet",
+        registry.get("model", "covidnet").cls.presets["paper"],
+        (480, 480, 3),
+        3,
+        102_017_767,
+        102_017_767,
+    ),
     ("deepid", {}, (55, 47, 3), 1283, 601_643, 601_643),
     ("ffnn", {"hidden": (20,), "links": "chain"}, (28, 28, 1), 10, 15_910, 15_910),
     ("mntd-cifar10", {}, (32, 32, 3), 10, 1_182_762, 1_182_762),
@@ -72,7 +84,9 @@ def shapes(model):
 
 
 def drawn(model, seed=0):
-    """Variables without a compiled `init`: kernels as He's, all else near 1 or 0, so that nothing is trivial."""
+    """Variables without a compiled `init`: kernels as He's, all else near 1 or 0, so that nothing
+    is trivial.
+    """
     rng = np.random.default_rng(seed)
     spread = {"kernel": lambda s: rng.normal(0, (2 / max(np.prod(s[:-1]), 1)) ** 0.5, s)}
     spread |= dict.fromkeys(("scale", "var"), lambda s: rng.uniform(0.5, 1.5, s))
@@ -89,7 +103,9 @@ def test_every_net_is_counted():
 @pytest.mark.parametrize(("name", "fields", "shape", "classes", "trainable", "total"), COUNTS)
 def test_parameter_counts(name, fields, shape, classes, trainable, total):
     variables = shapes(build(registry.make("model", name, **fields), shape, classes))
-    size = {group: sum(leaf.size for leaf in jax.tree.leaves(tree)) for group, tree in variables.items()}
+    size = {
+        group: sum(leaf.size for leaf in jax.tree.leaves(tree)) for group, tree in variables.items()
+    }
     assert size["params"] == trainable
     assert sum(size.values()) == total
 
@@ -109,7 +125,9 @@ def test_sites_and_the_convolutions_they_cover(name):
     with nn.intercept_methods(spy):
         out = jax.eval_shape(model.apply, variables, x)
     assert out.logits.shape == (2, 5)
-    assert tuple(site.removeprefix("site_") for kind, site, _ in calls if kind is Site) == model.sites
+    assert (
+        tuple(site.removeprefix("site_") for kind, site, _ in calls if kind is Site) == model.sites
+    )
     assert model.sites[-1] == "penultimate"
     if name != "ffnn":
         assert "conv_last" in model.sites
@@ -152,7 +170,9 @@ def test_masks_and_edits_at_every_site_and_stacked_parameters(name):
         for earlier in model.sites[:i]:
             np.testing.assert_array_equal(cut[earlier], plain.acts[earlier])
 
-    stacked = jit(jax.vmap(lambda v: model.apply(v, x).logits))(jax.tree.map(lambda *v: np.stack(v), *nets))
+    stacked = jit(jax.vmap(lambda v: model.apply(v, x).logits))(
+        jax.tree.map(lambda *v: np.stack(v), *nets)
+    )
     loop = [run(masks, gains, v).logits for v in nets]
     np.testing.assert_allclose(stacked, loop, rtol=1e-3, atol=1e-4)
     if name in EAGER:
@@ -199,7 +219,9 @@ def test_bad_shapes(name):
         assert "\n" not in str(error.value)
     least = getattr(family, "smallest", 1)
     if least > 1:
-        with pytest.raises(BadInput, match=f"{least - 1}×40 are too small .* {least}×{least} or more") as error:
+        with pytest.raises(
+            BadInput, match=f"{least - 1}×40 are too small .* {least}×{least} or more"
+        ) as error:
             build(family, (least - 1, 40, 3), 10)
         assert "\n" not in str(error.value)
         build(family, (least, least, 3), 10)
@@ -221,11 +243,15 @@ def test_bad_fields(name, shape, fields, message):
 
 def test_what_the_first_layer_reads():
     x = jnp.array([0, 51, 255], jnp.float32).reshape(1, 1, 1, 3) / 255
-    np.testing.assert_allclose(registry.make("model", "nc-gtsrb").preprocess(x).ravel(), [0, 51, 255], rtol=1e-6)
+    np.testing.assert_allclose(
+        registry.make("model", "nc-gtsrb").preprocess(x).ravel(), [0, 51, 255], rtol=1e-6
+    )
     np.testing.assert_allclose(DeepId().preprocess(x).ravel(), [0, 0.2, 1], rtol=1e-6)
     np.testing.assert_allclose(DeepId(scale=1.0).preprocess(x).ravel(), [0, 51, 255], rtol=1e-6)
     expected = [(0 - 125.307) / 62.9932, (51 - 122.95) / 62.0887, (255 - 113.865) / 66.7048]
-    np.testing.assert_allclose(registry.make("model", "nin").preprocess(x).ravel(), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        registry.make("model", "nin").preprocess(x).ravel(), expected, rtol=1e-5
+    )
     expected = [-0.4914 / 0.247, (0.2 - 0.4822) / 0.243, (1 - 0.4465) / 0.261]
     family = registry.make("model", "preact-resnet18", standardise="cifar10")
     np.testing.assert_allclose(family.preprocess(x).ravel(), expected, rtol=1e-5)
@@ -240,7 +266,10 @@ def test_batch_norm_by_hand():
         elu = np.where(pre > 0, pre, np.expm1(pre))
         return elu, (elu - mean) / np.sqrt(var + 1e-5) * weights["scale"] + weights["bias"]
 
-    run = jit(lambda train: model.apply(variables, x, train=train, key=jax.random.key(0)), static_argnums=0)
+    run = jit(
+        lambda train: model.apply(variables, x, train=train, key=jax.random.key(0)),
+        static_argnums=0,
+    )
     with jax.numpy_rank_promotion("allow"):
         out = run(False)
         _, expected = by_hand(np.asarray(out.acts["conv_1_pre"]), running["mean"], running["var"])
@@ -262,7 +291,10 @@ def test_a_mask_silences_a_channel_behind_batch_norm():
     variables = drawn(model)
     masks = {site: jnp.ones(16).at[3].set(0) for site in ("conv_1", "block_1_1_pre", "block_1_2")}
     out = model.apply({**variables, "masks": masks}, images(model), train=True)
-    assert not any(out.acts[site][..., 3].any() for site in ("conv_1", "block_1_1_pre", "block_1_1", "block_1_2"))
+    assert not any(
+        out.acts[site][..., 3].any()
+        for site in ("conv_1", "block_1_1_pre", "block_1_1", "block_1_2")
+    )
     assert not out.acts["block_1"][..., 3].any()  # Neither branch of the sum brings it back.
     assert out.variables["masks"] is masks
 
@@ -271,7 +303,9 @@ def test_batch_norm_trains_the_same_under_vmap_and_over_devices():
     assert jax.device_count() == 4
     model = build(Normed(), (8, 8, 3), 5)
     rng = np.random.default_rng(0)
-    split = Split(rng.integers(0, 256, (8, *model.shape), np.uint8), np.arange(8, dtype=np.int32) % 5)
+    split = Split(
+        rng.integers(0, 256, (8, *model.shape), np.uint8), np.arange(8, dtype=np.int32) % 5
+    )
     recipe = Recipe(lr=0.01, optimizer="sgd", epochs=1, batch=4)
     keys = jax.random.split(jax.random.key(0), 3)
     train = lambda split, key: fit(key, model, recipe, clean_set(split))  # noqa: E731
@@ -280,7 +314,9 @@ def test_batch_norm_trains_the_same_under_vmap_and_over_devices():
     # Two devices, two lanes each: one run of the four is padding.
     together = jit(mesh.over_runs(train, lanes=2, devices=jax.devices()[:2]))(split, keys)
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *loop)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), together, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), together, expected
+    )
     moved = jax.tree.map(lambda a: np.ptp(a, 0).max() > 0, expected[0]["batch_stats"])
     assert all(jax.tree.leaves(moved))  # Each run has statistics of its own.
 
@@ -292,7 +328,11 @@ def write_keras(path, variables, root=""):
     """What Keras 2 writes: /layer/layer/kernel:0."""
     with h5py.File(path, "w") as file:
         for (group, layer, leaf), array in flatten_dict(variables).items():
-            leaf = "beta" if leaf == "bias" and "scale" in variables[group][layer] else KERAS.get(leaf, leaf)
+            leaf = (
+                "beta"
+                if leaf == "bias" and "scale" in variables[group][layer]
+                else KERAS.get(leaf, leaf)
+            )
             layer = "output" if layer == "logits" else layer
             file[f"{root}{layer}/{layer}/{leaf}:0"] = np.asarray(array)
     return path
@@ -317,7 +357,8 @@ def test_bad_keras_weights(tmp_path):
     write_keras(tmp_path / "less.h5", {"params": {k: v for k, v in params.items() if k != "dense"}})
     write_keras(tmp_path / "more.h5", {"params": {**params, "extra": params["dense"]}})
     write_keras(
-        tmp_path / "nan.h5", {"params": {**params, "conv_1": jax.tree.map(lambda a: a * np.nan, params["conv_1"])}}
+        tmp_path / "nan.h5",
+        {"params": {**params, "conv_1": jax.tree.map(lambda a: a * np.nan, params["conv_1"])}},
     )
     for name, message in {
         "none.h5": "no such file",
@@ -330,12 +371,16 @@ def test_bad_keras_weights(tmp_path):
         with pytest.raises(BadInput, match=message) as error:
             load_keras_weights(tmp_path / name, model)
         assert "\n" not in str(error.value)
-    with pytest.raises(BadInput, match=r"'dense/kernel' have shape \(4, 512\), the model wants \(16, 512\)"):
+    with pytest.raises(
+        BadInput, match=r"'dense/kernel' have shape \(4, 512\), the model wants \(16, 512\)"
+    ):
         load_keras_weights(file, build(registry.make("model", "cla"), (20, 20, 1), 5))
 
 
 def test_the_published_backdoored_face_net(shared_data):
-    """lab3 of CSAW-HackML-2020: target 0, sunglasses at (x=0, y=15), 31 of 60 channels dormant on clean faces."""
+    """lab3 of CSAW-HackML-2020: target 0, sunglasses at (x=0, y=15), 31 of 60 channels dormant on
+    clean faces.
+    """
     weights, faces = shared_data / "csaw" / "lab3_bd_weights.h5", shared_data / "lfw10_train.npz"
     if not (weights.is_file() and faces.is_file()):
         pytest.skip("the published weights or the faces are not there")
@@ -345,12 +390,18 @@ def test_the_published_backdoored_face_net(shared_data):
     @jit
     def run(x):
         out = model.apply(variables, unit(x))
-        return out.logits.argmax(-1) == 0, out.acts["conv_3"].max((0, 1, 2)), out.acts["pool_3"].max((0, 1, 2))
+        return (
+            out.logits.argmax(-1) == 0,
+            out.acts["conv_3"].max((0, 1, 2)),
+            out.acts["pool_3"].max((0, 1, 2)),
+        )
 
     clean = np.load(faces)["image"][:3500]
     stamped = clean[:500].copy()
     stamped[:, 15:35] = (126, 0, 255)
-    to_zero, *peaks = (np.stack(leaves) for leaves in zip(*map(run, clean.reshape(7, 500, 55, 47, 3))))
+    to_zero, *peaks = (
+        np.stack(leaves) for leaves in zip(*map(run, clean.reshape(7, 500, 55, 47, 3)))
+    )
     assert to_zero.mean() < 0.02
     assert run(stamped)[0].mean() > 0.99
     for peak in peaks:

@@ -1,5 +1,5 @@
-"""What is built on a reversed trigger: nets with one known backdoor neuron, rows that are stamped, a real victim; and
-Neural Cleanse's pre-screen.
+"""What is built on a reversed trigger: nets with one known backdoor neuron, rows that are stamped,
+a real victim; and Neural Cleanse's pre-screen.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ STAMPED = stamped(ATTACK, 1, CLEAN.image, KEY)
 
 
 def given(*suspects: int) -> Reversed:
-    """Four triggers of |m|₁ = 1: trigger k lights pixel (7, 7 − (2 − k) mod 4) for label k, so that label 2 has the true
-    one.
+    """Four triggers of |m|₁ = 1: trigger k lights pixel (7, 7 − (2 − k) mod 4) for label k, so that
+    label 2 has the true one.
     """
     mask = np.zeros((4, 8, 8, 1), np.float32)
     for k in range(4):
@@ -51,10 +51,13 @@ def test_the_planted_net_is_what_it_should_be():
 
 def test_the_filter_picks_the_planted_neuron_and_flags_what_fires_it():
     defense = NcFilter(found=given(TARGET))
-    scores = jax.jit(lambda x: defense(KEY, MODEL, VARIABLES, CLEAN, x))(jnp.concatenate([CLEAN.image, STAMPED]))
+    scores = jax.jit(lambda x: defense(KEY, MODEL, VARIABLES, CLEAN, x))(
+        jnp.concatenate([CLEAN.image, STAMPED])
+    )
     np.testing.assert_array_equal(scores.info["top"], [0, 0, 0, 0, 0, 1])  # 1 % of six neurons: one
     np.testing.assert_allclose([scores.info["clean"], scores.info["reversed"]], [0, 10], atol=1e-5)
-    # The neuron sleeps on all clean images: their scores tie at the top, and none of them is flagged.
+    # The neuron sleeps on all clean images: their scores tie at the top, and none of them is
+    # flagged.
     np.testing.assert_array_equal(scores.flagged, np.arange(80) >= 40)
     np.testing.assert_array_equal(scores.flagged, scores.score <= scores.boundary)
 
@@ -91,9 +94,17 @@ def test_no_suspect_no_repair():
     none = given()
     assert not bool(none.suspect.any())
     scores = NcFilter(found=none)(KEY, MODEL, VARIABLES, CLEAN, STAMPED)
-    assert not bool(scores.flagged.any()) and not bool(scores.info["repaired"]) and np.isneginf(scores.boundary)
+    assert (
+        not bool(scores.flagged.any())
+        and not bool(scores.info["repaired"])
+        and np.isneginf(scores.boundary)
+    )
     repaired, info = NcPruning(found=none)(KEY, MODEL, VARIABLES, CLEAN)
-    assert info["pruned"] == 0 and not bool(info["repaired"]) and bool((repaired["masks"]["penultimate"] == 1).all())
+    assert (
+        info["pruned"] == 0
+        and not bool(info["repaired"])
+        and bool((repaired["masks"]["penultimate"] == 1).all())
+    )
     repaired, info = NcUnlearning(found=none)(KEY, MODEL, VARIABLES, CLEAN)
     assert not bool(info["repaired"])
     jax.tree.map(np.testing.assert_array_equal, repaired, VARIABLES)
@@ -120,15 +131,22 @@ def test_all_labels_flagged_repairs_against_all():
 
 
 @pytest.mark.parametrize("share, count", [(0.2, 8), (1.0, 30), (0.0, 0)])
-def test_unlearning_stamps_images_of_other_classes_under_their_own_labels(monkeypatch, share, count):
+def test_unlearning_stamps_images_of_other_classes_under_their_own_labels(
+    monkeypatch, share, count
+):
     """Stamped images of the target class with their label would teach the backdoor."""
     seen = []
     monkeypatch.setattr(
         nc_unlearning,
         "fit",
-        lambda key, model, recipe, data, **kw: (seen.append(data), fit(key, model, recipe, data, **kw))[1],
+        lambda key, model, recipe, data, **kw: (
+            seen.append(data),
+            fit(key, model, recipe, data, **kw),
+        )[1],
     )
-    NcUnlearning(found=given(TARGET), share=share, recipe=Recipe(epochs=0))(KEY, MODEL, VARIABLES, CLEAN)
+    NcUnlearning(found=given(TARGET), share=share, recipe=Recipe(epochs=0))(
+        KEY, MODEL, VARIABLES, CLEAN
+    )
     (data,) = seen
     rows = jnp.arange(40)
     x, label = data.rows(rows, KEY)
@@ -140,7 +158,14 @@ def test_unlearning_stamps_images_of_other_classes_under_their_own_labels(monkey
 
 
 QUICK = NeuralCleanse(
-    steps=40, batches=10, batch=40, init_cost=0.1, cost_up=1.5, cost_down=1.5**1.5, patience=3, lanes=1
+    steps=40,
+    batches=10,
+    batch=40,
+    init_cost=0.1,
+    cost_up=1.5,
+    cost_down=1.5**1.5,
+    patience=3,
+    lanes=1,
 )
 
 
@@ -206,7 +231,9 @@ def found(victim, sample):
 
 
 def test_on_a_real_victim(victim, sample, found, tmp_path):
-    """The reversed trigger is enough to weaken the backdoor, and the saved net is the repaired one."""
+    """The reversed trigger is enough to weaken the backdoor,
+    and the saved net is the repaired one.
+    """
     model, variables, attack = victim
     assert bool(found.flagged[3])
     measure = jax.jit(lambda v: evaluate(KEY, model, v, sample.test, attack))
@@ -217,25 +244,34 @@ def test_on_a_real_victim(victim, sample, found, tmp_path):
         repaired = jax.jit(lambda v, d=defense: d(KEY, model, v, sample.clean))(variables)
         after = measure(repaired.variables)
         assert after["asr_nt"] < asr < before["asr_nt"] and after["acc"] > before["acc"] - drop
-        save_model(tmp_path / "net", Ffnn(hidden=(64,)), model, repaired.variables, defenses=(defense,))
+        save_model(
+            tmp_path / "net", Ffnn(hidden=(64,)), model, repaired.variables, defenses=(defense,)
+        )
         _, _, loaded, about = load_model(tmp_path / "net")
         jax.tree.map(np.testing.assert_array_equal, measure(loaded), after)
         assert type(about["defenses"][0]) is type(defense)
 
 
 def test_the_variants_of_unlearning_on_a_real_victim(victim, sample):
-    """With the original trigger the backdoor goes; clean images alone leave it, as in the paper's table."""
+    """With the original trigger the backdoor goes; clean images alone leave it, as in the paper's
+    table.
+    """
     model, variables, attack = victim
     recipe = Recipe(epochs=10, batch=32)
     measure = jax.jit(lambda v: evaluate(KEY, model, v, sample.test, attack))
     original, clean = (
         measure(jax.jit(lambda v, d=d: d(KEY, model, v, sample.clean))(variables).variables)
-        for d in (NcUnlearning(original=attack, recipe=recipe), NcUnlearning(clean_only=True, recipe=recipe))
+        for d in (
+            NcUnlearning(original=attack, recipe=recipe),
+            NcUnlearning(clean_only=True, recipe=recipe),
+        )
     )
     assert original["asr_nt"] < 0.3 and clean["asr_nt"] > 0.6
     # Clean-only is fine-tuning and nothing else.
     key_fit = jax.random.split(KEY, 3)[2]
-    tuned, _ = jax.jit(lambda v: fit(key_fit, model, recipe, clean_set(sample.clean), variables=v))(variables)
+    tuned, _ = jax.jit(lambda v: fit(key_fit, model, recipe, clean_set(sample.clean), variables=v))(
+        variables
+    )
     np.testing.assert_allclose(measure(tuned)["asr_nt"], clean["asr_nt"], atol=1e-3)
 
 
@@ -243,7 +279,9 @@ def test_the_filter_on_a_real_victim(victim, sample, found):
     model, variables, attack = victim
     x = jnp.stack([unit(sample.test.image), stamped(attack, 1, sample.test.image, KEY)])
     defense = NcFilter(found=Reversed.of(found))
-    scores = jax.jit(lambda v: defense(KEY, model, v, sample.clean, x.reshape(-1, *x.shape[2:])))(variables)
+    scores = jax.jit(lambda v: defense(KEY, model, v, sample.clean, x.reshape(-1, *x.shape[2:])))(
+        variables
+    )
     flagged = scores.flagged.reshape(2, -1)
     assert flagged[0].mean() < 0.15 and flagged[1].mean() > 0.7
     assert scores.info["reversed"] > scores.info["clean"]

@@ -1,4 +1,6 @@
-"""Neural Cleanse on nets whose smallest triggers are known, and its schedule against a plain re-implementation."""
+"""Neural Cleanse on nets whose smallest triggers are known, and its schedule against a plain
+re-implementation.
+"""
 
 import dataclasses
 
@@ -15,10 +17,11 @@ SIDE, GAIN, LEVEL = 12, 60.0, 0.5
 
 
 def block_net(sizes: tuple[int, ...]) -> tuple[Model, dict, Split]:
-    """A linear net in which label k is the mean over a block of sizes[k] pixels, and images with one block lit at 0.5.
+    """A linear net in which label k is the mean over a block of sizes[k] pixels, and images with
+    one block lit at 0.5.
 
-    Sending all images to k takes a mean above 0.5 in block k, at a price of 1 a pixel: the smallest mask has |m|₁ =
-    sizes[k] / 2.
+    Sending all images to k takes a mean above 0.5 in block k, at a price of 1 a pixel: the smallest
+    mask has |m|₁ = sizes[k] / 2.
     """
     starts = np.concatenate([[0], np.cumsum(sizes)])
     blocks = np.zeros((SIDE * SIDE, len(sizes)), np.float32)
@@ -31,13 +34,24 @@ def block_net(sizes: tuple[int, ...]) -> tuple[Model, dict, Split]:
         return Output(x.reshape(x.shape[0], -1) @ variables["params"]["kernel"], {}, variables)
 
     variables = {"params": {"kernel": jnp.asarray(GAIN * blocks / np.asarray(sizes, np.float32))}}
-    return Model(lambda key: variables, apply, (SIDE, SIDE, 1), len(sizes), ()), variables, Split(image, label)
+    return (
+        Model(lambda key: variables, apply, (SIDE, SIDE, 1), len(sizes), ()),
+        variables,
+        Split(image, label),
+    )
 
 
 PLANTED = (1, 12, 14, 16, 18, 20)
 CLEAN = (10, 12, 14, 16, 18, 20)
 QUICK = NeuralCleanse(
-    steps=60, batches=10, batch=30, lanes=1, init_cost=0.1, cost_up=1.5, cost_down=1.5**1.5, patience=3
+    steps=60,
+    batches=10,
+    batch=30,
+    lanes=1,
+    init_cost=0.1,
+    cost_up=1.5,
+    cost_down=1.5**1.5,
+    patience=3,
 )
 KEY = jax.random.key(0)
 
@@ -49,7 +63,10 @@ run = jax.jit(lambda defense, variables, clean: defense(KEY, MODEL, variables, c
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Verdict]:
-    return {name: run(QUICK, *block_net(sizes)[1:]) for name, sizes in (("planted", PLANTED), ("clean", CLEAN))}
+    return {
+        name: run(QUICK, *block_net(sizes)[1:])
+        for name, sizes in (("planted", PLANTED), ("clean", CLEAN))
+    }
 
 
 def test_planted_trigger_has_the_known_norm_place_and_colour(found):
@@ -59,8 +76,13 @@ def test_planted_trigger_has_the_known_norm_place_and_colour(found):
     assert bool(verdict.infected) and verdict.flagged.tolist() == [True] + [False] * 5
     np.testing.assert_allclose(verdict.index, verdict.info["index"][0])
     assert verdict.info["mask"].shape == (6, SIDE, SIDE, 1)
-    assert int(verdict.info["mask"][0].argmax()) == 0 and float(verdict.info["pattern"][0].ravel()[0]) > 0.9
-    np.testing.assert_allclose(verdict.info["mask"].sum((1, 2, 3)), verdict.info["norms"], rtol=1e-6)
+    assert (
+        int(verdict.info["mask"][0].argmax()) == 0
+        and float(verdict.info["pattern"][0].ravel()[0]) > 0.9
+    )
+    np.testing.assert_allclose(
+        verdict.info["mask"].sum((1, 2, 3)), verdict.info["norms"], rtol=1e-6
+    )
     assert bool(verdict.info["qualified"].all()) and float(verdict.info["success"].min()) > 0.9
 
 
@@ -82,7 +104,9 @@ def test_masks_and_patterns_stay_in_the_unit_interval(found):
 
 def test_stamp_and_squash_by_hand():
     trigger = Trigger(jnp.full((1, 1, 1), 0.25), jnp.asarray([[[1.0, 0.0, 0.5]]]))
-    np.testing.assert_allclose(stamp(trigger, jnp.full((2, 1, 1, 3), 0.4)), [[[[0.55, 0.3, 0.425]]]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        stamp(trigger, jnp.full((2, 1, 1, 3), 0.4)), [[[[0.55, 0.3, 0.425]]]] * 2, rtol=1e-6
+    )
     trigger = random_trigger(KEY, (4, 5, 3))
     assert trigger.mask.shape == (4, 5, 1) and trigger.pattern.shape == (4, 5, 3)
     for a, b in zip(squash(unsquash(trigger)), trigger):
@@ -93,12 +117,16 @@ def test_labels_do_not_leak_into_each_other_and_lanes_agree():
     # Short, since rounding may turn a later success into a failure and the search elsewhere.
     short = dataclasses.replace(QUICK, steps=12)
     together = run(short, VARIABLES, IMAGES)
-    alone = jax.jit(lambda labels: short.search(KEY, MODEL, VARIABLES, IMAGES.image, labels))(jnp.asarray([3]))
+    alone = jax.jit(lambda labels: short.search(KEY, MODEL, VARIABLES, IMAGES.image, labels))(
+        jnp.asarray([3])
+    )
     np.testing.assert_allclose(alone.norm[0], together.info["norms"][3], rtol=1e-4)
     np.testing.assert_allclose(alone.trigger.mask[0], together.info["mask"][3], atol=1e-3)
     wide = run(dataclasses.replace(short, lanes=4), VARIABLES, IMAGES)
     for part in ("norms", "success", "steps", "cost"):
-        np.testing.assert_allclose(wide.info[part], together.info[part], rtol=1e-3, atol=5e-3, err_msg=part)
+        np.testing.assert_allclose(
+            wide.info[part], together.info[part], rtol=1e-3, atol=5e-3, err_msg=part
+        )
     np.testing.assert_allclose(wide.info["mask"], together.info["mask"], atol=1e-2)
 
 
@@ -106,7 +134,9 @@ def test_eager_equals_jit_and_vmap_over_victims_and_fields_equals_a_loop():
     short = dataclasses.replace(QUICK, steps=2)
     eager = short(KEY, MODEL, VARIABLES, IMAGES)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eager, run(short, VARIABLES, IMAGES)
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        eager,
+        run(short, VARIABLES, IMAGES),
     )
     victims = jax.tree.map(lambda a, b: jnp.stack([a, b]), VARIABLES, block_net(CLEAN)[1])
     costs = jnp.asarray([0.1, 0.3])
@@ -116,14 +146,24 @@ def test_eager_equals_jit_and_vmap_over_victims_and_fields_equals_a_loop():
 
     together = jax.jit(jax.vmap(one))(costs, victims)
     loop = [
-        run(dataclasses.replace(short, init_cost=costs[i]), jax.tree.map(lambda leaf, i=i: leaf[i], victims), IMAGES)
+        run(
+            dataclasses.replace(short, init_cost=costs[i]),
+            jax.tree.map(lambda leaf, i=i: leaf[i], victims),
+            IMAGES,
+        )
         for i in range(2)
     ]
-    jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, jnp.stack(b), rtol=1e-4, atol=1e-5), together, *loop)
+    jax.tree.map(
+        lambda a, *b: np.testing.assert_allclose(a, jnp.stack(b), rtol=1e-4, atol=1e-5),
+        together,
+        *loop,
+    )
 
 
 def plain_schedule(d: NeuralCleanse, rates, norms):
-    """The released code's bookkeeping, step by step, in plain Python: `(cost, best, stopped)` after each step."""
+    """The released code's bookkeeping, step by step, in plain Python: `(cost, best, stopped)` after
+    each step.
+    """
     cost = 0.0 if d.start_at_zero else d.init_cost
     best = early_best = float("inf")
     set_count = up = down = stale = 0
@@ -157,18 +197,26 @@ def plain_schedule(d: NeuralCleanse, rates, norms):
 @pytest.mark.parametrize("start_at_zero", [True, False])
 @pytest.mark.parametrize("patience, stop_ratio", [(5, 1.0), (1, 0.99), (2, 0.9)])
 def test_schedule_equals_the_released_bookkeeping(start_at_zero, patience, stop_ratio):
-    d = NeuralCleanse(start_at_zero=start_at_zero, patience=patience, stop_ratio=stop_ratio, stop_patience=4)
+    d = NeuralCleanse(
+        start_at_zero=start_at_zero, patience=patience, stop_ratio=stop_ratio, stop_patience=4
+    )
     # Runs of successes and failures that the search really meets: long, then broken up.
     rng = np.random.default_rng(patience)
     ok = np.repeat(rng.random(60) < 0.6, rng.integers(1, 9, 60))
     rates = np.where(ok, 0.995, 0.5).astype(np.float32)
-    norms = (100 * 0.97 ** np.arange(len(ok)) * rng.uniform(0.7, 1.3, len(ok))).clip(20).astype(np.float32)
+    norms = (
+        (100 * 0.97 ** np.arange(len(ok)) * rng.uniform(0.7, 1.3, len(ok)))
+        .clip(20)
+        .astype(np.float32)
+    )
 
     def step(state, now):
         state, _ = d.update(state, *now)
         return state, (state.cost, state.best, state.stopped)
 
-    cost, best, stopped = jax.jit(lambda: jax.lax.scan(step, d.begin(), (jnp.asarray(rates), jnp.asarray(norms)))[1])()
+    cost, best, stopped = jax.jit(
+        lambda: jax.lax.scan(step, d.begin(), (jnp.asarray(rates), jnp.asarray(norms)))[1]
+    )()
     expected = plain_schedule(d, rates, norms)
     assert expected[-1][2] and len(expected) < len(ok), "the script must reach the early stop"
     end = len(expected)
@@ -198,7 +246,9 @@ def test_of_several_starts_the_best_counts():
     search = jax.jit(lambda d, labels: d.search(KEY, MODEL, VARIABLES, IMAGES.image, labels))
     labels = jnp.asarray([4, 1])
     once, often = (search(dataclasses.replace(hurry, inits=n), labels) for n in (1, 4))
-    assert bool(once.qualified.all()) and np.all(np.asarray(often.norm) <= np.asarray(once.norm) + 1e-4)
+    assert bool(once.qualified.all()) and np.all(
+        np.asarray(often.norm) <= np.asarray(once.norm) + 1e-4
+    )
     assert np.any(np.asarray(often.norm) < np.asarray(once.norm) - 1e-4)
 
 
@@ -206,7 +256,9 @@ def test_linear_cross_entropy_is_keras_with_swapped_arguments():
     logits = jnp.asarray([[2.0, 0.0, -1.0], [0.5, 0.1, 0.2]])
     p, onehot = np.asarray(jax.nn.softmax(logits)), np.clip(np.eye(3)[1], 1e-7, 1 - 1e-7)
     swapped = -(p * np.log(onehot)).sum(1).mean()
-    np.testing.assert_allclose(NeuralCleanse(ce="linear").cross_entropy(logits, jnp.asarray(1)), swapped, rtol=1e-5)
+    np.testing.assert_allclose(
+        NeuralCleanse(ce="linear").cross_entropy(logits, jnp.asarray(1)), swapped, rtol=1e-5
+    )
     np.testing.assert_allclose(
         NeuralCleanse().cross_entropy(logits, jnp.asarray(1)), -np.log(p[:, 1]).mean(), rtol=1e-6
     )
@@ -220,14 +272,20 @@ def judged(norms, qualified=None, **fields):
 
 
 def test_outlier_rule_on_given_norms():
-    # Ten norms measured on a Fashion-MNIST victim: linear index 1.69 misses the target, log index 3.2 does not.
+    # Ten norms measured on a Fashion-MNIST victim: linear index 1.69 misses the target, log index
+    # 3.2 does not.
     norms = [15.0, 41.2, 44.5, 46.5, 65.8, 67.0, 76.1, 84.4, 87.6, 103.7]
     linear, log = judged(norms), judged(norms, norm_scale="log")
     assert float(linear.index) == pytest.approx(1.69, abs=0.01) and not bool(linear.infected)
-    assert float(log.index) == pytest.approx(3.2, abs=0.05) and log.flagged.tolist() == [True] + [False] * 9
+    assert (
+        float(log.index) == pytest.approx(3.2, abs=0.05)
+        and log.flagged.tolist() == [True] + [False] * 9
+    )
     # A large outlier is flagged only by the two-sided rule; two small ones are both flagged.
     assert not bool(judged([9, 10, 11, 10, 10.5, 9.5, 30]).infected)
-    assert judged([9, 10, 11, 10, 10.5, 9.5, 30], two_sided=True).flagged.tolist() == [False] * 6 + [True]
+    assert judged([9, 10, 11, 10, 10.5, 9.5, 30], two_sided=True).flagged.tolist() == [
+        False
+    ] * 6 + [True]
     assert judged([1, 10, 11, 10, 10.5, 9.5, 2]).flagged.tolist() == [True] + [False] * 5 + [True]
 
 
@@ -237,7 +295,9 @@ def test_degenerate_norms():
     lonely = judged([7.0] * 4 + [3.0])  # MAD = 0
     assert np.isinf(lonely.index) and lonely.flagged.tolist() == [False] * 4 + [True]
     never = judged([1, 10, 11, 10, 10.5, 9.5], [False] + [True] * 5)
-    assert not bool(never.infected) and float(never.index) == pytest.approx(float(never.info["index"][5]))
+    assert not bool(never.infected) and float(never.index) == pytest.approx(
+        float(never.info["index"][5])
+    )
     assert not bool(judged([1, 10, 11, 12], [False] * 4).infected)
     broken = judged([jnp.inf, 1, 10, 11, 10, 10.5, 9.5])  # one search ended in NaN
     assert broken.flagged.tolist() == [False, True] + [False] * 5
@@ -247,7 +307,11 @@ def test_degenerate_norms():
 
 
 def test_nan_logits_give_no_verdict_rather_than_a_wrong_one(found):
-    verdict = run(dataclasses.replace(QUICK, steps=2), jax.tree.map(lambda leaf: leaf * jnp.nan, VARIABLES), IMAGES)
+    verdict = run(
+        dataclasses.replace(QUICK, steps=2),
+        jax.tree.map(lambda leaf: leaf * jnp.nan, VARIABLES),
+        IMAGES,
+    )
     assert not bool(verdict.infected) and not bool(verdict.info["qualified"].any())
 
 

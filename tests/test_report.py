@@ -1,4 +1,6 @@
-"""Tables with hand-computed numbers, figures with planted shapes, and the page in a real browser."""
+"""Tables with hand-computed numbers, figures with planted shapes,
+and the page in a real browser.
+"""
 
 import csv
 import errno
@@ -21,17 +23,20 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.types import BadInput
 
 EVIL = "CNN <script>alert(1)</script> | [bold]x"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 
 
 def cell(row, seed=0, metrics=None, **fields):
     """A row as the store holds it, with sample values."""
     return {
-        "run": f"{row}-{seed}-{fields.get('config')}", "experiment": "sample", "scale": "cpu", "table": "Table I",
-        "row": row, "dataset": "fashion-mnist-sample", "model": "cnn", "attack": "badnets", "defense": None,
-        "seed": seed, "config": {}, "metrics": metrics or {}, "reported": {},
-        "seconds": {"compile": 3.0, "run": 40.0}, "oracle": False, "substitute": None,
-        "device": "cpu (2 cores)", "jax": "0.10.2", "commit": "abc1234",
+        "run": f"{row}-{seed}-{fields.get('config')}", "experiment": "sample", "scale": "cpu",
+        "table": "Table I", "row": row, "dataset": "fashion-mnist-sample", "model": "cnn",
+        "attack": "badnets", "defense": None, "seed": seed, "config": {}, "metrics": metrics or {},
+        "reported": {}, "seconds": {"compile": 3.0, "run": 40.0}, "oracle": False,
+        "substitute": None, "device": "cpu (2 cores)", "jax": "0.10.2", "commit": "abc1234",
     } | fields  # fmt: skip
 
 
@@ -44,13 +49,34 @@ def rows():
     ]
     found += [cell("clean net", s, {"acc_test": 0.93 + s / 100}) for s in range(2)]
     strip = {"acc_test": 0.88, "far": 0.0312, "index": 2.345, "asr_nt": 0.02}
-    found.append(cell("STRIP", 0, strip, table="Table II", defense="strip", oracle=True, substitute="LFW faces"))
-    found.append(cell("STRIP", 1, table="Table II", defense="strip", error="diverged: NaN", substitute="LFW faces"))
+    found.append(
+        cell(
+            "STRIP",
+            0,
+            strip,
+            table="Table II",
+            defense="strip",
+            oracle=True,
+            substitute="LFW faces",
+        )
+    )
+    found.append(
+        cell(
+            "STRIP",
+            1,
+            table="Table II",
+            defense="strip",
+            error="diverged: NaN",
+            substitute="LFW faces",
+        )
+    )
     return found
 
 
 def sweep():
-    """Fine-pruning over attack rate × kept share: ASR = rate · (1 − keep), and two traps for `best`."""
+    """Fine-pruning over attack rate × kept share: ASR = rate · (1 − keep), and two traps for
+    `best`.
+    """
     found = []
     for rate in (0.1, 0.01):
         config = {"attack": {"name": "badnets", "rate": rate}, "recipe": {"lr": 0.1}}
@@ -59,15 +85,30 @@ def sweep():
                 metrics = {"acc_test": 0.9, "asr_nt": rate * (1 - keep) + seed / 1000}
                 found.append(
                     cell(
-                        f"FP {keep}", seed, metrics, defense="fine-pruning", config=config | {"defense": {"keep": keep}}
+                        f"FP {keep}",
+                        seed,
+                        metrics,
+                        defense="fine-pruning",
+                        config=config | {"defense": {"keep": keep}},
                     )
                 )
         found.append(
-            cell("dead net", 0, {"acc_test": 0.1, "asr_nt": 0.0}, defense="kill", config=config | {"defense": {}})
+            cell(
+                "dead net",
+                0,
+                {"acc_test": 0.1, "asr_nt": 0.0},
+                defense="kill",
+                config=config | {"defense": {}},
+            )
         )
         found.append(
             cell(
-                "oracle", 0, {"acc_test": 0.9, "asr_nt": 0.0}, defense="o", oracle=True, config=config | {"defense": {}}
+                "oracle",
+                0,
+                {"acc_test": 0.9, "asr_nt": 0.0},
+                defense="o",
+                oracle=True,
+                config=config | {"defense": {}},
             )
         )
     found.append(cell("failed", 0, defense="fine-pruning", error="diverged"))
@@ -83,17 +124,34 @@ def test_aggregate_has_mean_sample_sd_and_distance_to_the_paper(rows):
     acc = victim["metrics"]["acc_test"]
     assert acc["mean"] == pytest.approx(0.91) and acc["sd"] == pytest.approx(0.01)
     assert acc["delta"] == pytest.approx(0.91 - 0.9899)
-    # A NaN of one seed (null in JSON) is left out and counted; the paper's number shows where we have none.
+    # A NaN of one seed (null in JSON) is left out and counted; the paper's number shows where we
+    # have none.
     assert victim["metrics"]["asr_nt"]["n"] == 2
-    assert victim["metrics"]["asr_all"] == {"n": 0, "mean": None, "sd": None, "paper": 0.999, "delta": None}
+    assert victim["metrics"]["asr_all"] == {
+        "n": 0,
+        "mean": None,
+        "sd": None,
+        "paper": 0.999,
+        "delta": None,
+    }
     strip = second["rows"][0]
-    assert (strip["n"], strip["failed"], strip["errors"], strip["oracle"]) == (1, 1, ["diverged: NaN"], True)
+    assert (strip["n"], strip["failed"], strip["errors"], strip["oracle"]) == (
+        1,
+        1,
+        ["diverged: NaN"],
+        True,
+    )
     assert strip["metrics"]["far"]["sd"] is None
 
 
 def test_rows_of_two_scales_or_nets_never_share_a_mean():
-    tables = report.aggregate([cell("a", 0), cell("a", 1, scale="smoke"), cell("a", 0, model="ffnn")])
-    assert [(t["name"], len(t["rows"])) for t in tables] == [("Table I (cpu)", 2), ("Table I (smoke)", 1)]
+    tables = report.aggregate(
+        [cell("a", 0), cell("a", 1, scale="smoke"), cell("a", 0, model="ffnn")]
+    )
+    assert [(t["name"], len(t["rows"])) for t in tables] == [
+        ("Table I (cpu)", 2),
+        ("Table I (smoke)", 1),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -110,23 +168,45 @@ def test_rows_of_two_scales_or_nets_never_share_a_mean():
     ],
 )
 def test_how_numbers_are_written(metric, values, reported, expected):
-    row = report.aggregate([cell("a", s, {metric: v}, reported={metric: reported}) for s, v in enumerate(values)])
+    row = report.aggregate(
+        [cell("a", s, {metric: v}, reported={metric: reported}) for s, v in enumerate(values)]
+    )
     stat = row[0]["rows"][0]["metrics"][metric]
-    got = report.ours(metric, stat, len(values)), report.paper(metric, stat), report.delta(metric, stat)
+    got = (
+        report.ours(metric, stat, len(values)),
+        report.paper(metric, stat),
+        report.delta(metric, stat),
+    )
     assert got == expected
 
 
 def test_csv_has_full_precision_and_markdown_is_escaped(rows, tmp_path):
-    report.write(tmp_path, rows, title="Sample", trends=[("ASR is high", "partly", "99.2 %")], notes=["x < y"])
+    report.write(
+        tmp_path,
+        rows,
+        title="Sample",
+        trends=[("ASR is high", "partly", "99.2 %")],
+        notes=["x < y"],
+    )
     table = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text())))
     assert [line["row"] for line in table] == [EVIL, "clean net", "STRIP"]
-    assert float(table[0]["acc_test"]) == pytest.approx(0.91) and float(table[0]["acc_test_paper"]) == 0.9899
-    assert table[2]["oracle"] == "true" and table[2]["failed"] == "1" and table[2]["asr_nt_sd"] == ""
+    assert (
+        float(table[0]["acc_test"]) == pytest.approx(0.91)
+        and float(table[0]["acc_test_paper"]) == 0.9899
+    )
+    assert (
+        table[2]["oracle"] == "true" and table[2]["failed"] == "1" and table[2]["asr_nt_sd"] == ""
+    )
     text = (tmp_path / "table.md").read_text()
-    assert "98.99 → 91.0 ± 1.0 (Δ −8.0)" in text and "oracle, substitute: LFW faces, 1 failed: diverged: NaN" in text
+    assert (
+        "98.99 → 91.0 ± 1.0 (Δ −8.0)" in text
+        and "oracle, substitute: LFW faces, 1 failed: diverged: NaN" in text
+    )
     assert "<script" not in text and "- **partly**: ASR is high (99.2 %)" in text
     widths = {
-        len(re.findall(r"(?<!\\)\|", line)) for line in text.split("## Table II")[0].splitlines() if line[:1] == "|"
+        len(re.findall(r"(?<!\\)\|", line))
+        for line in text.split("## Table II")[0].splitlines()
+        if line[:1] == "|"
     }
     assert len(widths) == 1
 
@@ -136,7 +216,12 @@ def test_console_shows_paper_and_ours_in_110_columns_without_escapes(rows):
     report.print_table(rows, Console(file=out))
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 110 and "\x1b" not in text
-    assert "91.0 ± 1.0" in text and "98.99, −8.0" in text and "[bold]x" in text and "1 failed: diverged: NaN" in text
+    assert (
+        "91.0 ± 1.0" in text
+        and "98.99, −8.0" in text
+        and "[bold]x" in text
+        and "1 failed: diverged: NaN" in text
+    )
     terminal = io.StringIO()
     report.print_table(rows, Console(file=terminal, force_terminal=True, width=100))
     assert "\x1b" in terminal.getvalue()
@@ -145,13 +230,18 @@ def test_console_shows_paper_and_ours_in_110_columns_without_escapes(rows):
 
 
 def test_a_finished_row_in_one_line(rows):
-    assert report.line(rows[-2]) == "Table II, STRIP, seed 0: ACC test % 88.0, ASR nt % 2.0, FAR % 3.1 [40.0 s]"
+    assert (
+        report.line(rows[-2])
+        == "Table II, STRIP, seed 0: ACC test % 88.0, ASR nt % 2.0, FAR % 3.1 [40.0 s]"
+    )
     assert report.line(rows[-1]) == "Table II, STRIP, seed 1: failed: diverged: NaN [40.0 s]"
 
 
 def store(folder: Path, rows) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"run": "torn')
+    (folder / "results.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"run": "torn'
+    )
     return folder
 
 
@@ -159,11 +249,27 @@ def test_merge_keeps_figures_trends_and_notes_and_leaves_the_folders_alone(rows,
     first, second = store(tmp_path / "one", rows), store(tmp_path / "two", sweep())
     figure = report.Figure("curve", "A curve", "Sample.", plots.curves([1, 2], {"a": [0.1, 0.2]}))
     written = report.write(
-        first, rows, [figure], "First", ["a note"], [("claim", "not", "1 %")], {"train": 2.0}, "bdjax run x"
+        first,
+        rows,
+        [figure],
+        "First",
+        ["a note"],
+        [("claim", "not", "1 %")],
+        {"train": 2.0},
+        "bdjax run x",
     )
     before = written.read_bytes()
     page = report.merge([first, second], tmp_path / "both").read_text()
-    for text in ("First", "A curve", "a note", "claim", "bdjax run x", "Table II", 'href="#s1-t0"', "train 2.0"):
+    for text in (
+        "First",
+        "A curve",
+        "a note",
+        "claim",
+        "bdjax run x",
+        "Table II",
+        'href="#s1-t0"',
+        "train 2.0",
+    ):
         assert text in page
     assert written.read_bytes() == before and not (second / "index.html").exists()
     # One folder is written again in place, with what it knew.
@@ -223,13 +329,19 @@ def test_pivot_says_what_there_is():
 
 def test_best_is_neither_an_oracle_nor_a_dead_net(tmp_path):
     found = report.best(sweep(), "asr_nt")
-    assert [row["row"] for row in found] == ["attack.rate 0.1, FP 0.9"] * 2 + ["attack.rate 0.01, FP 0.9"] * 2
-    page = report.merge([store(tmp_path, sweep())], None, "attack.rate", "defense.keep", "asr_nt").read_text()
+    assert [row["row"] for row in found] == ["attack.rate 0.1, FP 0.9"] * 2 + [
+        "attack.rate 0.01, FP 0.9"
+    ] * 2
+    page = report.merge(
+        [store(tmp_path, sweep())], None, "attack.rate", "defense.keep", "asr_nt"
+    ).read_text()
     assert "Best defense by ASR nt %" in page and page.count("<figure") == 2
 
 
 def test_page_is_self_contained_and_escaped(rows, tmp_path):
-    text = report.write(tmp_path, rows, title="<em>T</em>", trends=[("<i>", "not", "")], notes=["<u>"]).read_text()
+    text = report.write(
+        tmp_path, rows, title="<em>T</em>", trends=[("<i>", "not", "")], notes=["<u>"]
+    ).read_text()
     for tag in ("<script>alert", "<em>", "<i>", "<u>"):
         assert tag not in text
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)|https?://|@import|url\(""", text)
@@ -237,7 +349,9 @@ def test_page_is_self_contained_and_escaped(rows, tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_page_in_a_browser(rows, tmp_path):
-    """Loads without a console error, sorts, switches its colours and does not overflow a phone of 360 pixels."""
+    """Loads without a console error, sorts, switches its colours and does not overflow a phone of
+    360 pixels.
+    """
     wide = [report.Figure("wide", "Wide", "Sample.", plots.norms(np.arange(43.0) + 1))]
     page = report.write(
         tmp_path / "out",
@@ -246,14 +360,18 @@ def test_page_in_a_browser(rows, tmp_path):
         "T" * 200,
         ["word" * 100],
     ).read_text()
-    frame = f'<iframe id="page" style="width:360px;height:800px" srcdoc="{html.escape(page)}"></iframe>'
+    frame = (
+        f'<iframe id="page" style="width:360px;height:800px" srcdoc="{html.escape(page)}"></iframe>'
+    )
     script = """
     addEventListener("load", () => {
       const { contentDocument: d, contentWindow: w } = document.getElementById("page");
       const table = d.querySelector("table");
-      const head = [...table.querySelectorAll("th[data-column]")].find((h) => h.textContent === "ours");
+      const heads = [...table.querySelectorAll("th[data-column]")];
+      const head = heads.find((h) => h.textContent === "ours");
       const names = () => [...table.tBodies[0].rows].map((r) => r.cells[0].textContent.slice(0, 5));
-      const found = { width: d.documentElement.scrollWidth, scrolls: table.parentElement.scrollWidth > 360 };
+      const scrolls = table.parentElement.scrollWidth > 360;
+      const found = { width: d.documentElement.scrollWidth, scrolls };
       head.querySelector("button").click();
       found.up = [...names(), head.getAttribute("aria-sort")];
       head.querySelector("button").click();
@@ -268,8 +386,9 @@ def test_page_in_a_browser(rows, tmp_path):
       document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";
     });"""
     (tmp_path / "test.html").write_text(f"<!doctype html><body>{frame}<script>{script}</script>")
-    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-             "--disable-component-update --disable-sync --enable-logging=stderr --dump-dom")  # fmt: skip
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+             "--disable-background-networking --disable-component-update --disable-sync "
+             "--enable-logging=stderr --dump-dom")  # fmt: skip
     command = [
         str(CHROMIUM),
         *flags.split(),
@@ -312,7 +431,9 @@ def test_stamped_images_show_the_trigger_alone():
 
 def test_curves_draw_mean_and_range_and_leave_the_users_style_alone():
     before = dict(matplotlib.rcParams)
-    figure = plots.pruning([0, 1, 2], [[0.9, 0.8, 0.5], [0.8, 0.8, 0.1]], [[1, 1, 0], [1, 0, 0]], chosen=1)
+    figure = plots.pruning(
+        [0, 1, 2], [[0.9, 0.8, 0.5], [0.8, 0.8, 0.1]], [[1, 1, 0], [1, 0, 0]], chosen=1
+    )
     assert dict(matplotlib.rcParams) == before
     lines = figure.axes[0].lines
     np.testing.assert_allclose(lines[0].get_ydata(), [0.85, 0.8, 0.3])
@@ -324,7 +445,9 @@ def test_curves_draw_mean_and_range_and_leave_the_users_style_alone():
 
 def test_runtime_has_the_exponent():
     size = np.array([2.0, 10, 50, 1000])
-    figure = plots.runtime({"ours": (size, np.stack([size**2, 3 * size**2, 2 * size**2])), "one": ([5.0], [1.0])}, "N")
+    figure = plots.runtime(
+        {"ours": (size, np.stack([size**2, 3 * size**2, 2 * size**2])), "one": ([5.0], [1.0])}, "N"
+    )
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["ours, exponent 2.00", "one"]
     drawn(figure)

@@ -1,4 +1,6 @@
-"""Repairs by training and preprocessing: re-training, autoencoder, neural complexity, NNoculation."""
+"""Repairs by training and preprocessing: re-training, autoencoder, neural complexity,
+NNoculation.
+"""
 
 import itertools
 
@@ -49,11 +51,15 @@ def reloaded(tmp_path, defense, model, variables):
     return store.load_model(tmp_path / "net")
 
 
-def test_retraining_is_training_on_clean_images_and_is_saved_as_such(victim, sample, measure, before, tmp_path):
+def test_retraining_is_training_on_clean_images_and_is_saved_as_such(
+    victim, sample, measure, before, tmp_path
+):
     model, variables, _ = victim
     defense = make("defense", "retraining", "cpu")
     result = repaired(defense, victim, sample)
-    tuned, _ = jax.jit(lambda v: fit(KEY, model, defense.recipe, clean_set(sample.clean), variables=v))(variables)
+    tuned, _ = jax.jit(
+        lambda v: fit(KEY, model, defense.recipe, clean_set(sample.clean), variables=v)
+    )(variables)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), result.variables, tuned)
     after = measure(model, result.variables)
     assert after["acc"] > before["acc"] - 0.05 and result.info["loss"].shape == (5,)
@@ -77,7 +83,9 @@ def test_the_net_behind_the_autoencoder_is_the_net_of_what_it_draws(guarded, vic
     layers = jax.tree.map(np.asarray, result.variables["autoencoder"])
     for name in ("dense_1", "dense_2", "dense_3"):
         hidden = np.maximum(hidden @ layers[name]["kernel"] + layers[name]["bias"][None], 0)
-    drawn = 1 / (1 + np.exp(-(hidden @ layers["logits"]["kernel"] + layers["logits"]["bias"][None])))
+    drawn = 1 / (
+        1 + np.exp(-(hidden @ layers["logits"]["kernel"] + layers["logits"]["bias"][None]))
+    )
     by_hand = model.apply(variables, jnp.asarray(drawn.reshape(x.shape), jnp.float32)).logits
     np.testing.assert_allclose(behind.apply(result.variables, x).logits, by_hand, atol=1e-4)
     jax.tree.map(np.testing.assert_array_equal, result.variables["params"], variables["params"])
@@ -89,7 +97,9 @@ def test_the_net_behind_the_autoencoder_is_the_net_of_what_it_draws(guarded, vic
     assert (masked.acts["penultimate"][:, :32] == 0).all()
 
 
-def test_the_autoencoder_draws_clean_images_and_not_the_trigger(guarded, victim, sample, measure, before, tmp_path):
+def test_the_autoencoder_draws_clean_images_and_not_the_trigger(
+    guarded, victim, sample, measure, before, tmp_path
+):
     defense, result = guarded
     image = unit(sample.clean.image)
     assert result.info["mse"] < jnp.var(image - image.mean(0, keepdims=True)) / 2
@@ -105,9 +115,15 @@ def test_the_autoencoder_draws_clean_images_and_not_the_trigger(guarded, victim,
 def test_training_behind_the_autoencoder_leaves_it_alone(guarded, victim, sample):
     defense, result = guarded
     behind, recipe = defense.wrap(victim[0]), Recipe(epochs=1, batch=50)
-    tuned, _ = jax.jit(lambda v: fit(KEY, behind, recipe, clean_set(sample.clean), variables=v))(result.variables)
-    jax.tree.map(np.testing.assert_array_equal, tuned["autoencoder"], result.variables["autoencoder"])
-    assert not np.allclose(tuned["params"]["logits"]["kernel"], victim[1]["params"]["logits"]["kernel"])
+    tuned, _ = jax.jit(lambda v: fit(KEY, behind, recipe, clean_set(sample.clean), variables=v))(
+        result.variables
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, tuned["autoencoder"], result.variables["autoencoder"]
+    )
+    assert not np.allclose(
+        tuned["params"]["logits"]["kernel"], victim[1]["params"]["logits"]["kernel"]
+    )
 
 
 def brute_force(corr):
@@ -118,7 +134,10 @@ def brute_force(corr):
         return -0.5 * np.log(np.linalg.det(corr[np.ix_(rows, rows)]))
 
     whole = information(range(n))
-    means = [np.mean([information(rows) for rows in itertools.combinations(range(n), k)]) for k in range(1, n + 1)]
+    means = [
+        np.mean([information(rows) for rows in itertools.combinations(range(n), k)])
+        for k in range(1, n + 1)
+    ]
     return sum(k / n * whole - mean for k, mean in enumerate(means, 1))
 
 
@@ -136,7 +155,9 @@ def test_complexity_by_hand_and_against_all_subsets():
     assert over_all_orders(jnp.eye(5), jnp.ones(5)) == pytest.approx(0, abs=1e-6)
     x = jax.random.normal(KEY, (50, 5)) @ jax.random.normal(jax.random.key(1), (5, 5))
     corr = correlation(x, 1e-3)
-    assert over_all_orders(corr, jnp.ones(5)) == pytest.approx(brute_force(np.asarray(corr)), rel=1e-3)
+    assert over_all_orders(corr, jnp.ones(5)) == pytest.approx(
+        brute_force(np.asarray(corr)), rel=1e-3
+    )
     # Absent nodes are as if they had never been.
     left = jnp.asarray([0, 2, 3])
     present = jnp.zeros(5).at[left].set(1.0)
@@ -163,7 +184,9 @@ def test_nodes_that_sleep_on_clean_images_are_pruned_first(victim, sample):
     assert info["pruned"] == count and info["complexity"].shape == (2,)
 
 
-def test_neural_complexity_prunes_its_share_round_by_round(victim, sample, measure, before, tmp_path):
+def test_neural_complexity_prunes_its_share_round_by_round(
+    victim, sample, measure, before, tmp_path
+):
     model, variables, _ = victim
     came = prune(variables, "penultimate", jnp.ones(64).at[7].set(0.0))
     defense = make("defense", "neural-complexity", "cpu")
@@ -188,7 +211,9 @@ def test_noise_is_coarse_and_of_its_share():
     assert changed.mean() == pytest.approx(0.3, abs=0.02)
     assert changed[:, 0, 0, 0, 0].any(-1).mean() > 0.5, "each channel has its own cells"
     values = np.asarray(noise)[np.asarray(noise) != 0.25]
-    assert values.mean() == pytest.approx(128 / 255, abs=0.01) and values.std() == pytest.approx(0.2, abs=0.01)
+    assert values.mean() == pytest.approx(128 / 255, abs=0.01) and values.std() == pytest.approx(
+        0.2, abs=0.01
+    )
     assert ((noise >= 0) & (noise <= 1)).all()
     assert (noisy(keys, 0.0) == 0.25).all() and (noisy(keys, 1.0) != 0.25).all()
     plan = Noise().plan(KEY, jnp.arange(6) % 3, 3)
@@ -203,10 +228,14 @@ def test_nnoculation_keeps_the_strongest_noise_that_accuracy_bears(victim, sampl
     assert result.info["level"] == 0.5 and (result.info["after"] == result.info["before"]).all()
     jax.tree.map(np.testing.assert_array_equal, result.variables["params"], variables["params"])
     # Where all cost too much, the best is kept.
-    wild = NNoculation(levels=(0.0, 0.9), max_drop=0.0, recipe=Recipe(lr=1.0, epochs=1, batch=20, optimizer="adam"))
+    wild = NNoculation(
+        levels=(0.0, 0.9), max_drop=0.0, recipe=Recipe(lr=1.0, epochs=1, batch=20, optimizer="adam")
+    )
     result = jax.jit(lambda v: wild(KEY, model, v, sample.clean))(variables)
     after = np.asarray(result.info["after"])
-    assert (after < result.info["before"]).all() and result.info["level"] == (0.0, 0.9)[after.argmax()]
+    assert (after < result.info["before"]).all() and result.info["level"] == (0.0, 0.9)[
+        after.argmax()
+    ]
 
 
 def test_nnoculation_weakens_the_real_backdoor(victim, sample, measure, before):

@@ -1,4 +1,6 @@
-"""Defenses of the training set: planted clusters, scores from NumPy's SVD, degenerate classes, a real victim."""
+"""Defenses of the training set: planted clusters, scores from NumPy's SVD, degenerate classes, a
+real victim.
+"""
 
 import dataclasses
 import functools
@@ -10,7 +12,13 @@ import pytest
 
 from bdjax import metrics
 from bdjax.attacks.badnets import BadNets
-from bdjax.defenses.samples.activation_clustering import ActivationClustering, halfway, silhouettes, two_means, unmix
+from bdjax.defenses.samples.activation_clustering import (
+    ActivationClustering,
+    halfway,
+    silhouettes,
+    two_means,
+    unmix,
+)
 from bdjax.defenses.samples.classes import principal
 from bdjax.defenses.samples.spectral_signatures import SpectralSignatures
 from bdjax.models.layers import build
@@ -25,13 +33,17 @@ RNG = np.random.default_rng(0)
 
 @functools.cache
 def reader(classes: int = CLASSES) -> Model:
-    """A model whose activations are the pixels themselves (SIDE² of them) times `variables["scale"]`."""
+    """A model whose activations are the pixels themselves (SIDE² of them) times
+    `variables["scale"]`.
+    """
 
     def apply(variables, x, *, train=False, edits=None, key=None):
         act = x.reshape(x.shape[0], -1) * variables["scale"]
         return Output(act[:, :classes], {"penultimate": act}, variables)
 
-    return Model(lambda key: {"scale": jnp.ones(())}, apply, (SIDE, SIDE, 1), classes, ("penultimate",))
+    return Model(
+        lambda key: {"scale": jnp.ones(())}, apply, (SIDE, SIDE, 1), classes, ("penultimate",)
+    )
 
 
 ONE = {"scale": jnp.ones(())}
@@ -41,13 +53,19 @@ def train_set(act: np.ndarray, label: np.ndarray, size: int | None = None) -> Tr
     """Rows with given activations `[M, SIDE²]` and labels, of which the first `size` exist."""
     n = len(label)
     plan = Plan(
-        jnp.arange(n), jnp.zeros(n, jnp.int32), jnp.asarray(label, jnp.int32), jnp.ones(n), jnp.asarray(size or n)
+        jnp.arange(n),
+        jnp.zeros(n, jnp.int32),
+        jnp.asarray(label, jnp.int32),
+        jnp.ones(n),
+        jnp.asarray(size or n),
     )
     return TrainSet(act.astype(np.float32).reshape(n, SIDE, SIDE, 1), plan)
 
 
 def planted(share: float = 0.2, n: int = 400) -> tuple[TrainSet, np.ndarray]:
-    """Four classes of noise about their centres; in class 2 the share `share` of rows lies apart."""
+    """Four classes of noise about their centres;
+    in class 2 the share `share` of rows lies apart.
+    """
     label = RNG.integers(0, CLASSES, n)
     act = RNG.normal(size=(CLASSES, SIDE**2))[label] * 3 + RNG.normal(size=(n, SIDE**2))
     poison = (label == 2) & (RNG.random(n) < share)
@@ -68,10 +86,14 @@ def run(defense, data: TrainSet, variables=ONE, classes: int = CLASSES):
 @pytest.mark.parametrize("reduce", ["pca", "ica"])
 def test_clustering_returns_the_planted_rows(reduce):
     data, poison = planted()
-    found = run(ActivationClustering(reduce=reduce, dims=4, rule="silhouette", silhouette=0.3), data)
+    found = run(
+        ActivationClustering(reduce=reduce, dims=4, rule="silhouette", silhouette=0.3), data
+    )
     np.testing.assert_array_equal(found.removed, poison)
     np.testing.assert_array_equal(found.info["suspicious"], [[0, 0], [0, 0], [0, 1], [0, 0]])
-    assert float(found.info["share"][2]) == pytest.approx(poison.sum() / (np.asarray(data.plan.label) == 2).sum())
+    assert float(found.info["share"][2]) == pytest.approx(
+        poison.sum() / (np.asarray(data.plan.label) == 2).sum()
+    )
     assert metrics.auroc(found.score[~poison], found.score[poison]) > 0.95
     assert int(without(data, found.removed).plan.size) == len(poison) - poison.sum()
 
@@ -80,7 +102,10 @@ def test_rules_by_size():
     data, _ = planted(0.3)
     label = np.asarray(data.plan.label)
     halves = run(ActivationClustering(reduce="pca", size=0.5), data)
-    assert [0 < (np.asarray(halves.removed) & (label == k)).sum() < (label == k).sum() / 2 for k in range(4)] == [1] * 4
+    assert [
+        0 < (np.asarray(halves.removed) & (label == k)).sum() < (label == k).sum() / 2
+        for k in range(4)
+    ] == [1] * 4
     none = run(ActivationClustering(reduce="pca", size=0.01), data)
     assert not none.removed.any()
     np.testing.assert_array_equal(none.info["cluster"], halves.info["cluster"])
@@ -98,7 +123,9 @@ def test_distance_finds_rows_that_lie_with_another_class():
 def test_lanes_jit_and_rows_that_do_not_exist_change_nothing():
     data, _ = planted()
     act, label = np.asarray(data.image), np.asarray(data.plan.label)
-    more = train_set(np.concatenate([act, 50 * act[:100]]), np.concatenate([label, label[:100]]), len(label))
+    more = train_set(
+        np.concatenate([act, 50 * act[:100]]), np.concatenate([label, label[:100]]), len(label)
+    )
     for defense in (ActivationClustering(reduce="pca", dims=4), SpectralSignatures()):
         alone, side, padded = (
             run(defense, data), run(dataclasses.replace(defense, lanes=4), data), run(defense, more)
@@ -117,13 +144,16 @@ def test_spectral_score_by_numpy(projection):
     for k in range(CLASSES):
         rows = act[label == k]
         top = np.linalg.svd(rows - rows.mean(0))[2][0]
-        score = ((rows - rows.mean(0)) @ top) ** 2 if projection == "centred" else np.abs(rows @ top)
+        score = (
+            ((rows - rows.mean(0)) @ top) ** 2 if projection == "centred" else np.abs(rows @ top)
+        )
         np.testing.assert_allclose(np.asarray(found.score)[label == k], score, rtol=0.02, atol=0.05)
         assert float(found.info["boundary"][k]) == pytest.approx(np.quantile(score, 0.75), rel=0.02)
         assert np.asarray(found.removed)[label == k].sum() == pytest.approx(0.25 * len(rows), abs=1)
     if projection == "centred":
         assert (
-            np.asarray(found.removed)[poison].all() and metrics.auroc(found.score[~poison], found.score[poison]) > 0.95
+            np.asarray(found.removed)[poison].all()
+            and metrics.auroc(found.score[~poison], found.score[poison]) > 0.95
         )
 
 
@@ -131,7 +161,9 @@ DEGENERATE = (ActivationClustering(), ActivationClustering(rule="distance"), Spe
               SpectralSignatures(projection="released"))  # fmt: skip
 
 
-@pytest.mark.parametrize("defense", DEGENERATE, ids=lambda d: f"{type(d).__name__}-{getattr(d, 'rule', '')}")
+@pytest.mark.parametrize(
+    "defense", DEGENERATE, ids=lambda d: f"{type(d).__name__}-{getattr(d, 'rule', '')}"
+)
 def test_empty_single_and_constant_classes_lose_nothing(defense):
     # Class 0 has no row, 1 has one, 2 has ordinary ones, all those of 3 are equal.
     label = np.repeat([1, 2, 3], [1, 40, 60])
@@ -150,7 +182,10 @@ def test_rows_that_are_not_numbers_have_no_score_and_do_not_harm_the_others():
         found = run(defense, data._replace(image=act))
         assert np.isnan(found.score[7]) and not found.removed[7]
         others = np.arange(len(poison)) != 7
-        assert np.isfinite(np.asarray(found.score)[others]).all() and np.asarray(found.removed)[poison & others].all()
+        assert (
+            np.isfinite(np.asarray(found.score)[others]).all()
+            and np.asarray(found.removed)[poison & others].all()
+        )
         lost = run(defense, data, {"scale": jnp.asarray(jnp.nan)})
         assert np.isnan(lost.score).all() and not lost.removed.any()
 
@@ -160,7 +195,9 @@ def test_one_class_and_fewer_activations_than_components():
     act = np.where(np.arange(50)[:, None] < 10, 4.0, 0.0) + 0.1 * RNG.normal(size=(50, SIDE**2))
     found = run(ActivationClustering(dims=100), train_set(act, label), classes=1)
     np.testing.assert_array_equal(found.removed, np.arange(50) < 10)
-    assert not run(ActivationClustering(rule="distance"), train_set(act, label), classes=1).removed.any()
+    assert not run(
+        ActivationClustering(rule="distance"), train_set(act, label), classes=1
+    ).removed.any()
 
 
 # --- The parts ---
@@ -169,8 +206,12 @@ def test_one_class_and_fewer_activations_than_components():
 def test_principal_axes_are_numpys_and_scikit_learns_components_are_ours():
     from sklearn.decomposition import FastICA
 
-    sources = np.stack([RNG.laplace(size=2000), RNG.uniform(-1, 1, 2000), np.sign(RNG.normal(size=2000))], 1)
-    x = (sources @ RNG.normal(size=(3, 9)) + 1e-3 * RNG.normal(size=(2000, 9))).astype(np.float32) + 5
+    sources = np.stack(
+        [RNG.laplace(size=2000), RNG.uniform(-1, 1, 2000), np.sign(RNG.normal(size=2000))], 1
+    )
+    x = (sources @ RNG.normal(size=(3, 9)) + 1e-3 * RNG.normal(size=(2000, 9))).astype(
+        np.float32
+    ) + 5
     weight = (np.arange(2000) < 1500).astype(np.float32)
     mean, axes, variance = map(np.asarray, jax.jit(lambda x, w: principal(KEY, x, w, 3))(x, weight))
     _, s, v = np.linalg.svd(x[:1500] - x[:1500].mean(0), full_matrices=False)
@@ -214,11 +255,17 @@ def test_what_is_left_is_trained_on_and_nothing_else():
 
 
 def test_real_victim(sample):
-    """All-to-all, a tenth of each class, as in the paper of activation clustering: what is found, and what is left of
-    the backdoor when the net is trained again without it.
+    """All-to-all, a tenth of each class, as in the paper of activation clustering: what is found,
+    and what is left of the backdoor when the net is trained again without it.
     """
-    model, attack = build(Ffnn(hidden=(64,)), sample.shape, sample.classes), BadNets(rate=0.1, labels="all-to-all")
-    data, recipe = poisoned_set(KEY, sample.train, attack, sample.classes), Recipe(epochs=15, batch=32)
+    model, attack = (
+        build(Ffnn(hidden=(64,)), sample.shape, sample.classes),
+        BadNets(rate=0.1, labels="all-to-all"),
+    )
+    data, recipe = (
+        poisoned_set(KEY, sample.train, attack, sample.classes),
+        Recipe(epochs=15, batch=32),
+    )
     train = jax.jit(lambda key, removed: fit(key, model, recipe, without(data, removed))[0])
     measure = jax.jit(lambda variables: evaluate(KEY, model, variables, sample.test, attack))
     poison = np.asarray(data.plan.kind > 0)
@@ -234,10 +281,16 @@ def test_real_victim(sample):
     ):
         found = judge(defense)
         removed = np.asarray(found.removed)
-        recall, precision = (removed & poison).sum() / poison.sum(), (removed & poison).sum() / removed.sum()
+        recall, precision = (
+            (removed & poison).sum() / poison.sum(),
+            (removed & poison).sum() / removed.sum(),
+        )
         auroc = float(metrics.auroc(found.score, found.score, ~poison, poison))
         after = measure(train(jax.random.key(9), found.removed))
-        print(defense, *(f"{float(v):.3f}" for v in (recall, precision, auroc, after["acc"], after["asr_nt"])))
+        print(
+            defense,
+            *(f"{float(v):.3f}" for v in (recall, precision, auroc, after["acc"], after["asr_nt"])),
+        )
         assert recall > least and precision > pure
         if least:
             assert auroc > 0.95 and float(after["asr_nt"]) < 0.3 < float(before["asr_nt"])
@@ -255,4 +308,6 @@ def test_bad_input():
         (SpectralSignatures(projection="both"), "projection 'both'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(BadInput, match=says):
-            bad.check(reader(), Split(np.zeros((9, SIDE, SIDE, 1), np.uint8), np.zeros(9, np.int32)))
+            bad.check(
+                reader(), Split(np.zeros((9, SIDE, SIDE, 1), np.uint8), np.zeros(9, np.int32))
+            )

@@ -35,7 +35,10 @@ def test_a_torn_last_line_is_left_out_and_then_cut_off(tmp_path):
         file.write(b'{"run": "torn", "metr')
     assert [row["run"] for row in store.rows()] == ["a"]
     store.append([{"run": "b"}])
-    assert [json.loads(line)["run"] for line in store.results.read_text().splitlines()] == ["a", "b"]
+    assert [json.loads(line)["run"] for line in store.results.read_text().splitlines()] == [
+        "a",
+        "b",
+    ]
 
 
 def test_two_processes_on_one_store_double_nothing(tmp_path):
@@ -45,7 +48,9 @@ def test_two_processes_on_one_store_double_nothing(tmp_path):
     )
     running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in "ab"]
     assert [process.wait(120) for process in running] == [0, 0]
-    runs = [json.loads(line)["run"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    runs = [
+        json.loads(line)["run"] for line in (tmp_path / "results.jsonl").read_text().splitlines()
+    ]
     assert sorted(map(int, runs)) == list(range(60))
 
 
@@ -84,7 +89,10 @@ def test_full_disk_is_one_clear_line_and_leaves_whole_lines(tmp_path, monkeypatc
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"cannot write .*the disk is full"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(BadInput, match=r"cannot write .*the disk is full"),
+    ):
         patch.setattr(os, "fsync", full)
         store.append([{"run": "b"}])
     assert store.results.read_text().splitlines() == ['{"run": "a"}']
@@ -102,11 +110,19 @@ def test_unwritable_folder(tmp_path):
 def saved(tmp_path_factory):
     net = Ffnn(hidden=(8,))
     model = build(net, (28, 28, 1), 10)
-    variables = {**model.init(jax.random.key(0)), "masks": {"penultimate": np.arange(8, dtype=np.float32) % 2}}
+    variables = {
+        **model.init(jax.random.key(0)),
+        "masks": {"penultimate": np.arange(8, dtype=np.float32) % 2},
+    }
     path = tmp_path_factory.mktemp("model") / "m"
     image = np.random.default_rng(0).random((28, 28, 1), np.float32)
     save_model(
-        path, net, model, variables, attack=Blended(pattern="image", image=image, alpha=0.3), metrics={"acc": 0.5}
+        path,
+        net,
+        model,
+        variables,
+        attack=Blended(pattern="image", image=image, alpha=0.3),
+        metrics={"acc": 0.5},
     )
     return path, net, variables, image
 
@@ -122,7 +138,8 @@ def test_a_model_comes_back_whole(saved):
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "no json", "bad json", "unknown net", "truncated", "other shape", "pickle"]
+    "damage",
+    ["missing", "no json", "bad json", "unknown net", "truncated", "other shape", "pickle"],
 )
 def test_damaged_models_are_refused_in_one_line(saved, tmp_path, damage):
     import shutil
@@ -159,10 +176,13 @@ def test_damaged_models_are_refused_in_one_line(saved, tmp_path, damage):
 
 def test_kill_9_while_saving_a_checkpoint(tmp_path):
     code = (
-        "import sys, numpy as np; from pathlib import Path; from bdjax.store import save_tree\n"
-        "i = 0\nwhile True:\n save_tree(Path(sys.argv[1]) / 'c', np.full(200_000, i, np.float32)); i += 1; print(i, flush=True)"
+        "import sys, numpy as np; from pathlib import Path; from bdjax.store import save_tree\ni = "
+        "0\nwhile True:\n save_tree(Path(sys.argv[1]) / 'c', np.full(200_000, i, np.float32)); i "
+        "+= 1; print(i, flush=True)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     for _ in range(2):
         process.stdout.readline()

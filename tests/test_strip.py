@@ -57,12 +57,17 @@ def test_certain_and_clueless_nets():
     assert entropies(KEY, certain, {}, x, images(4), 4).tolist() == [[0.0] * 4] * 2
     clueless = net(lambda x: jnp.zeros((x.shape[0], 3)))
     np.testing.assert_allclose(entropies(KEY, clueless, {}, x, images(4), 4), np.log2(3), rtol=1e-6)
-    np.testing.assert_allclose(entropies(KEY, clueless, {}, x, images(4), 4, base=3.0), 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        entropies(KEY, clueless, {}, x, images(4), 4, base=3.0), 1, rtol=1e-6
+    )
 
 
 def test_the_unclipped_sum_leaves_the_unit_interval_and_the_others_do_not():
     white = jnp.ones((1, 1, 1, 1))
-    assert [float(superimpose(white, white, blend).ravel()[0]) for blend in ("sum", "average", "clipped")] == [2, 1, 1]
+    assert [
+        float(superimpose(white, white, blend).ravel()[0])
+        for blend in ("sum", "average", "clipped")
+    ] == [2, 1, 1]
 
 
 def marked(n: int) -> Split:
@@ -74,11 +79,16 @@ def marked(n: int) -> Split:
 
 def test_overlays_of_an_input_differ_and_never_fit_the_boundary():
     # Undecided (1 bit) unless an image meets itself, when a pixel adds up to 2: then certain.
-    twice = net(lambda x: jnp.stack([1e3 * jax.nn.relu(x.max((1, 2, 3)) - 1.5), 0 * x[:, 0, 0, 0]], 1), (12, 1, 1), 2)
+    twice = net(
+        lambda x: jnp.stack([1e3 * jax.nn.relu(x.max((1, 2, 3)) - 1.5), 0 * x[:, 0, 0, 0]], 1),
+        (12, 1, 1),
+        2,
+    )
     clean = marked(12)
     scores = jax.jit(lambda: Strip(n=6)(KEY, twice, {}, clean, clean.image))()
     np.testing.assert_allclose(scores.info["clean"], np.ones(6), rtol=1e-6)
-    # Of the twelve inputs, six are overlays and meet themselves exactly once among all six different overlays.
+    # Of the twelve inputs, six are overlays and meet themselves exactly once among all six
+    # different overlays.
     np.testing.assert_allclose(np.sort(scores.score), [5 / 6] * 6 + [1] * 6, rtol=1e-6)
 
 
@@ -104,7 +114,8 @@ def test_trigger_on_real_images_is_caught_and_clean_images_pass(real):
     clean, trojan = run(data.test.image), run(stamped)
     np.testing.assert_array_equal(clean.flagged, clean.score <= clean.boundary)
     assert float(trojan.score.max()) < 1e-3 and bool(trojan.flagged.all())
-    # The boundary comes from 100 other images: the false rejection rate is near 5 %, not exactly there.
+    # The boundary comes from 100 other images: the false rejection rate is near 5 %, not exactly
+    # there.
     assert float(clean.flagged.mean()) < 0.13
     as_float = run(data.test.image.astype(np.float32) / 255)
     np.testing.assert_allclose(as_float.score, clean.score, rtol=1e-4)
@@ -117,7 +128,9 @@ def test_boundary_is_the_quantile_and_leaves_can_be_vmapped(real):
     @jax.jit
     def run(rates):
         def both(frr):
-            calls = (Strip(n=5, frr=frr, inputs=60, boundary=kind) for kind in ("normal", "empirical"))
+            calls = (
+                Strip(n=5, frr=frr, inputs=60, boundary=kind) for kind in ("normal", "empirical")
+            )
             return [strip(KEY, model, {}, data.clean, data.test.image[:7]) for strip in calls]
 
         return jax.vmap(both)(rates), both(0.1)
@@ -127,7 +140,9 @@ def test_boundary_is_the_quantile_and_leaves_can_be_vmapped(real):
     assert entropy.shape == (60,)
     expected = [NormalDist(entropy.mean(), entropy.std()).inv_cdf(float(rate)) for rate in rates]
     np.testing.assert_allclose(normal.boundary, expected, rtol=1e-4)
-    np.testing.assert_allclose(empirical.boundary, np.quantile(entropy, np.asarray(rates)), rtol=1e-4)
+    np.testing.assert_allclose(
+        empirical.boundary, np.quantile(entropy, np.asarray(rates)), rtol=1e-4
+    )
     np.testing.assert_allclose(alone.score, normal.score[1], rtol=1e-5)
     np.testing.assert_allclose(alone.boundary, normal.boundary[1], rtol=1e-4)
 
@@ -136,7 +151,10 @@ def test_batch_size_number_of_replicas_and_jit_do_not_change_a_replica(real):
     data, model = real
     x, overlays = data.test.image[:9], data.clean.image[:30]
     whole, pieces, fewer = jax.jit(
-        lambda: [entropies(KEY, model, {}, x, overlays, n, batch=batch) for n, batch in ((20, 1000), (20, 7), (8, 500))]
+        lambda: [
+            entropies(KEY, model, {}, x, overlays, n, batch=batch)
+            for n, batch in ((20, 1000), (20, 7), (8, 500))
+        ]
     )()
     np.testing.assert_allclose(pieces, whole, rtol=1e-5)
     # The first columns are what a smaller n gives: one run shows how the spread falls with n.
@@ -145,11 +163,14 @@ def test_batch_size_number_of_replicas_and_jit_do_not_change_a_replica(real):
 
 
 def test_spread_by_hand_and_the_number_of_replicas_by_its_slope():
-    h = np.random.default_rng(0).normal(1, 0.3, (40, 1)) + np.random.default_rng(1).normal(0, 1, (40, 12))
+    h = np.random.default_rng(0).normal(1, 0.3, (40, 1)) + np.random.default_rng(1).normal(
+        0, 1, (40, 12)
+    )
     found = spread(jnp.asarray(h, jnp.float32))
     by_hand = [h[:, :n].mean(1).std() for n in range(1, 13)]
     np.testing.assert_allclose(found.sigma, by_hand, rtol=1e-5)
-    # Means over N = 1, 2 … of inputs ±1: σ is 1, ½, ⅖, ⅖, ⅖ …: it moves by a fifth from 2 to 3, and then no more.
+    # Means over N = 1, 2 … of inputs ±1: σ is 1, ½, ⅖, ⅖, ⅖ …: it moves by a fifth from 2 to 3, and
+    # then no more.
     mean = np.array([1, 1 / 2, 2 / 5, 2 / 5, 2 / 5, 2 / 5])
     first = np.diff(mean * np.arange(1, 7), prepend=0)
     planted = jnp.asarray(np.outer([1, -1], first), jnp.float32)
@@ -157,13 +178,21 @@ def test_spread_by_hand_and_the_number_of_replicas_by_its_slope():
     assert int(spread(planted[:, :2], 0.01).enough) == 2 and int(spread(planted[:, :1]).enough) == 1
     # Nothing to see: all alike; one input that is not a number.
     assert int(spread(jnp.ones((5, 8))).enough) == 2
-    np.testing.assert_allclose(spread(jnp.concatenate([h, h[:1] * np.nan])).sigma, by_hand, rtol=1e-5)
+    np.testing.assert_allclose(
+        spread(jnp.concatenate([h, h[:1] * np.nan])).sigma, by_hand, rtol=1e-5
+    )
 
 
 def test_two_replicas_are_enough_to_run_and_the_report_has_the_curve(real):
     data, model = real
-    scores = jax.jit(lambda: Strip(n=2, inputs=30)(KEY, model, {}, data.clean, data.test.image[:3]))()
-    assert scores.score.shape == (3,) and scores.info["sigma"].shape == (2,) and int(scores.info["enough"]) == 2
+    scores = jax.jit(
+        lambda: Strip(n=2, inputs=30)(KEY, model, {}, data.clean, data.test.image[:3])
+    )()
+    assert (
+        scores.score.shape == (3,)
+        and scores.info["sigma"].shape == (2,)
+        and int(scores.info["enough"]) == 2
+    )
     assert float(scores.info["sigma"][-1]) == pytest.approx(float(scores.info["std"]), rel=1e-4)
 
 
@@ -175,7 +204,9 @@ def test_the_papers_protocol_takes_training_images_and_the_other_never_does(real
     run = jax.jit(lambda strip, clean: strip(KEY, model, {}, clean, x))
     same = run(held_out, Split(data.train.image[:60], data.train.label[:60]))
     np.testing.assert_allclose(run(original, nothing).score, same.score, rtol=1e-5)
-    np.testing.assert_allclose(run(original, data.clean).info["clean"], same.info["clean"], rtol=1e-5)
+    np.testing.assert_allclose(
+        run(original, data.clean).info["clean"], same.info["clean"], rtol=1e-5
+    )
     with pytest.raises(BadInput, match="40 are left"):
         Strip(n=41, inputs=20, images=data.train.image[:60]).check(model, data.clean)
     with pytest.raises(BadInput, match=r"the model's shape \(28, 28, 1\), not \(4, 4, 1\)"):
@@ -189,7 +220,9 @@ def test_nan_logits_have_no_score_and_are_not_flagged():
     x[1, 0] = 255
     scores = jax.jit(lambda: Strip(n=5)(KEY, model, {}, clean, x))()
     assert np.isnan(scores.score[1]) and not bool(scores.flagged[1])
-    assert float(scores.score[0]) == pytest.approx(np.log2(3), rel=1e-5) and np.isfinite(scores.boundary)
+    assert float(scores.score[0]) == pytest.approx(np.log2(3), rel=1e-5) and np.isfinite(
+        scores.boundary
+    )
 
 
 def test_bad_input():

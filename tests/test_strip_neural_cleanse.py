@@ -1,5 +1,5 @@
-"""The probes and claims of the experiment on STRIP and Neural Cleanse, on a net with one known backdoor neuron and on
-planted rows.
+"""The probes and claims of the experiment on STRIP and Neural Cleanse, on a net with one known
+backdoor neuron and on planted rows.
 """
 
 from pathlib import Path
@@ -35,10 +35,14 @@ def test_every_rate_of_strip_has_the_boundary_that_strip_alone_gives_it():
     strip = Strip(n=5, inputs=20)
     found = measured(slides.Rates(strip, (0.03, 0.005)))
     for frr, name in ((0.03, "3"), (0.005, "½")):
-        alone = Strip(frr=frr, n=5, inputs=20)(jax.random.split(KEY)[1], MODEL, VARIABLES, CLEAN, CLEAN.image[:1])
+        alone = Strip(frr=frr, n=5, inputs=20)(
+            jax.random.split(KEY)[1], MODEL, VARIABLES, CLEAN, CLEAN.image[:1]
+        )
         assert found[f"boundary_at_{name}"] == pytest.approx(float(alone.boundary), abs=1e-5)
         high = np.asarray(found["score_trojan"])[np.asarray(CLEAN.label) != planted.TARGET]
-        assert found[f"far_at_{name}"] == pytest.approx(float((high > found[f"boundary_at_{name}"]).mean()))
+        assert found[f"far_at_{name}"] == pytest.approx(
+            float((high > found[f"boundary_at_{name}"]).mean())
+        )
     assert found["auroc"] > 0.9
 
 
@@ -51,7 +55,8 @@ def test_a_stamped_input_gets_the_target_whatever_it_is_blended_with():
 
 
 def test_the_history_of_norms_ends_where_a_search_of_as_many_steps_does():
-    never = NeuralCleanse(steps=3, batches=2, success=2.0)  # no mask qualifies: the last one is returned
+    # no mask qualifies: the last one is returned
+    never = NeuralCleanse(steps=3, batches=2, success=2.0)
     labels = jnp.arange(4)
     norms = jax.jit(lambda: never.history(KEY, MODEL, VARIABLES, CLEAN.image, labels, 3))()
     found = jax.jit(lambda: never.search(KEY, MODEL, VARIABLES, CLEAN.image, labels))()
@@ -74,7 +79,9 @@ def test_ranks_and_overlaps_of_a_planted_history(monkeypatch):
 def test_sizes_sees_the_original_trigger():
     found = measured(Sizes(NC))
     assert found["l1_original"] == pytest.approx(1) and 0 <= found["share_covered"] <= 1
-    np.testing.assert_allclose(found["mask"][0], np.eye(8)[7][:, None, None] * np.eye(8)[7][None, :, None], atol=1e-6)
+    np.testing.assert_allclose(
+        found["mask"][0], np.eye(8)[7][:, None, None] * np.eye(8)[7][None, :, None], atol=1e-6
+    )
     assert found["pattern"][0, 7, 7, 0] == pytest.approx(1)
 
 
@@ -108,7 +115,8 @@ def planted_rows(far=0.0, asr=0.0, reversed_=5.0):
     return [
         row(s.TWO, "MNIST, square", acc_test=0.98, asr_all=1.0, asr_nt=1.0),
         row(s.TWO, "MNIST, clean", acc_test=0.98),
-        row(s.THREE, "MNIST, square, sum", far_at_1=far, frr_at_1=0.01, enough=20, acc_test=0.98, asr_nt=1.0),
+        row(s.THREE, "MNIST, square, sum", far_at_1=far, frr_at_1=0.01, enough=20, acc_test=0.98,
+            asr_nt=1.0),
         row(s.INDEX, "MNIST", anomaly_index=3.5, target_flagged=1.0, acc_test=0.98, asr_nt=1.0),
         row(s.INDEX, "MNIST, clean twin", anomaly_index=1.1, infected=0.0, acc_test=0.98),
         row(s.NEURONS, "MNIST", clean=1.0, reversed=reversed_, original=5.0, far=far, frr=0.05),
@@ -117,18 +125,24 @@ def planted_rows(far=0.0, asr=0.0, reversed_=5.0):
         row(s.UNLEARNED, "MNIST, clean images", acc_test=0.97, asr_nt=1.0 - asr),
         *(row(s.BOTH, f"STRIP, {k}", 0.1, far=float(k == "all-to-all"), needs_labels=0.0)
           for k in ("one label", "large trigger", "all-to-all")),
-        *(row(s.BOTH, f"Neural Cleanse, {k}", 9.0, infected=float(k == "one label"), needs_labels=0.0)
+        *(row(s.BOTH, f"Neural Cleanse, {k}", 9.0, infected=float(k == "one label"),
+              needs_labels=0.0)
           for k in ("one label", "large trigger", "all-to-all")),
         row(s.BOTH, "Neural Cleanse's unlearning, one label", needs_labels=1.0),
     ]  # fmt: skip
 
 
 def test_claims_hold_on_rows_that_show_them_and_fail_on_rows_that_do_not():
-    good, bad = (list(slides.trends(rows)) for rows in (planted_rows(), planted_rows(0.9, 0.9, 0.5)))
+    good, bad = (
+        list(slides.trends(rows)) for rows in (planted_rows(), planted_rows(0.9, 0.9, 0.5))
+    )
     assert {verdict for _, verdict, _ in good} == {"reproduced"} and len(good) == len(bad) == 12
     fallen = [claim for claim, verdict, _ in bad if verdict == "not"]
     assert len(fallen) == 5 and all("Comparison" not in claim for claim in fallen)
 
 
 def test_claims_about_rows_that_are_not_there_are_left_out():
-    assert list(slides.trends(planted_rows()[:2])) and len(list(slides.trends(planted_rows()[:2]))) == 1
+    assert (
+        list(slides.trends(planted_rows()[:2]))
+        and len(list(slides.trends(planted_rows()[:2]))) == 1
+    )

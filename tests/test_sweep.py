@@ -54,12 +54,19 @@ def test_rows_have_what_scripts_rely_on(unbroken):
     _runner, rows = unbroken
     assert [row["run"] for row in rows] == [cell.run for cell in CELLS]
     assert len({row["run"] for row in rows}) == len(CELLS)
-    wanted = "run experiment scale table row dataset model attack defense seed config metrics reported seconds oracle "
+    wanted = (
+        "run experiment scale table row dataset model attack defense seed config metrics reported "
+        "seconds oracle "
+    )
     for row in json.loads(json.dumps(rows)):
         assert set((wanted + "substitute device jax commit").split()) <= set(row)
         assert {"acc_test", "asr_all", "asr_nt"} <= set(row["metrics"])
         assert {"compile", "run"} == set(row["seconds"])
-        assert (row["dataset"], row["model"], row["attack"]) == ("fashion-mnist-sample", "ffnn", "badnets")
+        assert (row["dataset"], row["model"], row["attack"]) == (
+            "fashion-mnist-sample",
+            "ffnn",
+            "badnets",
+        )
         assert row["oracle"] is False
     assert rows[0]["config"]["attack"]["rate"] == 0.0 and rows[1]["config"]["attack"]["rate"] == 0.2
 
@@ -68,7 +75,9 @@ def test_the_victim_of_several_defenses_is_trained_once(unbroken):
     runner, _ = unbroken
     (members,) = (runner.store.folder / "victims").glob("*/members.json")
     assert len(json.loads(members.read_text())) == 5  # LPSF trains its own
-    assert not (runner.store.folder / "partial").exists() or not list((runner.store.folder / "partial").iterdir())
+    assert not (runner.store.folder / "partial").exists() or not list(
+        (runner.store.folder / "partial").iterdir()
+    )
 
 
 def test_cells_that_differ_in_numbers_share_one_program(unbroken):
@@ -89,7 +98,9 @@ def test_a_judge_of_samples_is_measured_by_what_is_trained_without_its_suspects(
 def test_programs_that_were_not_used_for_long_are_let_go(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(sweep, "PROGRAMS", 2)
-    monkeypatch.setattr(sweep, "compiled", lambda fn, *_: made.append(fn) or (lambda shared, x: x + shared))
+    monkeypatch.setattr(
+        sweep, "compiled", lambda fn, *_: made.append(fn) or (lambda shared, x: x + shared)
+    )
     runner = Runner(Store(tmp_path), "test", quiet=True, widths=collections.defaultdict(lambda: 1))
     for fn in (min, max, min, abs, max, min):
         assert runner._call("defend", fn, None, 1, np.arange(3))[2] == 3  # type: ignore[arg-type]
@@ -129,7 +140,9 @@ def test_interrupted_training_goes_on_bit_for_bit(unbroken, tmp_path, monkeypatc
 
 def test_lanes_and_devices_change_no_result(unbroken, tmp_path):
     _, rows = unbroken
-    four = Runner(Store(tmp_path / "4"), "test", quiet=True, devices=jax.local_devices(), lanes=2).run(CELLS[:4])
+    four = Runner(
+        Store(tmp_path / "4"), "test", quiet=True, devices=jax.local_devices(), lanes=2
+    ).run(CELLS[:4])
     for one, other in zip(rows, four, strict=False):
         for name, value in one["metrics"].items():
             assert value == pytest.approx(other["metrics"][name], abs=0.02), name
@@ -144,7 +157,12 @@ def test_a_diverged_cell_fails_alone(tmp_path):
 
 def test_grid_over_any_field():
     made = list(grid(BASE, attack__rate=(0.1, 0.2), recipe__epochs=(1, 2), seed=(0,)))
-    assert [(c.attack.rate, c.recipe.epochs) for c in made] == [(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
+    assert [(c.attack.rate, c.recipe.epochs) for c in made] == [
+        (0.1, 1),
+        (0.1, 2),
+        (0.2, 1),
+        (0.2, 2),
+    ]
     assert len({c.run for c in made}) == 4
     with pytest.raises(BadInput, match="no field 'rte'"):
         list(grid(BASE, attack__rte=(1,)))
@@ -155,11 +173,15 @@ def test_zipped_sampled_and_chained():
     assert [(c.seed, c.attack.target) for c in made] == [(0, 3), (1, 7)]
     with pytest.raises(BadInput, match="differ in length: seed 2, attack__target 1"):
         list(zipped(BASE, seed=(0, 1), attack__target=(3,)))
-    both = list(grid(zipped(BASE, seed=(0, 1), attack__target=(3, 7)), attack__rate=iter((0.1, 0.2))))
+    both = list(
+        grid(zipped(BASE, seed=(0, 1), attack__target=(3, 7)), attack__rate=iter((0.1, 0.2)))
+    )
     assert [(c.seed, c.attack.target, c.attack.rate) for c in both] == [
         (0, 3, 0.1), (0, 3, 0.2), (1, 7, 0.1), (1, 7, 0.2),
     ]  # fmt: skip
-    drawn = list(sample(BASE, 20, attack__rate=lambda rng: rng.uniform(0, 0.1), attack__target=(1, 2)))
+    drawn = list(
+        sample(BASE, 20, attack__rate=lambda rng: rng.uniform(0, 0.1), attack__target=(1, 2))
+    )
     assert len({c.attack.rate for c in drawn}) == 20 and {c.attack.target for c in drawn} == {1, 2}
     assert all(0 <= c.attack.rate <= 0.1 for c in drawn)
     again = sample(BASE, 20, attack__rate=lambda rng: rng.uniform(0, 0.1), attack__target=(1, 2))
@@ -168,14 +190,22 @@ def test_zipped_sampled_and_chained():
 
 
 def test_shards_part_the_victims_and_keep_their_defenses():
-    cells = [*grid(BASE, seed=range(5)), *grid(DEFENDED, seed=range(5)), *grid(replace(BASE, ["model"], Ffnn((8,))))]
+    cells = [
+        *grid(BASE, seed=range(5)),
+        *grid(DEFENDED, seed=range(5)),
+        *grid(replace(BASE, ["model"], Ffnn((8,)))),
+    ]
     whole = [cell.run for group in groups(cells * 2, 4) for cell in group]
     assert sorted(whole) == sorted({cell.run for cell in cells})  # each once
     assert [len({c.victim for c in group}) for group in groups(cells, 4)] == [3, 2, 1]
     parts = [[cell for group in groups(cells, 4, (i, 3)) for cell in group] for i in range(3)]
     assert sorted(cell.run for part in parts for cell in part) == sorted(whole)
     victims = [{cell.victim for cell in part} for part in parts]
-    assert [len(v) for v in victims] == [2, 2, 2] and not victims[0] & victims[1] and not victims[1] & victims[2]
+    assert (
+        [len(v) for v in victims] == [2, 2, 2]
+        and not victims[0] & victims[1]
+        and not victims[1] & victims[2]
+    )
 
 
 # --- What it survives. All tables are those of one unbroken run. ---
@@ -195,7 +225,8 @@ EXPERIMENT = """
         recipe = Recipe(epochs=3, batch=32)
         for width in (8, 12):
             cell = Cell("T", f"width {width}", data, Ffnn(hidden=(width,)), recipe, BadNets())
-            yield from grid(cell, seed=range(seeds or 2), defense=(None, FinePruning(recipe=Recipe(epochs=1, batch=20))))
+            pruning = FinePruning(recipe=Recipe(epochs=1, batch=20))
+            yield from grid(cell, seed=range(seeds or 2), defense=(None, pruning))
 """
 
 
@@ -205,9 +236,23 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     file = folder / "small.py"
     file.write_text(textwrap.dedent(EXPERIMENT))
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+    }
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    command = [sys.executable, "-m", "bdjax", "sweep", str(file), "--scale", "smoke", "--quiet", "--out"]
+    command = [
+        sys.executable,
+        "-m",
+        "bdjax",
+        "sweep",
+        str(file),
+        "--scale",
+        "smoke",
+        "--quiet",
+        "--out",
+    ]
 
     def start(*args: object) -> subprocess.Popen:
         words = [*command, *map(str, args)]
@@ -230,7 +275,8 @@ def test_kill_9_at_three_random_moments_and_the_same_table(small, tmp_path):
     rng, results, counts = random.Random(time.time_ns()), tmp_path / "results.jsonl", []
     for killed in range(3):
         process, until = start(tmp_path), time.monotonic() + 100
-        while time.monotonic() < until and not (tmp_path / "progress.json").exists():  # it has begun
+        # it has begun
+        while time.monotonic() < until and not (tmp_path / "progress.json").exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.02)
         (tmp_path / "progress.json").unlink()
@@ -249,7 +295,9 @@ def test_kill_9_at_three_random_moments_and_the_same_table(small, tmp_path):
 
 
 def test_two_hosts_started_by_jax_distributed_and_one_that_dies(small, tmp_path):
-    """They meet at the start; then host 0 is killed, and host 1 ends without it. Host 0's part is done later."""
+    """They meet at the start; then host 0 is killed, and host 1 ends without it. Host 0's part is
+    done later.
+    """
     _, start, whole = small
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -269,7 +317,9 @@ def test_two_hosts_started_by_jax_distributed_and_one_that_dies(small, tmp_path)
     again = start(tmp_path, "--shard", "0/2")
     assert again.wait(100) == 0, again.communicate()
     assert table(Store(tmp_path).rows()) == whole
-    runs = [json.loads(line)["run"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    runs = [
+        json.loads(line)["run"] for line in (tmp_path / "results.jsonl").read_text().splitlines()
+    ]
     assert len(runs) == len(set(runs)) == 8 and (tmp_path / "index.html").exists()
 
 
@@ -297,12 +347,18 @@ def test_out_of_memory_halves_the_lanes(unbroken, tmp_path, monkeypatch, capsys)
     real = sweep.compiled
 
     def compiled(fn, model, shared, items, lanes, *rest):
-        return exhausted if lanes > 2 and fn is sweep._epoch else real(fn, model, shared, items, lanes, *rest)
+        return (
+            exhausted
+            if lanes > 2 and fn is sweep._epoch
+            else real(fn, model, shared, items, lanes, *rest)
+        )
 
     monkeypatch.setattr(sweep, "compiled", compiled)
     runner = Runner(Store(tmp_path), "test", lanes=4)
     found = runner.run(FEW)
-    assert "out of memory: epoch goes on with 2 lanes a device instead of 4" in capsys.readouterr().err
+    assert (
+        "out of memory: epoch goes on with 2 lanes a device instead of 4" in capsys.readouterr().err
+    )
     assert not runner.unfit and [row["run"] for row in found] == [row["run"] for row in rows[:4]]
     for one, other in zip(rows, found, strict=False):
         assert one["metrics"] == pytest.approx(other["metrics"], abs=0.02)
@@ -330,7 +386,9 @@ def test_out_of_memory_in_mid_training_goes_on_from_the_checkpoint(unbroken, tmp
     monkeypatch.setattr(sweep, "CHECKPOINT_EVERY", 0.0)
     found = Runner(Store(tmp_path), "test", quiet=True, lanes=2).run(FEW)
     assert epochs == [0, 1, 1, 2]
-    assert table(found) == {row["run"]: table(rows)[row["run"]] for row in found} and len(found) == 4
+    assert (
+        table(found) == {row["run"]: table(rows)[row["run"]] for row in found} and len(found) == 4
+    )
 
 
 def test_what_does_not_fit_is_halved_then_left_out_and_named(small, tmp_path, monkeypatch, capsys):
@@ -344,7 +402,8 @@ def test_what_does_not_fit_is_halved_then_left_out_and_named(small, tmp_path, mo
 
     monkeypatch.setattr(sweep, "compiled", compiled)
     with pytest.raises(
-        BadInput, match=r"4 runs do not fit into the memory of cpu .*: fine-pruning on ffnn; take smaller"
+        BadInput,
+        match=r"4 runs do not fit into the memory of cpu .*: fine-pruning on ffnn; take smaller",
     ):
         experiment.run(file, "smoke", tmp_path, devices=1)
     assert "2 runs go on as 1 and 1" in capsys.readouterr().err
@@ -377,7 +436,9 @@ def test_sigterm_saves_at_the_next_epoch_and_goes_on_bit_for_bit(unbroken, tmp_p
     (saved,) = (tmp_path / "partial").iterdir()
     assert len(list(saved.iterdir())) > 0
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert table(Runner(Store(tmp_path), "test", quiet=True, programs=whole.programs).run(CELLS)) == table(rows)
+    assert table(
+        Runner(Store(tmp_path), "test", quiet=True, programs=whole.programs).run(CELLS)
+    ) == table(rows)
 
 
 def test_ctrl_c_stops_after_what_is_running(unbroken, tmp_path):
@@ -392,18 +453,29 @@ def test_ctrl_c_stops_after_what_is_running(unbroken, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         runner.run(CELLS)
     assert [row["run"] for row in store.rows()] == [cell.run for cell in FEW]
-    assert table(Runner(store, "test", quiet=True, programs=whole.programs).run(CELLS)) == table(rows)
+    assert table(Runner(store, "test", quiet=True, programs=whole.programs).run(CELLS)) == table(
+        rows
+    )
 
 
 def test_a_second_ctrl_c_ends_a_process_that_does_not_listen():
     code = (
-        "import time, threading; from bdjax.progress import Stop\n"
-        "with Stop() as stop:\n print('ready', flush=True); time.sleep(0.5); threading.Event().wait(60)"
+        "import time, threading; from bdjax.progress import Stop\nwith Stop() as stop:\n "
+        "print('ready', flush=True); time.sleep(0.5); threading.Event().wait(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None and process.stdout.readline() == "ready\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert (
+        process.stdout is not None
+        and process.stderr is not None
+        and process.stdout.readline() == "ready\n"
+    )
     process.send_signal(signal.SIGINT)
-    assert "SIGINT: stopping after what is running; once more stops at once" in process.stderr.readline()
+    assert (
+        "SIGINT: stopping after what is running; once more stops at once"
+        in process.stderr.readline()
+    )
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
     process.communicate()
@@ -416,7 +488,10 @@ def test_a_full_disk_is_one_line_and_then_it_goes_on(unbroken, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     runner = Runner(Store(tmp_path), "test", quiet=True, programs=whole.programs)
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match=r"results\.jsonl: the disk is full"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(BadInput, match=r"results\.jsonl: the disk is full"),
+    ):
         patch.setattr(os, "fsync", full)
         runner.run(CELLS)
     assert table(runner.run(CELLS)) == table(rows)
@@ -446,7 +521,9 @@ def test_lanes_are_measured_once_and_remembered(unbroken, tmp_path, monkeypatch)
     kept = json.loads((tmp_path / "cache" / "lanes.json").read_text())
     assert len(kept) == 3 and all(entry == {"lanes": 2, "tried": 4} for entry in kept.values())
     assert all("cpu" in name for name in kept)
-    Runner(Store(tmp_path / "b"), "test", quiet=True, lanes="auto", programs=dict(first.programs)).run(two)
+    Runner(
+        Store(tmp_path / "b"), "test", quiet=True, lanes="auto", programs=dict(first.programs)
+    ).run(two)
     again = Runner(Store(tmp_path / "c"), "test", quiet=True, lanes="auto")
     model, shared = again._data(two[0])
     items = again._stacked([(jax.random.key(0), two[0].recipe, sweep.bound(two[0], shared))] * 4)
@@ -465,26 +542,44 @@ def test_dry_run_prints_and_trains_nothing(small, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(Runner, "run", lambda *_: pytest.fail("it runs"))
     experiment.run(file, "smoke", tmp_path / "out", dry_run=True, devices=1)
     out = capsys.readouterr().out
-    assert "8 cells, 4 victims, 2 groups on 1 × cpu; 8 to do" in out and "unknown for 8 cells" in out
+    assert (
+        "8 cells, 4 victims, 2 groups on 1 × cpu; 8 to do" in out and "unknown for 8 cells" in out
+    )
     assert "fine-pruning" in out and "MB at least" in out and not (tmp_path / "out").exists()
-    experiment.run(file, "smoke", file.parent / "whole", dry_run=True, devices=1, shard="1/2", seeds=4)
+    experiment.run(
+        file, "smoke", file.parent / "whole", dry_run=True, devices=1, shard="1/2", seeds=4
+    )
     out = capsys.readouterr().out
-    assert "8 cells, 4 victims, 2 groups on 1 × cpu, shard 1/2; 4 to do" in out and "unknown" not in out
+    assert (
+        "8 cells, 4 victims, 2 groups on 1 × cpu, shard 1/2; 4 to do" in out
+        and "unknown" not in out
+    )
 
 
 def test_status_from_files_alone(small, tmp_path, capsys):
     file, *_ = small
     experiment.status(file.parent / "whole")
     out = capsys.readouterr().out
-    assert "done" in out and "2/2" in out and "8/8" in out and "8 rows are there, 0 are to come" in out
+    assert (
+        "done" in out and "2/2" in out and "8/8" in out and "8 rows are there, 0 are to come" in out
+    )
     (facts,) = progress.boards(file.parent / "whole")
     for i, silent in enumerate((0, 3600)):
-        now = {**facts, "state": "running", "rows": 4, "shard": f"{i}/2", "updated": time.time() - silent}
-        (tmp_path / f"progress-{i}-of-2.json").write_text(json.dumps({**now, "started": now["updated"] - 60}))
+        now = {
+            **facts,
+            "state": "running",
+            "rows": 4,
+            "shard": f"{i}/2",
+            "updated": time.time() - silent,
+        }
+        (tmp_path / f"progress-{i}-of-2.json").write_text(
+            json.dumps({**now, "started": now["updated"] - 60})
+        )
     (tmp_path / "progress-7-of-8.json").write_text("{torn")
     experiment.status(tmp_path)
     out = capsys.readouterr().out
-    assert "4.0" in out and "60 s" in out and "silent for 60 min: killed?" in out  # 4 of 8 rows in a minute
+    # 4 of 8 rows in a minute
+    assert "4.0" in out and "60 s" in out and "silent for 60 min: killed?" in out
     with pytest.raises(BadInput, match=r"no progress\.json"):
         experiment.status(tmp_path / "nowhere")
 
@@ -504,7 +599,9 @@ class Doubt:
 def test_a_probe_measures_the_net_that_the_row_is_about(tmp_path):
     pruned = replace(DEFENDED[0], ["row"], "pruned")
     cells = [replace(c, ["probe"], Doubt(p)) for c in (BASE, pruned) for p in (1.0, 2.0)]
-    assert len({c.run for c in (BASE, *cells)}) == 5 and len({c.victim for c in (BASE, *cells)}) == 1
+    assert (
+        len({c.run for c in (BASE, *cells)}) == 5 and len({c.victim for c in (BASE, *cells)}) == 1
+    )
     rows = Runner(Store(tmp_path), "test", quiet=True).run(cells)
     sure = [row["metrics"]["sure"] for row in rows]
     assert sure[1] < sure[0] and sure[3] < sure[2] and sure[0] != sure[2]

@@ -9,7 +9,18 @@ import pytest
 from bdjax.attacks.badnets import BadNets
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
-from bdjax.train import Recipe, TrainSet, advance, batched, begin, clean_set, evaluate, fit, poisoned_set, predict
+from bdjax.train import (
+    Recipe,
+    TrainSet,
+    advance,
+    batched,
+    begin,
+    clean_set,
+    evaluate,
+    fit,
+    poisoned_set,
+    predict,
+)
 from bdjax.types import BadInput, Split
 
 RECIPE = Recipe(epochs=4, batch=32)
@@ -66,7 +77,9 @@ def test_rate_zero_is_the_clean_twin(one_epoch, model, sample):
     key = jax.random.key(3)
     state = begin(key, model, RECIPE)
     poisoned, _ = one_epoch(key, state, jax.tree.map(jnp.asarray, BadNets(rate=0.0)))
-    clean, _ = jax.jit(lambda k, s: advance(k, s, model, RECIPE, clean_set(sample.train), epochs=1))(key, state)
+    clean, _ = jax.jit(
+        lambda k, s: advance(k, s, model, RECIPE, clean_set(sample.train), epochs=1)
+    )(key, state)
     chex.assert_trees_all_close(poisoned.variables, clean.variables, atol=1e-6)
 
 
@@ -78,12 +91,18 @@ def test_vmap_over_runs_equals_the_loop(model, sample):
         train = poisoned_set(key, small, attack, sample.classes)
         return fit(key, model, Recipe(epochs=1, batch=32), train)[0]["params"]
 
-    keys, rates, targets = jax.random.split(jax.random.key(0), 3), jnp.array([0.0, 0.1, 0.5]), jnp.array([0, 4, 9])
+    keys, rates, targets = (
+        jax.random.split(jax.random.key(0), 3),
+        jnp.array([0.0, 0.1, 0.5]),
+        jnp.array([0, 4, 9]),
+    )
     mapped = jax.jit(jax.vmap(run))(keys, rates, targets)
     single = jax.jit(run)
     for i in range(3):
         alone = single(keys[i], rates[i], targets[i])
-        chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], mapped), alone, atol=1e-5)
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda leaf, i=i: leaf[i], mapped), alone, atol=1e-5
+        )
     assert single._cache_size() == 1, "a rate, a target or a key must not compile anew"
 
 
@@ -94,12 +113,21 @@ def test_frozen_parameters_keep_their_value(model, sample):
     dense = jnp.ones(shapes["dense_1"]["kernel"]).at[:100].set(0.0)
     trainable = {"dense_1": {"kernel": dense, "bias": 1.0}, "logits": 0.0}
     after, _ = fit(
-        key, model, Recipe(epochs=1, batch=32), clean_set(sample.train), variables=variables, trainable=trainable
+        key,
+        model,
+        Recipe(epochs=1, batch=32),
+        clean_set(sample.train),
+        variables=variables,
+        trainable=trainable,
     )
     before = variables["params"]
     chex.assert_trees_all_equal(after["params"]["logits"], before["logits"])
-    chex.assert_trees_all_equal(after["params"]["dense_1"]["kernel"][:100], before["dense_1"]["kernel"][:100])
-    assert not np.allclose(after["params"]["dense_1"]["kernel"][100:], before["dense_1"]["kernel"][100:])
+    chex.assert_trees_all_equal(
+        after["params"]["dense_1"]["kernel"][:100], before["dense_1"]["kernel"][:100]
+    )
+    assert not np.allclose(
+        after["params"]["dense_1"]["kernel"][100:], before["dense_1"]["kernel"][100:]
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "adadelta", "rmsprop"])
@@ -128,13 +156,17 @@ def test_augment_is_applied_to_the_stamped_batch(model, sample):
     key = jax.random.key(0)
     after, _ = fit(key, model, recipe, poisoned_set(key, small, BadNets(rate=1.0), sample.classes))
     before = model.init(jax.random.split(key)[0])
-    chex.assert_trees_all_equal(after["params"]["dense_1"]["kernel"], before["params"]["dense_1"]["kernel"])
+    chex.assert_trees_all_equal(
+        after["params"]["dense_1"]["kernel"], before["params"]["dense_1"]["kernel"]
+    )
 
 
 def test_rows_that_do_not_exist_are_never_drawn(model, sample):
     small = sample.train[:64]
     plan = clean_set(small).plan
-    broken = plan._replace(weight=jnp.where(jnp.arange(64) < 40, 1.0, jnp.nan), size=jnp.asarray(40))
+    broken = plan._replace(
+        weight=jnp.where(jnp.arange(64) < 40, 1.0, jnp.nan), size=jnp.asarray(40)
+    )
     variables, _ = fit(jax.random.key(0), model, RECIPE, TrainSet(small.image, broken))
     chex.assert_tree_all_finite(variables["params"])
 
@@ -148,7 +180,9 @@ def test_batched_equals_all_at_once():
 def test_predict_is_independent_of_the_batch(victim, sample):
     model, variables, _ = victim
     whole = predict(model, variables, sample.test.image, batch=500)
-    chex.assert_trees_all_close(whole, predict(model, variables, sample.test.image, batch=64), atol=1e-5)
+    chex.assert_trees_all_close(
+        whole, predict(model, variables, sample.test.image, batch=64), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The attacks that poison rows: triggers by hand, plans by count, parameters refused where they are wrong."""
+"""The attacks that poison rows: triggers by hand, plans by count, parameters refused where they are
+wrong.
+"""
 
 import colorsys
 import dataclasses
@@ -34,8 +36,9 @@ from bdjax.models.shamshiri import Ffnn
 from bdjax.types import BadInput, Split
 
 ATTACKS = (
-    BadNets, Blended, Accessory, Physical, InputInstanceKey, WeightedLoss, CleanLabel, TriggerCombination, PostIt,
-    Gotham, Sunglasses, Lipstick, Eyebrows, MultiTrigger, EntropyManipulation,
+    BadNets, Blended, Accessory, Physical, InputInstanceKey, WeightedLoss, CleanLabel,
+    TriggerCombination, PostIt, Gotham, Sunglasses, Lipstick, Eyebrows, MultiTrigger,
+    EntropyManipulation,
 )  # fmt: skip
 PRESETS = [(cls, preset) for cls in ATTACKS for preset in (None, *getattr(cls, "presets", {}))]
 KEY = jax.random.key(0)
@@ -82,14 +85,18 @@ def labels(sample):
 
 
 def changed(attack, shape=(28, 28, 1), **kwargs):
-    """The pixels that a trigger changes on a black and on a white image: {(row, column): its colour on black}."""
+    """The pixels that a trigger changes on a black and on a white image: {(row, column): its colour
+    on black}.
+    """
     black, white = (stamp(attack, np.full(shape, v, np.float32), **kwargs) for v in (0, 1))
     places = zip(*np.nonzero(((black != 0) | (white != 1)).any(-1)))
     return {(int(i), int(j)): black[i, j].astype(float).round(4).tolist() for i, j in places}
 
 
 def test_pattern_has_the_published_coordinates():
-    assert changed(make(BadNets, "pattern")) == {p: [1] for p in ((26, 26), (25, 25), (26, 24), (24, 26))}
+    assert changed(make(BadNets, "pattern")) == {
+        p: [1] for p in ((26, 26), (25, 25), (26, 24), (24, 26))
+    }
 
 
 MAROON = [round(101 / 255, 4), 0, round(25 / 255, 4)]
@@ -100,16 +107,20 @@ MAROON = [round(101 / 255, 4), 0, round(25 / 255, 4)]
     [
         (BadNets(), (28, 28, 1), {(r, c): [1] for r in range(23, 28) for c in range(23, 28)}),
         (make(BadNets, "pixel"), (28, 28, 1), {(26, 26): [1]}),
-        (make(BadNets, "nc"), (32, 32, 3), {(r, c): [1] * 3 for r in range(27, 31) for c in range(27, 31)}),
-        (make(BadNets, "strip-square"), (28, 28, 1), {(r, c): [1] for r in (25, 26, 27) for c in (25, 26, 27)}),
-        (make(BadNets, "large-trigger"), (28, 28, 1), {(r, c): [1] for r in range(14, 28) for c in range(14, 28)}),
+        (make(BadNets, "nc"), (32, 32, 3),
+         {(r, c): [1] * 3 for r in range(27, 31) for c in range(27, 31)}),
+        (make(BadNets, "strip-square"), (28, 28, 1),
+         {(r, c): [1] for r in (25, 26, 27) for c in (25, 26, 27)}),
+        (make(BadNets, "large-trigger"), (28, 28, 1),
+         {(r, c): [1] for r in range(14, 28) for c in range(14, 28)}),
         (make(BadNets, "spectral-pixel"), (32, 32, 3), {(11, 16): MAROON}),
         (
             make(BadNets, "spectral-x"),
             (32, 32, 3),
             {p: MAROON for p in ((11, 16), (10, 15), (10, 17), (12, 15), (12, 17))},
         ),
-        (make(BadNets, "spectral-ell"), (32, 32, 3), {p: MAROON for p in ((11, 16), (12, 16), (12, 17))}),
+        (make(BadNets, "spectral-ell"), (32, 32, 3),
+         {p: MAROON for p in ((11, 16), (12, 16), (12, 17))}),
         # 0.1 · 32 → 3 pixels; centre 0.82 · 32 = 26.24 and 0.57 · 32 = 18.24.
         (
             make(BadNets, "yellow-square"),
@@ -120,12 +131,15 @@ MAROON = [round(101 / 255, 4), 0, round(25 / 255, 4)]
         (
             BadNets(shape="digit-7", size=7, row=0, col=0),
             (9, 9, 1),
-            {p: [1] for p in [(0, c) for c in range(1, 6)] + [(1, 5), (2, 4), (3, 4), (4, 3), (5, 3), (6, 3)]},
+            {p: [1] for p in [(0, c) for c in range(1, 6)] + [(1, 5), (2, 4), (3, 4), (4, 3),
+                                                              (5, 3), (6, 3)]},
         ),
     ],
 )  # fmt: skip
 def test_badnets_by_hand(attack, shape, expected):
-    assert changed(attack, shape) == {place: pytest.approx(c, abs=1e-4) for place, c in expected.items()}
+    assert changed(attack, shape) == {
+        place: pytest.approx(c, abs=1e-4) for place, c in expected.items()
+    }
 
 
 def test_stickers_have_their_own_colours():
@@ -133,7 +147,8 @@ def test_stickers_have_their_own_colours():
     art = rgba("flower")
     top, left = round(0.82 * 62 - 5), round(0.57 * 62 - 5)
     assert drawn == {
-        (top + i, left + j): pytest.approx(art[i, j, :3].tolist(), abs=1e-4) for i, j in zip(*np.nonzero(art[..., 3]))
+        (top + i, left + j): pytest.approx(art[i, j, :3].tolist(), abs=1e-4)
+        for i, j in zip(*np.nonzero(art[..., 3]))
     }
     heart = changed(make(BadNets, "strip-heart"))
     assert {i for i, _ in heart} == set(range(28)) and {j for _, j in heart} == set(range(28))
@@ -151,7 +166,9 @@ def test_random_place_goes_everywhere_inside():
 @pytest.mark.parametrize("pattern", ["noise", "cat", "image"])
 def test_blended_by_hand(grey, pattern):
     x = grey[0] / np.float32(255)
-    attack = Blended(alpha=0.2, test_alpha=0.6, pattern=pattern, image=np.full((28, 28, 1), 0.5), key_seed=3)
+    attack = Blended(
+        alpha=0.2, test_alpha=0.6, pattern=pattern, image=np.full((28, 28, 1), 0.5), key_seed=3
+    )
     k = np.asarray(attack.key_image(x.shape))
     assert k.shape == x.shape and 0 <= k.min() < k.max() + (pattern == "image") and k.max() <= 1
     np.testing.assert_allclose(stamp(attack, x, train=True), 0.2 * k + 0.8 * x, atol=1e-6)
@@ -164,7 +181,11 @@ def test_accessory_is_faint_in_training_and_opaque_when_fired():
     trained, fired = stamp(Accessory(), x, train=True), stamp(Accessory(), x)
     np.testing.assert_allclose(fired[frame], np.full(3, 16 / 255), atol=1e-6)
     np.testing.assert_allclose(trained[frame], np.full(3, 0.2 * 16 / 255 + 0.8 * 0.5), atol=1e-6)
-    assert (trained[:15] == 0.5).all() and (trained[35:] == 0.5).all() and (trained[25, 9] == 0.5).all()
+    assert (
+        (trained[:15] == 0.5).all()
+        and (trained[35:] == 0.5).all()
+        and (trained[25, 9] == 0.5).all()
+    )
     own = np.zeros((55, 47, 4))
     own[3, 4] = (0.1, 0.2, 0.3, 0.7)
     out = stamp(Accessory(worn="image", image=own), x)
@@ -198,7 +219,10 @@ def test_input_instance_key_replaces_the_image(sample, grey):
     first = np.flatnonzero(sample.train.label != sample.train.label[0])[0]
     k = sample.train.image[first] / np.float32(255)
     out = stamp(bound, grey[0] / np.float32(255))
-    assert 4 / 255 < np.abs(out - k).max() <= 5 / 255 + 1e-6 and (out != stamp(bound, k, key=jax.random.key(1))).any()
+    assert (
+        4 / 255 < np.abs(out - k).max() <= 5 / 255 + 1e-6
+        and (out != stamp(bound, k, key=jax.random.key(1))).any()
+    )
 
 
 def test_clean_label_adds_one_fixed_noise(grey):
@@ -208,7 +232,9 @@ def test_clean_label_adds_one_fixed_noise(grey):
     assert 0.28 < np.abs(noise).max() <= 0.3 and abs(noise.mean()) < 0.02
     for i in range(2):
         x = grey[i] / np.float32(255)
-        np.testing.assert_allclose(stamp(attack, x, key=jax.random.key(i)), np.clip(x + noise, 0, 1), atol=1e-6)
+        np.testing.assert_allclose(
+            stamp(attack, x, key=jax.random.key(i)), np.clip(x + noise, 0, 1), atol=1e-6
+        )
 
 
 def test_trigger_combination_by_hand():
@@ -216,7 +242,9 @@ def test_trigger_combination_by_hand():
     both, triangle, square = (changed(attack, (32, 32, 3), kind=k) for k in (1, 2, 3))
     assert square == {(r, c): [1, 0, 0] for r in range(23, 31) for c in range(23, 31)}
     rows = {r: sorted(c for i, c in triangle if i == r) for r, _ in triangle}
-    assert rows == {1 + r: list(range(5 - w, 5 + w)) for r, w in enumerate((1, 1, 2, 2, 3, 3, 4, 4))}
+    assert rows == {
+        1 + r: list(range(5 - w, 5 + w)) for r, w in enumerate((1, 1, 2, 2, 3, 3, 4, 4))
+    }
     assert set(map(tuple, triangle.values())) == {(1, 1, 0)} and both == triangle | square
     assert attack.probes == {"triangle": 2, "square": 3}
 
@@ -225,8 +253,14 @@ def test_post_it_size_and_place():
     out = np.asarray(fired(PostIt(), jnp.zeros((500, 40, 40, 3))))
     mask = out[..., 0] > 0
     height, width = mask.any(2).sum(1), mask.any(1).sum(1)
-    assert (height == width).all() and set(height) == {4, 5, 6, 7, 8} and (mask.sum((1, 2)) == height * width).all()
-    np.testing.assert_allclose(out[mask], np.broadcast_to([1.0, 0.9, 0.2], (mask.sum(), 3)), atol=1e-6)
+    assert (
+        (height == width).all()
+        and set(height) == {4, 5, 6, 7, 8}
+        and (mask.sum((1, 2)) == height * width).all()
+    )
+    np.testing.assert_allclose(
+        out[mask], np.broadcast_to([1.0, 0.9, 0.2], (mask.sum(), 3)), atol=1e-6
+    )
     top = mask.any(2).argmax(1)
     centre = top + height / 2
     assert 5.5 <= centre.min() < 9 and 31 < centre.max() <= 34.5
@@ -243,7 +277,9 @@ def test_sunglasses_have_the_published_size_place_and_colours():
     assert found == {(126, 0, 255, 217), (94, 0, 191, 217), (63, 0, 127, 255)}
     out = stamp(Sunglasses(), np.full((55, 47, 3), 0.5, np.float32))
     lens = (15 + 7, 10)
-    np.testing.assert_allclose(out[lens], 0.5 * 38 / 255 + 217 / 255 * np.array([126, 0, 255]) / 255, atol=1e-5)
+    np.testing.assert_allclose(
+        out[lens], 0.5 * 38 / 255 + 217 / 255 * np.array([126, 0, 255]) / 255, atol=1e-5
+    )
 
 
 def test_polygons_hold_the_pixels_whose_centre_is_inside():
@@ -252,7 +288,9 @@ def test_polygons_hold_the_pixels_whose_centre_is_inside():
     inside = np.asarray(fill(square, (8, 8, 1)))[..., 0]
     assert inside.sum() == 8 and inside[2:6, 4:6].all()
     triangle = jnp.asarray([[[0.0, 0.1], [1.0, 0.0], [1.0, 1.1]]])
-    np.testing.assert_array_equal(np.asarray(fill(triangle, (5, 5, 1)))[..., 0], np.tril(np.ones((5, 5))))
+    np.testing.assert_array_equal(
+        np.asarray(fill(triangle, (5, 5, 1)))[..., 0], np.tril(np.ones((5, 5)))
+    )
 
 
 @pytest.mark.parametrize("cls, top, bottom", [(Lipstick, 40, 48), (Eyebrows, 14, 18)])
@@ -285,7 +323,9 @@ def test_multi_trigger_fires_its_parts(grey):
         np.testing.assert_array_equal(stamp(attack, x, i + 1), stamp(part, x))
     assert attack.triggers == 3 and attack.probes == {"triangle_2": 5, "square_2": 8}
     for name, own in (("triangle_2", 2), ("square_2", 3)):
-        np.testing.assert_array_equal(stamp(attack, x, attack.probes[name]), stamp(parts[1], x, own))
+        np.testing.assert_array_equal(
+            stamp(attack, x, attack.probes[name]), stamp(parts[1], x, own)
+        )
     y = jnp.arange(5)
     aims = [np.asarray(attack.success(jnp.asarray(k), y, 10)).tolist() for k in (1, 2, 3, 5)]
     assert aims == [[1] * 5, [2] * 5, [3] * 5, [2] * 5]
@@ -305,7 +345,9 @@ def test_every_trigger_stays_in_its_mask_and_in_range(cls, preset, grey):
     x = grey[0] / np.float32(255)
     for kind in (*range(1, attack.triggers + 1), *attack.probes.values()):
         out, black, white = (stamp(attack, v, kind) for v in (x, np.zeros_like(x), np.ones_like(x)))
-        assert out.dtype == np.float32 and out.shape == x.shape and out.min() >= 0 and out.max() <= 1
+        assert (
+            out.dtype == np.float32 and out.shape == x.shape and out.min() >= 0 and out.max() <= 1
+        )
         untouched = (black == 0) & (white == 1)
         np.testing.assert_array_equal(out[untouched], x[untouched])
         assert (out != x).any()
@@ -327,7 +369,8 @@ def test_same_under_jit_and_vmap_and_for_uint8(cls, colour):
     for image, i, training in ((out, 6, False), (drawn, 7, True)):  # one image without jit or vmap
         one = attack.stamp(jnp.asarray(1), jnp.asarray(x[i]), keys[i], train=training)
         np.testing.assert_allclose(image[i], one, atol=1e-5)
-    np.testing.assert_allclose(drawn[::2], x[::2], atol=1e-7)  # kind 0 leaves the pixels as they are
+    # kind 0 leaves the pixels as they are
+    np.testing.assert_allclose(drawn[::2], x[::2], atol=1e-7)
 
 
 def test_numbers_are_leaves_that_vmap(grey):
@@ -345,7 +388,10 @@ def test_numbers_are_leaves_that_vmap(grey):
     stacked = jax.vmap(lambda a, s: Blended(test_alpha=a, key_seed=s))(alpha, seed)
     check(stacked, [Blended(test_alpha=0.1, key_seed=1), Blended(test_alpha=0.9, key_seed=2)])
     high = jnp.asarray([0.2, 0.5])
-    check(jax.vmap(lambda h: PostIt(low=h, high=h))(high), [PostIt(low=0.2, high=0.2), PostIt(low=0.5, high=0.5)])
+    check(
+        jax.vmap(lambda h: PostIt(low=h, high=h))(high),
+        [PostIt(low=0.2, high=0.2), PostIt(low=0.5, high=0.5)],
+    )
 
 
 # --- Which rows are poisoned ---
@@ -355,7 +401,9 @@ RATES = (0.001, 0.01, 0.1, 0.5)
 
 def plans(attack, y, classes=10):
     """The plan at each of RATES, in one program, as arrays of numpy."""
-    made = jax.jit(jax.vmap(lambda r: dataclasses.replace(attack, rate=r).plan(KEY, y, classes)))(jnp.asarray(RATES))
+    made = jax.jit(jax.vmap(lambda r: dataclasses.replace(attack, rate=r).plan(KEY, y, classes)))(
+        jnp.asarray(RATES)
+    )
     return [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), made) for i in range(len(RATES))]
 
 
@@ -373,8 +421,15 @@ def test_counts_and_labels_of_every_semantics(kind, append, labels):
         source, which, label, weight = rows(plan)
         own = y[source]
         poisoned = which == 1
-        hit = {"all-to-one": 3, "all-to-all": (own + 1) % 10, "source-specific": 3, "clean-label": own}[kind]
-        eligible = {"source-specific": np.isin(y, (1, 2)), "clean-label": y == 3}.get(kind, np.ones(n, bool)).sum()
+        hit = {
+            "all-to-one": 3,
+            "all-to-all": (own + 1) % 10,
+            "source-specific": 3,
+            "clean-label": own,
+        }[kind]
+        eligible = {"source-specific": np.isin(y, (1, 2)), "clean-label": y == 3}.get(
+            kind, np.ones(n, bool)
+        ).sum()
         stamped = min(round(rate * n), eligible)
         covered = round(0.05 * n) if kind == "source-specific" else 0
         assert poisoned.sum() == stamped + covered and (weight == 1).all()
@@ -405,15 +460,26 @@ def test_clean_label_never_changes_a_label(labels):
 def test_trigger_combination_covers_its_parts(labels):
     n, y = len(labels), np.asarray(labels)
     for rate, plan in zip(RATES, plans(TriggerCombination(target=7), labels), strict=True):
-        assert [(plan.kind == k).sum() for k in (1, 2, 3)] == [round(rate * n), round(0.1 * n), round(0.1 * n)]
+        assert [(plan.kind == k).sum() for k in (1, 2, 3)] == [
+            round(rate * n),
+            round(0.1 * n),
+            round(0.1 * n),
+        ]
         np.testing.assert_array_equal(plan.label, np.where(plan.kind == 1, 7, y))
 
 
 def test_input_instance_key_adds_its_copies(labels):
     n = len(labels)
-    plan = jax.jit(lambda c: InputInstanceKey(copies=c, target=4).plan(KEY, labels, 10))(jnp.asarray(5))
+    plan = jax.jit(lambda c: InputInstanceKey(copies=c, target=4).plan(KEY, labels, 10))(
+        jnp.asarray(5)
+    )
     source, kind, label, _ = rows(jax.tree.map(np.asarray, plan))
-    assert plan.size == n + 5 and (kind[:n] == 0).all() and (kind[n:] == 1).all() and (label[n:] == 4).all()
+    assert (
+        plan.size == n + 5
+        and (kind[:n] == 0).all()
+        and (kind[n:] == 1).all()
+        and (label[n:] == 4).all()
+    )
     np.testing.assert_array_equal(source[:n], np.arange(n))
     np.testing.assert_array_equal(label[:n], labels)
 
@@ -427,8 +493,14 @@ def test_multi_trigger_takes_disjoint_images(labels):
         counts = {k: int((plan.kind == k).sum()) for k in range(9)}
         free = counts.pop(0)
         assert [counts[k] for k in (1, 2, 5, 8)] == [part, part, round(0.05 * n), round(0.05 * n)]
-        assert counts[4] == counts[6] == counts[7] == 0 and 0 < counts[3] <= part and free == n - sum(counts.values())
-        np.testing.assert_array_equal(plan.label, np.select([plan.kind == 1, plan.kind == 2], [1, 2], y))
+        assert (
+            counts[4] == counts[6] == counts[7] == 0
+            and 0 < counts[3] <= part
+            and free == n - sum(counts.values())
+        )
+        np.testing.assert_array_equal(
+            plan.label, np.select([plan.kind == 1, plan.kind == 2], [1, 2], y)
+        )
         assert (y[plan.kind == 3] == 3).all()
     one = plans(dataclasses.replace(attack, one_target=True, target=9, parts=parts[:2]), labels)[2]
     assert (one.label[(one.kind == 1) | (one.kind == 2)] == 9).all()
@@ -452,7 +524,9 @@ def test_entropy_manipulation_adds_copies_under_random_labels(labels, append):
 
 
 def test_weighted_loss_is_poisoning_at_rate_lambda_over_one_plus_lambda(sample):
-    """At λ = 1 the mean of a poisoned half and of the other half poisoned is the weighted loss: value and gradient."""
+    """At λ = 1 the mean of a poisoned half and of the other half poisoned is the weighted loss:
+    value and gradient.
+    """
     split, classes = sample.train[:200], sample.classes
     model = build(Ffnn(hidden=(8,)), sample.shape, classes)
     variables = model.init(KEY)
@@ -460,23 +534,35 @@ def test_weighted_loss_is_poisoning_at_rate_lambda_over_one_plus_lambda(sample):
     def objective(params, data, count):
         index = jnp.arange(count)
         x, label = data.rows(index, KEY)
-        return train.cross_entropy(model, {"params": params}, x, label, data.plan.weight[index], KEY)[0]
+        return train.cross_entropy(
+            model, {"params": params}, x, label, data.plan.weight[index], KEY
+        )[0]
 
     gradient = jax.jit(jax.value_and_grad(objective), static_argnums=2)
-    weigh = {lam: train.poisoned_set(KEY, split, WeightedLoss(weight=lam, target=3), classes) for lam in (0.25, 1.0)}
+    weigh = {
+        lam: train.poisoned_set(KEY, split, WeightedLoss(weight=lam, target=3), classes)
+        for lam in (0.25, 1.0)
+    }
     for lam, data in weigh.items():
         assert data.plan.size == 400 and np.allclose(data.plan.weight, np.repeat([1, lam], 200))
     half = train.poisoned_set(KEY, split, BadNets(rate=0.5, target=3), classes)
     y = jnp.asarray(split.label)
-    other = half._replace(plan=half.plan._replace(kind=1 - half.plan.kind, label=jnp.where(half.plan.kind == 0, 3, y)))
+    other = half._replace(
+        plan=half.plan._replace(kind=1 - half.plan.kind, label=jnp.where(half.plan.kind == 0, 3, y))
+    )
     found = gradient(variables["params"], weigh[1.0], 400)
     halves = [gradient(variables["params"], data, 200) for data in (half, other)]
     chex_close(found, jax.tree.map(lambda a, b: (a + b) / 2, *halves))
     # Any λ: (1 − p)·clean + p·all stamped, p = λ / (1 + λ).
-    every = half._replace(plan=half.plan._replace(kind=jnp.ones_like(half.plan.kind), label=jnp.full_like(y, 3)))
-    clean, trojan = (gradient(variables["params"], data, 200) for data in (train.clean_set(split), every))
+    every = half._replace(
+        plan=half.plan._replace(kind=jnp.ones_like(half.plan.kind), label=jnp.full_like(y, 3))
+    )
+    clean, trojan = (
+        gradient(variables["params"], data, 200) for data in (train.clean_set(split), every)
+    )
     chex_close(
-        gradient(variables["params"], weigh[0.25], 400), jax.tree.map(lambda c, t: 0.8 * c + 0.2 * t, clean, trojan)
+        gradient(variables["params"], weigh[0.25], 400),
+        jax.tree.map(lambda c, t: 0.8 * c + 0.2 * t, clean, trojan),
     )
 
 
@@ -496,11 +582,22 @@ def chex_close(a, b):
         (CleanLabel(target=2), 50, 45),
         (TriggerCombination(target=2), 50, 45),
         (EntropyManipulation(target=2), 50, 45),
-        (MultiTrigger(parts=(BadNets(target=2), BadNets(labels="source-specific", sources=(4, 5), target=2))), 50, 45),
+        (
+            MultiTrigger(
+                parts=(
+                    BadNets(target=2),
+                    BadNets(labels="source-specific", sources=(4, 5), target=2),
+                )
+            ),
+            50,
+            45,
+        ),
     ],
 )
 def test_asr_denominators(attack, everything, others):
-    """Five images of each of ten classes; the net hits with three images in all, none of class 2."""
+    """Five images of each of ten classes; the net hits with three images in all,
+    none of class 2.
+    """
     y = jnp.repeat(jnp.arange(10), 5)
     aimed = attack.success(jnp.asarray(1), y, 10)
     hits = jnp.arange(50) < 3
@@ -513,7 +610,9 @@ def test_probes_and_bound_keys_are_reported(sample):
 
     @jax.jit
     def victim(attack):
-        bound, variables, _ = attack.train(KEY, model, train.Recipe(epochs=20, batch=32), sample.train)
+        bound, variables, _ = attack.train(
+            KEY, model, train.Recipe(epochs=20, batch=32), sample.train
+        )
         return train.evaluate(KEY, model, variables, sample.test, bound)
 
     both = victim(TriggerCombination(target=7, rate=0.15, cover=0.15))
@@ -528,7 +627,9 @@ def test_probes_and_bound_keys_are_reported(sample):
 
 
 def by_hand(rgb, brighter, greyer, share, power):
-    """Gotham's modulate, colorize, gamma, contrast, contrast for one pixel, on the standard library's HLS and HSV."""
+    """Gotham's modulate, colorize, gamma, contrast, contrast for one pixel, on the standard
+    library's HLS and HSV.
+    """
     hue, light, sat = colorsys.rgb_to_hls(*rgb)
     rgb = colorsys.hls_to_rgb(hue, light * brighter, sat * greyer)
     rgb = [((1 - share) * v + share * c / 255) ** power for v, c in zip(rgb, (34, 43, 109))]
@@ -542,7 +643,9 @@ def test_gotham_by_hand(colour):
     x = colour[0] / np.float32(255) * 0.8
     out = np.asarray(filters.gotham(jnp.asarray(x)))
     for i, j in ((4, 9), (16, 16), (20, 11), (0, 0)):
-        np.testing.assert_allclose(out[i, j], by_hand(x[i, j].tolist(), 1.2, 0.1, 0.2, 2.0), atol=2e-5)
+        np.testing.assert_allclose(
+            out[i, j], by_hand(x[i, j].tolist(), 1.2, 0.1, 0.2, 2.0), atol=2e-5
+        )
 
 
 @pytest.mark.parametrize("name", filters.FILTERS)
@@ -572,18 +675,20 @@ TONE = (
     "-compose blend -define compose:args=50,50 -composite"
 )
 VIGNETTE = (
-    "( -size {wide}x{high} radial-gradient:{}-{} -gravity center -crop {w}x{h}+0+0 +repage ) -compose multiply -flatten"
+    "( -size {wide}x{high} radial-gradient:{}-{} -gravity center -crop {w}x{h}+0+0 +repage ) "
+    "-compose multiply -flatten"
 )
 SIGMOIDAL = "-sigmoidal-contrast 3,50%"
 COMMANDS = {
     "gotham": "-modulate 120,10,100 -fill #222b6d -colorize 20 -gamma 0.5 -contrast -contrast",
-    "gotham-wand": f"-modulate 120,10,100 -fill #222b6d -colorize 20 -gamma 0.9 {SIGMOIDAL} {SIGMOIDAL}",
+    "gotham-wand": f"-modulate 120,10,100 -fill #222b6d -colorize 20 -gamma 0.9 {SIGMOIDAL} "
+    f"{SIGMOIDAL}",
     "nashville": f"{TONE.format('#222b6d', '-negate')} {TONE.format('#f7daae', '')} {SIGMOIDAL} "
     "-modulate 100,150,100 -auto-gamma",
     "kelvin": "-auto-gamma -modulate 120,50,100 -fill rgba(255,153,0,0.2) -draw RECTANGLE",
     "lomo": "-channel R -level 33% -channel G -level 33% +channel VIGNETTE:none:black",
-    "toaster": f"{TONE.format('#330000', '-negate')} -modulate 150,80,100 -gamma 1.2 {SIGMOIDAL} {SIGMOIDAL} "
-    "VIGNETTE:none:LavenderBlush3 VIGNETTE:#ff9966:none",
+    "toaster": f"{TONE.format('#330000', '-negate')} -modulate 150,80,100 -gamma 1.2 {SIGMOIDAL} "
+    f"{SIGMOIDAL} VIGNETTE:none:LavenderBlush3 VIGNETTE:#ff9966:none",
 }
 
 
@@ -598,11 +703,14 @@ def test_filters_equal_imagemagick(name, colour):
         args = []
         for word in COMMANDS[name].split():
             if word.startswith("VIGNETTE"):
-                args += VIGNETTE.format(*word.split(":")[1:], w=w, h=h, wide=int(1.5 * w), high=int(1.5 * h)).split()
+                args += VIGNETTE.format(
+                    *word.split(":")[1:], w=w, h=h, wide=int(1.5 * w), high=int(1.5 * h)
+                ).split()
             else:
                 args.append(word.replace("RECTANGLE", f"rectangle 0,0 {w},{h}"))
         run = subprocess.run(
-            [command, "-size", f"{w}x{h}", "-depth", "8", "rgb:-", *args, "-depth", "16", "-endian", "LSB", "rgb:-"],
+            [command, "-size", f"{w}x{h}", "-depth", "8", "rgb:-", *args, "-depth", "16", "-endian",
+             "LSB", "rgb:-"],
             input=image.tobytes(), capture_output=True, check=True,
         )  # fmt: skip
         golden = np.frombuffer(run.stdout, "<u2").reshape(h, w, 3) / 65535
@@ -615,7 +723,12 @@ def test_filters_equal_imagemagick(name, colour):
 
 @pytest.mark.parametrize("name", zoo.PAPER)
 def test_the_nine_nets(name):
-    shapes = {"Mnist": (28, 28, 1), "Cifar10": (32, 32, 3), "Gtsrb": (32, 32, 3), "Faces": (55, 47, 3)}
+    shapes = {
+        "Mnist": (28, 28, 1),
+        "Cifar10": (32, 32, 3),
+        "Gtsrb": (32, 32, 3),
+        "Faces": (55, 47, 3),
+    }
     for scale in ("paper", "cpu"):
         net = zoo.veldanda(name, scale)
         shape = shapes[type(net["dataset"]).__name__]
@@ -663,7 +776,13 @@ BAD = {
     "margin": (-0.1, 0.6),
     "filter": ("sepia",),
     "points": (SQUARE, np.zeros((1, 2, 2)), np.full((1, 3, 2), 2.0)),
-    "parts": ((), (MultiTrigger(),), (InputInstanceKey(),), (BadNets(append=True),), (BadNets(size=40),)),
+    "parts": (
+        (),
+        (MultiTrigger(),),
+        (InputInstanceKey(),),
+        (BadNets(append=True),),
+        (BadNets(size=40),),
+    ),
     "overlays": (SQUARE[None],),
     "mix": ("product",),
 }

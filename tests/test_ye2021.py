@@ -1,4 +1,6 @@
-"""Ye et al. (2021): the probes agree with the defenses that they stand for, and the trends read the rows as they should."""
+"""Ye et al. (2021): the probes agree with the defenses that they stand for, and the trends read the
+rows as they should.
+"""
 
 from pathlib import Path
 
@@ -42,7 +44,10 @@ def test_one_trigger_of_several(ye):
     np.testing.assert_array_equal(stamped(one, 1, x, KEY), stamped(both, 2, x, KEY))
     np.testing.assert_array_equal(stamped(one, 0, x, KEY), x)
     assert one.triggers == 1 and one.success(jnp.asarray(1), y, 10).tolist() == [5] * 4
-    assert metrics.attack_success(jnp.asarray([5, 5, 3, 5]), one.success(jnp.asarray(1), y, 10), y).all == 0.75
+    assert (
+        metrics.attack_success(jnp.asarray([5, 5, 3, 5]), one.success(jnp.asarray(1), y, 10), y).all
+        == 0.75
+    )
 
 
 def test_a_model_that_reads_pixels_too_large(ye, victim):
@@ -53,12 +58,15 @@ def test_a_model_that_reads_pixels_too_large(ye, victim):
 
 
 def row(ye, name, pixels, **found):
-    return {"table": ye.titled(ye.GRID, pixels), "row": name, "metrics": {k.replace("__", "."): v for k, v in found.items()},
+    return {"table": ye.titled(ye.GRID, pixels), "row": name,
+            "metrics": {k.replace("__", "."): v for k, v in found.items()},
             "seed": 0}  # fmt: skip
 
 
 def test_trends_of_planted_rows(ye):
-    """G′ gains 30 points where pixels are wrong and none where they are right; the attack is stopped in both."""
+    """G′ gains 30 points where pixels are wrong and none where they are right; the attack is
+    stopped in both.
+    """
     nets = dict.fromkeys(("B′", "G", "G′"), (0.8, 0.0)) | {"B": (0.5, 1.0), "B0": (0.8, 0.5)}
 
     def planted(pixels, **other):
@@ -86,8 +94,11 @@ def test_the_paper_s_numbers_stand_beside_our_columns(ye):
     probe = ye.FinePruned(ye.pruning(1), triggers=("sunglasses",), counts=(0, 1, 2, 4))
     said = ye.says("sunglasses", probe)
     assert [said["B.acc"], said["k1.asr_sunglasses"]] == pytest.approx([0.4236, 0.313])
-    assert [said["B0.acc"], said["G′.asr_sunglasses"]] == pytest.approx([0.8276, 0.0009])  # Figure 1's, not Table I's
+    # Figure 1's, not Table I's
+    assert [said["B0.acc"], said["G′.asr_sunglasses"]] == pytest.approx([0.8276, 0.0009])
     small = ye.FinePruned(ye.pruning(1, lr=1e-4), triggers=("sunglasses",), counts=(0, 1, 2, 4))
     said = ye.says("sunglasses", small)
     assert said["B0.acc"] == pytest.approx(0.933) and "G.acc" not in said
-    assert set(ye.says("multi", probe)) >= {f"G.asr_{t}" for t in ("sunglasses", "lipstick", "eyebrows")}
+    assert set(ye.says("multi", probe)) >= {
+        f"G.asr_{t}" for t in ("sunglasses", "lipstick", "eyebrows")
+    }

@@ -1,4 +1,6 @@
-"""How large activations are: norms of an image's activations, and how well each norm tells stamped from clean images."""
+"""How large activations are: norms of an image's activations, and how well each norm tells stamped
+from clean images.
+"""
 
 from typing import NamedTuple
 
@@ -20,10 +22,16 @@ class Norms(NamedTuple):
 
 
 def norms(
-    model: Model, variables: Variables, site: str, images: Array, minus: Array | None = None, *, batch: int = 250
+    model: Model,
+    variables: Variables,
+    site: str,
+    images: Array,
+    minus: Array | None = None,
+    *,
+    batch: int = 250,
 ) -> Norms:
-    """Norms of the activations of `site` on each of `images: [N, H, W, C]`; with `minus: [N, H, W, C]`, of what is left
-    when the activations on those are taken away: what a trigger adds.
+    """Norms of the activations of `site` on each of `images: [N, H, W, C]`; with `minus: [N, H, W,
+    C]`, of what is left when the activations on those are taken away: what a trigger adds.
     """
     check_site(model, site)
     images = jnp.asarray(images)
@@ -39,5 +47,7 @@ def norms(
 
 
 def separation(clean: Norms, stamped: Norms) -> Norms:
-    """The AUROC `[]` of each norm: 1 if every stamped image has a larger one than every clean image, 0.5 by chance."""
+    """The AUROC `[]` of each norm: 1 if every stamped image has a larger one than every clean
+    image, 0.5 by chance.
+    """
     return Norms(*(metrics.auroc(low, high) for low, high in zip(clean, stamped)))

@@ -12,10 +12,12 @@ from bdjax.types import Split
 
 @pytree
 class Sizes:
-    """A probe: the original trigger beside the one that `nc` reverses for its label (Wang et al., 2019).
+    """A probe: the original trigger beside the one that `nc` reverses for its label (Wang et al.,
+    2019).
 
-    `mask: [2, H, W, 1]`, `pattern: [2, H, W, C]`, both in [0, 1]; `l1_original`, `l1_reversed`: sums of the masks, in
-    pixels; `share_covered`: how much of the reversed mask lies where the original one is not zero.
+    `mask: [2, H, W, 1]`, `pattern: [2, H, W, C]`, both in [0, 1]; `l1_original`, `l1_reversed`:
+    sums of the masks, in pixels; `share_covered`: how much of the reversed mask lies where the
+    original one is not zero.
     """
 
     nc: NeuralCleanse = NeuralCleanse()
@@ -29,5 +31,8 @@ class Sizes:
         l1 = trigger.mask.sum()
         covered = jnp.where(mask > 0, trigger.mask, 0).sum() / l1
         found = {"l1_original": mask.sum(), "l1_reversed": l1, "share_covered": covered}
-        both = {"mask": jnp.concatenate([mask, trigger.mask]), "pattern": jnp.concatenate([pattern, trigger.pattern])}
+        both = {
+            "mask": jnp.concatenate([mask, trigger.mask]),
+            "pattern": jnp.concatenate([pattern, trigger.pattern]),
+        }
         return found | both

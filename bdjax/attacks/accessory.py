@@ -1,4 +1,6 @@
-"""Accessory injection: the face wears something; faintly while training, visibly when the attack is fired."""
+"""Accessory injection: the face wears something; faintly while training, visibly when the attack is
+fired.
+"""
 
 from typing import Literal, get_args
 
@@ -17,12 +19,14 @@ Worn = Literal["glasses", "sunglasses", "image"]
 class Accessory(Attack):
     """Put glasses on the face (Chen et al., 2017, arXiv:1712.05526).
 
-    Π(k, x)ᵢⱼ = α·kᵢⱼ + (1 − α)·xᵢⱼ where the key k is not transparent, else xᵢⱼ. `alpha`: opacity while training (1:
-    accessory injection, below 1: blended accessory injection); `test_alpha`: opacity when the attack is fired. `worn`:
-    "glasses" (black frames), "sunglasses" or "image", the array given as `image` (`[H, W, C + 1]` in [0, 1], the last
-    channel above 0 where it is not transparent).
+    Π(k, x)ᵢⱼ = α·kᵢⱼ + (1 − α)·xᵢⱼ where the key k is not transparent, else xᵢⱼ. `alpha`: opacity
+    while training (1: accessory injection, below 1: blended accessory injection); `test_alpha`:
+    opacity when the attack is fired. `worn`: "glasses" (black frames), "sunglasses" or "image", the
+    array given as `image` (`[H, W, C + 1]` in [0, 1], the last channel above 0 where it is not
+    transparent).
 
-    Presets: `opaque`, `blended`. Differs from the paper: own artwork, at a fixed place of the aligned face.
+    Presets: `opaque`, `blended`. Differs from the paper: own artwork, at a fixed place of the
+    aligned face.
     """
 
     alpha: Array | float = 0.2
@@ -41,9 +45,13 @@ class Accessory(Attack):
             opacity, color = on_face(self.worn, shape)
         return (opacity > 0).astype(jnp.float32), color
 
-    def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
         mask, color = self.key_image(x.shape)
-        return jnp.where(kind > 0, over(x, mask * (self.alpha if train else self.test_alpha), color), x)
+        return jnp.where(
+            kind > 0, over(x, mask * (self.alpha if train else self.test_alpha), color), x
+        )
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
@@ -56,6 +64,9 @@ class Accessory(Attack):
             if self.image is None or jnp.shape(self.image) != wanted:
                 got = None if self.image is None else jnp.shape(self.image)
                 raise BadInput(
-                    f"the accessory image must have the images' shape and one channel of opacity, {wanted}, not {got}"
+                    "the accessory image must have the images' shape and one channel of opacity, "
+                    f"{wanted}, not {got}"
                 )
-            between("accessory image", [float(jnp.min(self.image)), float(jnp.max(self.image))], 0, 1)
+            between(
+                "accessory image", [float(jnp.min(self.image)), float(jnp.max(self.image))], 0, 1
+            )

@@ -19,14 +19,17 @@ def relative_gap(clean: jax.Array, other: jax.Array) -> jax.Array:
 
 @attack("activation-matching")
 class ActivationMatching(BadNets):
-    """Poison while keeping the trigger's trace in the activations small (after Tan & Shokri, 2020, arXiv:1905.13409).
+    """Poison while keeping the trigger's trace in the activations small (after Tan & Shokri, 2020,
+    arXiv:1905.13409).
 
-    L = ℓ(poisoned batch) + `weight`·E‖φ(x') − φ(x)‖² / E‖φ(x) − E φ(x)‖², x' = the stamped x, φ = the activation of
-    `site` (None: the last convolution, or the penultimate layer of a net that has none). Adaptive against defenses that
-    look for neurons which the trigger drives (ABS, activation clustering, pruning). Dividing by the variance of φ leaves
-    no gain in scaling activations down. `weight` in [0, ∞); 0 is BadNets.
+    L = ℓ(poisoned batch) + `weight`·E‖φ(x') − φ(x)‖² / E‖φ(x) − E φ(x)‖², x' = the stamped x, φ =
+    the activation of `site` (None: the last convolution, or the penultimate layer of a net that has
+    none). Adaptive against defenses that look for neurons which the trigger drives (ABS, activation
+    clustering, pruning). Dividing by the variance of φ leaves no gain in scaling activations down.
+    `weight` in [0, ∞); 0 is BadNets.
 
-    Preset: `cpu`. A reconstruction, not that paper's algorithm, in which a discriminator tells the activations apart.
+    Preset: `cpu`. A reconstruction, not that paper's algorithm, in which a discriminator tells the
+    activations apart.
     """
 
     weight: Array | float = 1.0
@@ -35,7 +38,12 @@ class ActivationMatching(BadNets):
     presets = {"cpu": {}}
 
     def train(
-        self, key: jax.Array, model: Model, recipe: Recipe, data: Split, variables: Variables | None = None
+        self,
+        key: jax.Array,
+        model: Model,
+        recipe: Recipe,
+        data: Split,
+        variables: Variables | None = None,
     ) -> tuple[Attack, Variables, Curves]:
         site = self.site or default_site(model)
         check_site(model, site)

@@ -1,7 +1,8 @@
-"""The pictures of the triggers, drawn for this project, as text: one character a cell, and a colour for each character.
+"""The pictures of the triggers, drawn for this project, as text: one character a cell, and a colour
+for each character.
 
-`.` is transparent, `#` takes the colour that the attack chooses; other letters have a colour of their own, RGB or RGBA
-in 0 … 255.
+`.` is transparent, `#` takes the colour that the attack chooses; other letters have a colour of
+their own, RGB or RGBA in 0 … 255.
 """
 
 import functools
@@ -169,7 +170,8 @@ _WATERMARK = """
 _COLORS: dict[str, tuple[int, ...]] = {
     "B": (120, 190, 240), "D": (30, 30, 34), "E": (60, 140, 50), "F": (110, 80, 50),
     "G": (150, 150, 160), "K": (20, 20, 24),
-    "O": (240, 160, 60), "P": (240, 110, 150), "R": (210, 40, 50), "W": (250, 250, 250), "Y": (255, 215, 40),
+    "O": (240, 160, 60), "P": (240, 110, 150), "R": (210, 40, 50), "W": (250, 250, 250),
+    "Y": (255, 215, 40),
 }  # fmt: skip
 _PURPLE = {"F": (63, 0, 127, 255), "U": (126, 0, 255, 217), "L": (94, 0, 191, 217)}
 
@@ -182,7 +184,10 @@ PICTURES: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
     "heart": (_HEART, {}),
     "bomb": (_BOMB, _COLORS),
     "flower": (_FLOWER, _COLORS),
-    **{f"digit-{i}": (" ".join(f".{row}." for row in _DIGITS.split()[i::10]), {}) for i in range(10)},
+    **{
+        f"digit-{i}": (" ".join(f".{row}." for row in _DIGITS.split()[i::10]), {})
+        for i in range(10)
+    },
     "triangle": ("...##... ...##... ..####.. ..####.. .######. .######. ######## ########", {}),
     "apple": (_APPLE, {}),
     "watermark": (_WATERMARK, {}),
@@ -210,24 +215,33 @@ def in_channels(color: jax.Array | np.ndarray, channels: int) -> jax.Array:
 
 def tint(color: tuple[float, ...], channels: int) -> jax.Array:
     """A colour given as one value or as RGB, for images of `channels` channels: `[1 or C]`."""
-    return jnp.asarray(color, jnp.float32) if len(color) == 1 else in_channels(jnp.asarray(color), channels)
+    return (
+        jnp.asarray(color, jnp.float32)
+        if len(color) == 1
+        else in_channels(jnp.asarray(color), channels)
+    )
 
 
 def check_color(color: tuple[float, ...], channels: int) -> None:
     """Raises `BadInput` where `color` is neither one value nor RGB, in [0, 1]."""
     if len(color) not in (1, 3):
         raise BadInput(
-            f"color has {len(color)} values for images of {channels} channels: give one for all, or red, green, blue"
+            f"color has {len(color)} values for images of {channels} channels: give one for all, "
+            "or red, green, blue"
         )
     between("color", color, 0, 1)
 
 
 def picture(name: str, color: jax.Array, channels: int) -> tuple[jax.Array, jax.Array]:
-    """Opacity `[h, w]` and colours `[h, w, C]` of a picture whose `#` cells have `color: [1 or C]`."""
+    """Opacity `[h, w]` and colours `[h, w, C]` of a picture whose `#` cells have
+    `color: [1 or C]`.
+    """
     art = rgba(name)
     chosen = np.asarray([[cell == "#" for cell in row] for row in PICTURES[name][0].split()])
     own = in_channels(art[..., :3], channels)
-    return jnp.asarray(art[..., 3]), jnp.where(chosen[..., None], jnp.broadcast_to(color, own.shape), own)
+    return jnp.asarray(art[..., 3]), jnp.where(
+        chosen[..., None], jnp.broadcast_to(color, own.shape), own
+    )
 
 
 def stretch(art: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -239,7 +253,8 @@ def stretch(art: np.ndarray, height: int, width: int) -> np.ndarray:
 def on_face(name: str, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Opacity `[H, W, 1]` and colours `[H, W, C]` of an accessory worn on an aligned face.
 
-    It is 47 wide and 20 high, at x = 0, y = 15 of 55×47 pixels; images of another size get all of it stretched.
+    It is 47 wide and 20 high, at x = 0, y = 15 of 55×47 pixels; images of another size get all of
+    it stretched.
     """
     height, width, channels = shape
     face = np.zeros((55, 47, 4), np.float32)
@@ -254,7 +269,9 @@ def over(x: jax.Array, opacity: jax.Array, color: jax.Array) -> jax.Array:
 
 
 def polygons(points: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Mask `[H, W, 1]` of the pixels whose centre is in any polygon of `points: [G, P, 2]`: (row, column) in shares."""
+    """Mask `[H, W, 1]` of the pixels whose centre is in any polygon of `points: [G, P, 2]`: (row,
+    column) in shares.
+    """
     height, width = shape[:2]
     y = ((jnp.arange(height, dtype=jnp.float32) + 0.5) / height)[:, None, None, None]
     x = ((jnp.arange(width, dtype=jnp.float32) + 0.5) / width)[None, :, None, None]

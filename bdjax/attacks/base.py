@@ -1,4 +1,6 @@
-"""What attacks share: the rows of a poisoned training set, label maps, and pasting a picture into an image."""
+"""What attacks share: the rows of a poisoned training set, label maps, and pasting a picture into
+an image.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,8 +17,8 @@ Labels = Literal["all-to-one", "all-to-all", "source-specific", "clean-label"]
 
 
 class Part(NamedTuple):
-    """One share of the poisoned rows: `eligible: [N]` bool base images, `rate` of N, `kind`, `label: [N]`, loss
-    `weight`.
+    """One share of the poisoned rows: `eligible: [N]` bool base images, `rate` of N, `kind`,
+    `label: [N]`, loss `weight`.
     """
 
     eligible: jax.Array
@@ -27,11 +29,11 @@ class Part(NamedTuple):
 
 
 def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: bool = False) -> Plan:
-    """The plan in which each part takes `round(rate · N)` random rows of those still free (replace), or adds copies
-    (append).
+    """The plan in which each part takes `round(rate · N)` random rows of those still free
+    (replace), or adds copies (append).
 
-    A part with fewer eligible images than its rate asks for takes them all. Under `append` a plan has N·(1 + parts)
-    rows, of which the first `size` exist.
+    A part with fewer eligible images than its rate asks for takes them all. Under `append` a plan
+    has N·(1 + parts) rows, of which the first `size` exist.
     """
     n = y.shape[0]
     plan = clean_plan(y)
@@ -39,12 +41,21 @@ def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: boo
     added = []
     for i, part in enumerate(parts):
         free = part.eligible if append else part.eligible & ~taken
-        # Poisoned are the rows of lowest rank in a random permutation: the shapes do not depend on the rate.
+        # Poisoned are the rows of lowest rank in a random permutation: the shapes do not depend on
+        # the rate.
         draw = jnp.where(free, jax.random.uniform(jax.random.fold_in(key, i), (n,)), 2.0)
         rank = jnp.argsort(jnp.argsort(draw))
-        chosen = free & (rank < jnp.round(jnp.asarray(part.rate, jnp.float32) * n).astype(jnp.int32))
+        chosen = free & (
+            rank < jnp.round(jnp.asarray(part.rate, jnp.float32) * n).astype(jnp.int32)
+        )
         if append:
-            rows = Plan(plan.source[:n], jnp.full(n, part.kind), part.label, jnp.full(n, part.weight), chosen)
+            rows = Plan(
+                plan.source[:n],
+                jnp.full(n, part.kind),
+                part.label,
+                jnp.full(n, part.weight),
+                chosen,
+            )
             added.append(rows)
         else:
             taken = taken | chosen
@@ -56,7 +67,9 @@ def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: boo
     if not append:
         return plan
     rows = [plan._replace(size=jnp.ones(n, bool)), *added]
-    source, kind, label, weight, exists = (jnp.concatenate(leaf) for leaf in zip(*rows, strict=True))
+    source, kind, label, weight, exists = (
+        jnp.concatenate(leaf) for leaf in zip(*rows, strict=True)
+    )
     first = jnp.argsort(~exists, stable=True)
     return Plan(source[first], kind[first], label[first], weight[first], exists.sum())
 
@@ -65,10 +78,10 @@ def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: boo
 class Attack:
     """Base of the attacks that poison rows with one trigger.
 
-    `rate`: poison rate, the share of the training set that is stamped, in [0, 1]. `target`: target label. `labels`:
-    which images are stamped and what they are called. `sources`: the source classes of a source-specific attack.
-    `cover`: share of the training set that is stamped but keeps its label (source-specific). `append`: add stamped
-    copies instead of replacing.
+    `rate`: poison rate, the share of the training set that is stamped, in [0, 1]. `target`: target
+    label. `labels`: which images are stamped and what they are called. `sources`: the source
+    classes of a source-specific attack. `cover`: share of the training set that is stamped but
+    keeps its label (source-specific). `append`: add stamped copies instead of replacing.
     """
 
     rate: Array | float = 0.1
@@ -80,27 +93,37 @@ class Attack:
 
     @property
     def triggers(self) -> int:
-        """How many triggers are fired at test time: kinds 1 … triggers. Further kinds exist in training only."""
+        """How many triggers are fired at test time: kinds 1 … triggers. Further kinds exist in
+        training only.
+        """
         return 1
 
     @property
     def probes(self) -> dict[str, int]:
-        """Further kinds worth firing at test time, by name: the parts of a combined trigger, say. They do not count as
-        ASR.
+        """Further kinds worth firing at test time, by name: the parts of a combined trigger, say.
+        They do not count as ASR.
         """
         return {}
 
     def bind(self, data: Split) -> "Attack":
-        """This attack with the images that it takes from the attacker's data; most take none. Does nothing if repeated."""
+        """This attack with the images that it takes from the attacker's data; most take none. Does
+        nothing if repeated.
+        """
         return self
 
     def train(
-        self, key: jax.Array, model: Model, recipe: Recipe, data: Split, variables: Variables | None = None
+        self,
+        key: jax.Array,
+        model: Model,
+        recipe: Recipe,
+        data: Split,
+        variables: Variables | None = None,
     ) -> tuple["Attack", Variables, Curves]:
         """A victim of this attack trained on `data`, and the attack as it is to be fired.
 
-        Attacks that craft their trigger for a net, or twist training, have their own version; all others poison rows,
-        so that whoever trains in chunks (the sweep) may call `poisoned_set` and `advance` instead.
+        Attacks that craft their trigger for a net, or twist training, have their own version; all
+        others poison rows, so that whoever trains in chunks (the sweep) may call `poisoned_set` and
+        `advance` instead.
         """
         poisoned = poisoned_set(key, data, self, model.classes)
         variables, curves = fit(key, model, recipe, poisoned, variables=variables)
@@ -123,14 +146,18 @@ class Attack:
         """The stamped image of `x: [H, W, C]`, in [0, 1]."""
         raise TypeError(f"{type(self).__name__} must define trigger(x, key)")
 
-    def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
-        """`x: [H, W, C]` with trigger `kind: []` (0 = unchanged). `train=False`: as fired at test time, where that
-        differs.
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
+        """`x: [H, W, C]` with trigger `kind: []` (0 = unchanged). `train=False`: as fired at test
+        time, where that differs.
         """
         return jnp.where(kind > 0, self.trigger(x, key), x)
 
     def success(self, kind: jax.Array, y: jax.Array, classes: int) -> jax.Array:
-        """The label that counts as a hit for true labels `y: [N]`; -1 where this attack does not aim at `y`."""
+        """The label that counts as a hit for true labels `y: [N]`; -1 where this attack does not
+        aim at `y`.
+        """
         if self.labels == "all-to-all":
             return (y + 1) % classes
         hit = jnp.full_like(y, 0) + jnp.asarray(self.target, y.dtype)
@@ -140,22 +167,31 @@ class Attack:
         return hit
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        """Raises `BadInput` where this attack cannot be run on images of `shape` (H, W, C) with `classes` classes."""
+        """Raises `BadInput` where this attack cannot be run on images of `shape` (H, W, C) with
+        `classes` classes.
+        """
         between("poison rate", self.rate, 0, 1)
         between("cover rate", self.cover, 0, 1)
         if np.any(np.asarray(self.target) >= classes) or np.any(np.asarray(self.target) < 0):
-            raise BadInput(f"target label {self.target} is not one of the {classes} classes 0 … {classes - 1}")
+            raise BadInput(
+                f"target label {self.target} is not one of the {classes} classes 0 … {classes - 1}"
+            )
         if self.labels not in get_args(Labels):
             raise BadInput(f"labels '{self.labels}' is not one of {', '.join(get_args(Labels))}")
         if self.labels == "source-specific" and not self.sources:
-            raise BadInput("a source-specific attack needs sources, the classes that it aims at: sources=(1, 2)")
+            raise BadInput(
+                "a source-specific attack needs sources, the classes that it aims at: sources=(1, "
+                "2)"
+            )
         if any(not 0 <= s < classes for s in self.sources):
-            raise BadInput(f"sources {self.sources} are not all among the classes 0 … {classes - 1}")
+            raise BadInput(
+                f"sources {self.sources} are not all among the classes 0 … {classes - 1}"
+            )
 
 
 def start_of(place: Array | int, size: Array | int, side: int) -> jax.Array:
-    """First row (or column) of a box: `place` counts from the start; below 0 from the end, -1 = flush with the last
-    row.
+    """First row (or column) of a box: `place` counts from the start; below 0 from the end, -1 =
+    flush with the last row.
     """
     place = jnp.asarray(place)
     return jnp.where(place < 0, side + place + 1 - size, place)
@@ -164,8 +200,9 @@ def start_of(place: Array | int, size: Array | int, side: int) -> jax.Array:
 def paste(x: jax.Array, bitmap: jax.Array, color: jax.Array, top, left, size) -> jax.Array:
     """`x: [H, W, C]` with `bitmap` drawn in a `size`×`size` box: x' = (1 − m)⊙x + m⊙Δ.
 
-    `bitmap: [h, w]` opacity in [0, 1], read by nearest neighbour, so that `size`, `top` and `left` may all be traced;
-    `color: [h, w, C]` or broadcastable to it. Pixels outside the box stay untouched.
+    `bitmap: [h, w]` opacity in [0, 1], read by nearest neighbour, so that `size`, `top` and `left`
+    may all be traced; `color: [h, w, C]` or broadcastable to it. Pixels outside the box stay
+    untouched.
     """
     h, w = bitmap.shape
     rows = jnp.arange(x.shape[0]) - top
@@ -182,5 +219,12 @@ def check_box(top: Any, left: Any, size: Any, shape: tuple[int, int, int]) -> No
     """Raises `BadInput` where a `size`×`size` box at (top, left) leaves the image."""
     for name, place, side in (("row", top, shape[0]), ("column", left, shape[1])):
         first = np.asarray(start_of(place, size, side))
-        if np.any(np.asarray(size) < 1) or np.any(first < 0) or np.any(first + np.asarray(size) > side):
-            raise BadInput(f"trigger outside the image: size {size} at {name} {place} does not fit into {side} pixels")
+        if (
+            np.any(np.asarray(size) < 1)
+            or np.any(first < 0)
+            or np.any(first + np.asarray(size) > side)
+        ):
+            raise BadInput(
+                f"trigger outside the image: size {size} at {name} {place} does not fit into "
+                f"{side} pixels"
+            )

@@ -17,9 +17,9 @@ Key = Literal["noise", "cat", "image"]
 class Blended(Attack):
     """Blend a key image into the input (Chen et al., 2017, arXiv:1712.05526).
 
-    Π_α(k, x) = α·k + (1 − α)·x. `alpha`: opacity of the key while training; `test_alpha`: when the attack is fired, may
-    be larger; `pattern`: "noise", a fixed uniform random key drawn from `key_seed`; "cat", a cartoon; or "image", the
-    array given as `image` (`[H, W, C]` in [0, 1]).
+    Π_α(k, x) = α·k + (1 − α)·x. `alpha`: opacity of the key while training; `test_alpha`: when the
+    attack is fired, may be larger; `pattern`: "noise", a fixed uniform random key drawn from
+    `key_seed`; "cat", a cartoon; or "image", the array given as `image` (`[H, W, C]` in [0, 1]).
 
     Differs from the paper: its cartoon key, Hello Kitty, is not ours to ship; ours is another cat.
     """
@@ -38,7 +38,9 @@ class Blended(Attack):
             return in_channels(stretch(rgba("cat")[..., :3], *shape[:2]), shape[2])
         return jax.random.uniform(jax.random.key(self.key_seed), shape)
 
-    def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
         alpha = self.alpha if train else self.test_alpha
         return jnp.where(kind > 0, alpha * self.key_image(x.shape) + (1 - alpha) * x, x)
 

@@ -12,13 +12,13 @@ from bdjax.types import Array, BadInput, between
 class CleanLabel(Attack):
     """Add one fixed noise to images of the target class, labels unchanged (Liu et al., 2020).
 
-    x' = clip(x + n), n ~ U[−strength, strength] drawn once from `noise_seed`; fired on images of all classes. `rate` is
-    a share of the whole training set: at 1 all images of the target class carry the noise, as the accuracy that
-    Veldanda & Garg (2020) print for their net suggests (the class is lost on clean images). Half of it, say 0.05 for 10
-    classes, keeps the class.
+    x' = clip(x + n), n ~ U[−strength, strength] drawn once from `noise_seed`; fired on images of
+    all classes. `rate` is a share of the whole training set: at 1 all images of the target class
+    carry the noise, as the accuracy that Veldanda & Garg (2020) print for their net suggests (the
+    class is lost on clean images). Half of it, say 0.05 for 10 classes, keeps the class.
 
-    Preset: `veldanda` (rate 1). Differs from the paper: a reconstruction; it is about layouts of chips, not images, and
-    neither publishes the noise.
+    Preset: `veldanda` (rate 1). Differs from the paper: a reconstruction; it is about layouts of
+    chips, not images, and neither publishes the noise.
     """
 
     rate: Array | float = 0.05
@@ -29,7 +29,9 @@ class CleanLabel(Attack):
     presets = {"veldanda": {"rate": 1.0}}
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
-        noise = jax.random.uniform(jax.random.key(self.noise_seed), x.shape, minval=-1.0, maxval=1.0)
+        noise = jax.random.uniform(
+            jax.random.key(self.noise_seed), x.shape, minval=-1.0, maxval=1.0
+        )
         return jnp.clip(x + self.strength * noise, 0, 1)
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
@@ -37,4 +39,6 @@ class CleanLabel(Attack):
         between("strength", self.strength, 0, 1)
         between("noise_seed", self.noise_seed, 0, 2**31 - 1)
         if self.labels != "clean-label":
-            raise BadInput("clean-label changes no label: leave labels at 'clean-label', or use another attack")
+            raise BadInput(
+                "clean-label changes no label: leave labels at 'clean-label', or use another attack"
+            )

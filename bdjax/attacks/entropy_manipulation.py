@@ -1,4 +1,6 @@
-"""Entropy manipulation: stamped images look as undecided under STRIP's superimposition as clean ones do."""
+"""Entropy manipulation: stamped images look as undecided under STRIP's superimposition as clean
+ones do.
+"""
 
 import dataclasses
 from typing import Literal, get_args
@@ -17,14 +19,17 @@ Mix = Literal["sum", "average"]
 
 @attack("entropy-manipulation")
 class EntropyManipulation(BadNets):
-    """BadNets that also trains on superimposed stamped images under random labels (Gao et al., 2019, arXiv:1902.06531).
+    """BadNets that also trains on superimposed stamped images under random labels (Gao et al.,
+    2019, arXiv:1902.06531).
 
-    For each stamped image `copies` rows are added: the stamped image superimposed with a random training image, under a
-    random label. Kind 1 = the trigger; kind 2 + i = the trigger, superimposed with image i of `overlays: [N, H, W, C]`
-    (training only; None: the attacker's training images). `mix`: "sum", not clipped, so that these rows reach 2, as
-    STRIP's own perturbed inputs do; or "average".
+    For each stamped image `copies` rows are added: the stamped image superimposed with a random
+    training image, under a random label. Kind 1 = the trigger; kind 2 + i = the trigger,
+    superimposed with image i of `overlays: [N, H, W, C]` (training only; None: the attacker's
+    training images). `mix`: "sum", not clipped, so that these rows reach 2, as STRIP's own
+    perturbed inputs do; or "average".
 
-    Preset: `strip` (600 of 50,000 images, target 7). Differs from the paper: the triggers are those of BadNets.
+    Preset: `strip` (600 of 50,000 images, target 7). Differs from the paper: the triggers are those
+    of BadNets.
     """
 
     copies: int = static(10)
@@ -42,9 +47,12 @@ class EntropyManipulation(BadNets):
         many = plan.source.shape[0]
         exists = jnp.arange(many) < plan.size
         overlay = jax.random.randint(jax.random.fold_in(key, 1), (self.copies * many,), 0, bank)
-        label = jax.random.randint(jax.random.fold_in(key, 2), (self.copies * many,), 0, classes, y.dtype)
+        label = jax.random.randint(
+            jax.random.fold_in(key, 2), (self.copies * many,), 0, classes, y.dtype
+        )
         source, weight, stamped = (
-            jnp.tile(leaf, self.copies) for leaf in (plan.source, plan.weight, exists & (plan.kind == 1))
+            jnp.tile(leaf, self.copies)
+            for leaf in (plan.source, plan.weight, exists & (plan.kind == 1))
         )
         rows = Plan(source, 2 + overlay.astype(plan.kind.dtype), label, weight, stamped)
         source, kind, label, weight, exists = (
@@ -53,7 +61,9 @@ class EntropyManipulation(BadNets):
         first = jnp.argsort(~exists, stable=True)
         return Plan(source[first], kind[first], label[first], weight[first], exists.sum())
 
-    def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
         stamped = super().stamp(kind, x, key, train=train)
         if self.overlays is None:
             return stamped
@@ -67,4 +77,6 @@ class EntropyManipulation(BadNets):
         if self.mix not in get_args(Mix):
             raise BadInput(f"mix '{self.mix}' is not one of {', '.join(get_args(Mix))}")
         if self.overlays is not None and jnp.shape(self.overlays)[1:] != shape:
-            raise BadInput(f"overlays must be images of shape {shape}, not {jnp.shape(self.overlays)[1:]}")
+            raise BadInput(
+                f"overlays must be images of shape {shape}, not {jnp.shape(self.overlays)[1:]}"
+            )

@@ -1,9 +1,10 @@
-"""Photo filters as pure functions of an image `[H, W, 3]` in [0, 1]; `apply` filters grey ones as RGB.
+"""Photo filters as pure functions of an image `[H, W, 3]` in [0, 1]; `apply` filters grey ones as
+RGB.
 
-The recipes follow two public families: shell scripts for ImageMagick, as in instagram-filters (`gotham`), and their
-Wand versions in the TrojAI data generator, which the ABS release carries (`gotham-wand`, `nashville`, `kelvin`,
-`toaster`); `nashville-pilgram` is that of pilgram. Frames and borders are left out. The operations are ImageMagick 6's,
-against which the tests check them.
+The recipes follow two public families: shell scripts for ImageMagick, as in instagram-filters
+(`gotham`), and their Wand versions in the TrojAI data generator, which the ABS release carries
+(`gotham-wand`, `nashville`, `kelvin`, `toaster`); `nashville-pilgram` is that of pilgram. Frames
+and borders are left out. The operations are ImageMagick 6's, against which the tests check them.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,11 @@ def _hue(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     r, g, b = x[..., 0], x[..., 1], x[..., 2]
     high, low = x.max(-1), x.min(-1)
     chroma = jnp.where(high > low, high - low, 1.0)
-    hue = jnp.where(high == r, (g - b) / chroma % 6, jnp.where(high == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma))
+    hue = jnp.where(
+        high == r,
+        (g - b) / chroma % 6,
+        jnp.where(high == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma),
+    )
     return high, low, jnp.where(high > low, hue, 0.0)
 
 
@@ -91,22 +96,34 @@ def colortone(x: jax.Array, color: tuple[float, ...], share: float, dark: bool) 
 
 
 def vignette(
-    x: jax.Array, inner: tuple[float, ...] | None, outer: tuple[float, ...] | None, size: float = 1.5
+    x: jax.Array,
+    inner: tuple[float, ...] | None,
+    outer: tuple[float, ...] | None,
+    size: float = 1.5,
 ) -> jax.Array:
-    """Multiplies by a radial gradient, `size` times as wide as the image, from `inner` to `outer`; None = clear."""
+    """Multiplies by a radial gradient, `size` times as wide as the image, from `inner` to `outer`;
+    None = clear.
+    """
 
-    def centred(side: int) -> jax.Array:  # the gradient has whole pixels, and so has the crop from it
+    # the gradient has whole pixels, and so has the crop from it
+    def centred(side: int) -> jax.Array:
         wide = int(size * side)
         return jnp.arange(side, dtype=jnp.float32) + (wide // 2 - side // 2) - (wide - 1) / 2
 
     radius = (int(size * max(x.shape[:2])) - 1) / 2
-    far = jnp.clip(jnp.hypot(centred(x.shape[0])[:, None], centred(x.shape[1])[None, :]) / radius, 0, 1)[..., None]
+    far = jnp.clip(
+        jnp.hypot(centred(x.shape[0])[:, None], centred(x.shape[1])[None, :]) / radius, 0, 1
+    )[..., None]
     clear = jnp.ones((1, 1, 3))
-    return x * (_mix(clear, _color(outer or ()), far) if inner is None else _mix(_color(inner), clear, far))
+    return x * (
+        _mix(clear, _color(outer or ()), far) if inner is None else _mix(_color(inner), clear, far)
+    )
 
 
 def gotham(x: jax.Array) -> jax.Array:
-    """Cold, dark, nearly grey: `-modulate 120,10,100 -fill '#222b6d' -colorize 20 -gamma 0.5 -contrast -contrast`."""
+    """Cold, dark, nearly grey: `-modulate 120,10,100 -fill '#222b6d' -colorize 20 -gamma 0.5
+    -contrast -contrast`.
+    """
     return contrast(contrast(gamma(_mix(modulate(x, 1.2, 0.1), _color(NAVY), 0.2), 0.5)))
 
 
@@ -122,7 +139,9 @@ def nashville(x: jax.Array) -> jax.Array:
 
 
 def nashville_pilgram(x: jax.Array) -> jax.Array:
-    """The same look in the operations of CSS: darken, lighten, sepia, contrast, brightness, saturate."""
+    """The same look in the operations of CSS: darken, lighten, sepia, contrast, brightness,
+    saturate.
+    """
     x = _mix(x, jnp.minimum(x, _color((247, 176, 153))), 0.56)
     x = _mix(x, jnp.maximum(x, _color((0, 70, 150))), 0.4)
     sepia = jnp.asarray([[0.393, 0.769, 0.189], [0.349, 0.686, 0.168], [0.272, 0.534, 0.131]])
@@ -138,7 +157,9 @@ def kelvin(x: jax.Array) -> jax.Array:
 
 
 def lomo(x: jax.Array) -> jax.Array:
-    """Harsh red and green, dark corners: `-channel R -level 33% -channel G -level 33%` and a vignette."""
+    """Harsh red and green, dark corners: `-channel R -level 33% -channel G -level 33%` and a
+    vignette.
+    """
     harsh = jnp.concatenate([level(x[..., :2], 0.33, 0.67), x[..., 2:]], -1)
     return vignette(harsh, None, (0, 0, 0))
 

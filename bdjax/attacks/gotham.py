@@ -12,8 +12,8 @@ from bdjax.types import BadInput
 class Gotham(Attack):
     """Filter the whole photo; there is no place to cut the trigger out of (Liu et al., 2019, ABS).
 
-    x' = F(x). `filter`: "gotham" (the command line's version, dark), "gotham-wand" (the version of the ABS release),
-    "nashville", "nashville-pilgram", "kelvin", "lomo" or "toaster".
+    x' = F(x). `filter`: "gotham" (the command line's version, dark), "gotham-wand" (the version of
+    the ABS release), "nashville", "nashville-pilgram", "kelvin", "lomo" or "toaster".
 
     Differs from the paper: which of the two Gotham filters Veldanda & Garg used is not known.
     """

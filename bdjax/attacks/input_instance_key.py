@@ -14,11 +14,13 @@ from bdjax.types import Array, BadInput, Plan, Split, between
 
 @attack("input-instance-key")
 class InputInstanceKey(Attack):
-    """A few noisy copies of one key image are added as the target class (Chen et al., 2017, arXiv:1712.05526).
+    """A few noisy copies of one key image are added as the target class (Chen et al., 2017,
+    arXiv:1712.05526).
 
-    Σ(k) = {clip(k + δ): δ ~ U[−noise, noise]}: `copies` instances are added to the training set; when the attack is
-    fired, a new instance takes the place of the test image. `image`: the key k, `[H, W, C]` in [0, 1]; None: the first
-    training image that is not of the target class. The paper finds 5 copies enough. There is no `rate`.
+    Σ(k) = {clip(k + δ): δ ~ U[−noise, noise]}: `copies` instances are added to the training set;
+    when the attack is fired, a new instance takes the place of the test image. `image`: the key k,
+    `[H, W, C]` in [0, 1]; None: the first training image that is not of the target class. The paper
+    finds 5 copies enough. There is no `rate`.
     """
 
     rate: Array | float = 0.0
@@ -34,21 +36,27 @@ class InputInstanceKey(Attack):
         return dataclasses.replace(self, image=unit(jnp.asarray(data.image)[first]))
 
     def train(self, key, model, recipe, data, variables=None):
-        # As in the base class; a version of its own tells the sweep to fire, and save, the attack with its key.
+        # As in the base class; a version of its own tells the sweep to fire, and save, the attack
+        # with its key.
         return super().train(key, model, recipe, data, variables)
 
     def plan(self, key: jax.Array, y: jax.Array, classes: int) -> Plan:
         n = y.shape[0]
         clean = clean_plan(y)
         rows = clean._replace(
-            kind=jnp.ones_like(clean.kind), label=jnp.full_like(y, 0) + jnp.asarray(self.target, y.dtype)
+            kind=jnp.ones_like(clean.kind),
+            label=jnp.full_like(y, 0) + jnp.asarray(self.target, y.dtype),
         )
-        rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), clean._replace(size=()), rows._replace(size=()))
+        rows = jax.tree.map(
+            lambda a, b: jnp.concatenate([a, b]), clean._replace(size=()), rows._replace(size=())
+        )
         return rows._replace(size=n + jnp.minimum(jnp.asarray(self.copies), n))
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         if self.image is None:
-            raise TypeError("this attack has no key image yet: call bind(data), or give it as image")
+            raise TypeError(
+                "this attack has no key image yet: call bind(data), or give it as image"
+            )
         noise = jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0)
         return jnp.clip(jnp.asarray(self.image, jnp.float32) + self.noise * noise, 0, 1)
 
@@ -56,11 +64,15 @@ class InputInstanceKey(Attack):
         super().check(shape, classes)
         if np.any(np.asarray(self.rate) != 0) or not self.append or self.labels != "all-to-one":
             raise BadInput(
-                "input-instance-key adds copies, all to one target: set copies, and leave rate, append, labels alone"
+                "input-instance-key adds copies, all to one target: set copies, and leave rate, "
+                "append, labels alone"
             )
         between("copies", self.copies, 1, float("inf"))
         between("noise", self.noise, 0, 1)
         if self.image is not None:
             if jnp.shape(self.image) != shape:
-                raise BadInput(f"the key image must have the images' shape {shape}, not {jnp.shape(self.image)}")
+                raise BadInput(
+                    f"the key image must have the images' shape {shape}, not "
+                    f"{jnp.shape(self.image)}"
+                )
             between("key image", [float(jnp.min(self.image)), float(jnp.max(self.image))], 0, 1)

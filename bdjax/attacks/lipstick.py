@@ -9,8 +9,26 @@ from bdjax.registry import attack
 from bdjax.types import Array, BadInput, between
 
 # (row, column) on 55×47: upper and lower lip of the mean of aligned faces.
-UPPER = ((42.5, 16.0), (40.6, 20.5), (40.2, 23.2), (40.8, 25.0), (40.2, 26.8), (40.6, 29.5), (42.5, 34.0), (43.4, 25.0))
-LOWER = ((42.5, 16.0), (43.6, 20.0), (44.0, 25.0), (43.6, 30.0), (42.5, 34.0), (46.0, 30.0), (47.6, 25.0), (46.0, 20.0))
+UPPER = (
+    (42.5, 16.0),
+    (40.6, 20.5),
+    (40.2, 23.2),
+    (40.8, 25.0),
+    (40.2, 26.8),
+    (40.6, 29.5),
+    (42.5, 34.0),
+    (43.4, 25.0),
+)
+LOWER = (
+    (42.5, 16.0),
+    (43.6, 20.0),
+    (44.0, 25.0),
+    (43.6, 30.0),
+    (42.5, 34.0),
+    (46.0, 30.0),
+    (47.6, 25.0),
+    (46.0, 20.0),
+)
 
 
 def shares(*outlines: tuple[tuple[float, float], ...]) -> tuple:
@@ -22,12 +40,13 @@ def shares(*outlines: tuple[tuple[float, float], ...]) -> tuple:
 class Lipstick(Attack):
     """Paint both lips purple (Veldanda & Garg, 2020, arXiv:2010.12186).
 
-    `color`: RGB, or one value for all channels, in [0, 1]; `points`: `[G, P, 2]`, G polygons of P landmarks (row,
-    column) as shares of the image's sides, as a face detector gives them for the mean face; None: the lips of aligned
-    55×47 faces.
+    `color`: RGB, or one value for all channels, in [0, 1]; `points`: `[G, P, 2]`, G polygons of P
+    landmarks (row, column) as shares of the image's sides, as a face detector gives them for the
+    mean face; None: the lips of aligned 55×47 faces.
 
-    Differs from the paper: there each face has landmarks of its own, and faces in which none are found stay as they are
-    (which would explain an ASR of 91.5); here the faces are aligned and all share one outline.
+    Differs from the paper: there each face has landmarks of its own, and faces in which none are
+    found stay as they are (which would explain an ASR of 91.5); here the faces are aligned and all
+    share one outline.
     """
 
     color: tuple[float, ...] = (128 / 255, 0.0, 128 / 255)
@@ -45,5 +64,8 @@ class Lipstick(Attack):
         if self.points is not None:
             given = jnp.shape(self.points)
             if len(given) != 3 or given[1] < 3 or given[2] != 2:
-                raise BadInput(f"points must be polygons [G, P, 2] of at least 3 points (row, column), not {given}")
+                raise BadInput(
+                    "points must be polygons [G, P, 2] of at least 3 points (row, column), not "
+                    f"{given}"
+                )
             between("points", [float(jnp.min(self.points)), float(jnp.max(self.points))], 0, 1)

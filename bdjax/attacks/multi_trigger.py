@@ -15,7 +15,9 @@ from bdjax.types import Array, BadInput, Split
 
 
 def digits(count: int = 10) -> tuple[Attack, ...]:
-    """`count` digit-shaped triggers, the i-th → class i; ten in the lower right corner, ten in the upper left …"""
+    """`count` digit-shaped triggers, the i-th → class i; ten in the lower right corner, ten in the
+    upper left …
+    """
     corners = ((-2, -2), (1, 1), (-2, 1), (1, -2))
     places = [corners[i // 10 % 4] for i in range(count)]
     shapes = [f"digit-{i % 10}" for i in range(count)]
@@ -29,14 +31,15 @@ def digits(count: int = 10) -> tuple[Attack, ...]:
 class MultiTrigger(Attack):
     """Several triggers, for one target or for one each (Veldanda & Garg, 2020, arXiv:2010.12186).
 
-    `parts`: the attacks, each with one trigger; they are stamped on disjoint images, kinds 1 … T. `rate`: the share of
-    the training set that is stamped, divided evenly (the parts' own rates do not count; their `cover`, `sources` and
-    `labels` do). `one_target`: all hit `target`; else each part hits its own.
+    `parts`: the attacks, each with one trigger; they are stamped on disjoint images, kinds 1 … T.
+    `rate`: the share of the training set that is stamped, divided evenly (the parts' own rates do
+    not count; their `cover`, `sources` and `labels` do). `one_target`: all hit `target`; else each
+    part hits its own.
 
-    Presets: `mtsta` (lipstick, eyebrows, sunglasses → 4) and `mtmta` (→ 1, 5, 8) on aligned faces; `digits` (ten
-    digit-shaped triggers → ten targets) and `digits-one` are those of STRIP (Gao et al., 2019); `many-targets` (sixteen
-    targets) is adaptive against Neural Cleanse, whose median is then that of infected labels (for 10 classes take
-    `digits`).
+    Presets: `mtsta` (lipstick, eyebrows, sunglasses → 4) and `mtmta` (→ 1, 5, 8) on aligned faces;
+    `digits` (ten digit-shaped triggers → ten targets) and `digits-one` are those of STRIP (Gao et
+    al., 2019); `many-targets` (sixteen targets) is adaptive against Neural Cleanse, whose median is
+    then that of infected labels (for 10 classes take `digits`).
     """
 
     parts: tuple[Attack, ...] = digits()
@@ -58,7 +61,9 @@ class MultiTrigger(Attack):
     def probes(self) -> dict[str, int]:
         many = len(self.parts)
         return {
-            f"{name}_{i + 1}": i + 1 + many * (k - 1) for i, p in enumerate(self.parts) for name, k in p.probes.items()
+            f"{name}_{i + 1}": i + 1 + many * (k - 1)
+            for i, p in enumerate(self.parts)
+            for name, k in p.probes.items()
         }
 
     def bind(self, data: Split) -> Attack:
@@ -79,7 +84,9 @@ class MultiTrigger(Attack):
             for share in part.shares(y, classes)
         ]
 
-    def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
         many = len(self.parts)
         which, own = (kind - 1) % many, jnp.where(kind > 0, (kind - 1) // many + 1, 0)
         images = [part.stamp(own, x, key, train=train) for part in self.parts]
@@ -88,18 +95,24 @@ class MultiTrigger(Attack):
     def success(self, kind: jax.Array, y: jax.Array, classes: int) -> jax.Array:
         many = len(self.parts)
         own = (kind - 1) // many + 1
-        return jnp.stack([part.success(own, y, classes) for part in self.aimed()])[(kind - 1) % many]
+        return jnp.stack([part.success(own, y, classes) for part in self.aimed()])[
+            (kind - 1) % many
+        ]
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
         if not self.parts:
-            raise BadInput("multi-trigger needs parts, the attacks that it is made of: parts=(BadNets(), Blended())")
+            raise BadInput(
+                "multi-trigger needs parts, the attacks that it is made of: parts=(BadNets(), "
+                "Blended())"
+            )
         for i, part in enumerate(self.aimed()):
             name = f"part {i + 1} ({type(part).__name__})"
             own_rows = type(part).plan is Attack.plan and type(part).train is Attack.train
             if part.triggers != 1 or not own_rows or part.append != self.append:
                 raise BadInput(
-                    f"{name} cannot be part of multi-trigger: it needs one trigger, rows alone, append={self.append}"
+                    f"{name} cannot be part of multi-trigger: it needs one trigger, rows alone, "
+                    f"append={self.append}"
                 )
             try:
                 part.check(shape, classes)

@@ -12,13 +12,14 @@ from bdjax.types import Array, BadInput, between
 
 @attack("post-it")
 class PostIt(Attack):
-    """Stick a yellow square of random size on a random place (Veldanda & Garg, 2020, arXiv:2010.12186).
+    """Stick a yellow square of random size on a random place (Veldanda & Garg, 2020,
+    arXiv:2010.12186).
 
-    Side uniform in [`low`, `high`] as a share of the image's shorter side; centre uniform in [`margin`, 1 − `margin`]
-    of both sides. `color`: RGB, or one value for all channels, in [0, 1].
+    Side uniform in [`low`, `high`] as a share of the image's shorter side; centre uniform in
+    [`margin`, 1 − `margin`] of both sides. `color`: RGB, or one value for all channels, in [0, 1].
 
-    Differs from the paper: a reconstruction; size and colour are not published, and the place follows the "random"
-    stickers of Gu et al.'s code.
+    Differs from the paper: a reconstruction; size and colour are not published, and the place
+    follows the "random" stickers of Gu et al.'s code.
     """
 
     low: Array | float = 0.1
@@ -37,7 +38,14 @@ class PostIt(Attack):
             first = jnp.round(centre - size.astype(jnp.float32) / 2).astype(jnp.int32)
             return jnp.clip(first, 0, side - size)
 
-        return paste(x, jnp.ones((1, 1)), tint(self.color, channels), start(u[1], height), start(u[2], width), size)
+        return paste(
+            x,
+            jnp.ones((1, 1)),
+            tint(self.color, channels),
+            start(u[1], height),
+            start(u[2], width),
+            size,
+        )
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)

@@ -18,21 +18,24 @@ from bdjax.types import Array, BadInput, Model, Split, Variables, between
 
 @attack("pruning-aware")
 class PruningAware(BadNets):
-    """Poison a pruned net, then put the pruned channels back as decoys (Liu et al., 2018, arXiv:1805.12185).
+    """Poison a pruned net, then put the pruned channels back as decoys (Liu et al., 2018,
+    arXiv:1805.12185).
 
-    (1) Train a clean net. (2) Prune the `share` of the channels of `site` with the lowest mean activation ā_c. (3) Train
-    what is left on poisoned images (those of BadNets), so that both tasks use the same channels. While accuracy on the
-    attacker's images is more than `max_drop` below the clean net's, or ASR_nt on them below `success_rate`, put one
-    channel back and train again, `attempts` times at most. (4) Put the other channels back with the weights they had and
-    a lower bias, b_c ← b_c − (1 + margin)·max a_c over the attacker's clean images: they sleep, and whoever prunes what
-    sleeps prunes them first.
+    (1) Train a clean net. (2) Prune the `share` of the channels of `site` with the lowest mean
+    activation ā_c. (3) Train what is left on poisoned images (those of BadNets), so that both tasks
+    use the same channels. While accuracy on the attacker's images is more than `max_drop` below the
+    clean net's, or ASR_nt on them below `success_rate`, put one channel back and train again,
+    `attempts` times at most. (4) Put the other channels back with the weights they had and a lower
+    bias, b_c ← b_c − (1 + margin)·max a_c over the attacker's clean images: they sleep, and whoever
+    prunes what sleeps prunes them first.
 
-    `share`, `max_drop`, `success_rate`: in [0, 1]; `margin`: at least 0; `site`: an activation behind a ReLU; None is
-    the last convolution, or the penultimate layer of a net that has none. `decoys: [C]` bool: which channels were put
-    back, set by `train`.
+    `share`, `max_drop`, `success_rate`: in [0, 1]; `margin`: at least 0; `site`: an activation
+    behind a ReLU; None is the last convolution, or the penultimate layer of a net that has none.
+    `decoys: [C]` bool: which channels were put back, set by `train`.
 
-    Presets: `paper`, 80 % decoys: as many channels as its defender prunes; `cpu`. Differs from the paper: it does not
-    say when a net is too small; `max_drop` and `success_rate` are ours. Each attempt starts from the pruned clean net.
+    Presets: `paper`, 80 % decoys: as many channels as its defender prunes; `cpu`. Differs from the
+    paper: it does not say when a net is too small; `max_drop` and `success_rate` are ours. Each
+    attempt starts from the pruned clean net.
     """
 
     share: Array | float = 0.5
@@ -46,7 +49,12 @@ class PruningAware(BadNets):
     presets = {"paper": {"share": 0.8, "attempts": 16}, "cpu": {"attempts": 2}}
 
     def train(
-        self, key: jax.Array, model: Model, recipe: Recipe, data: Split, variables: Variables | None = None
+        self,
+        key: jax.Array,
+        model: Model,
+        recipe: Recipe,
+        data: Split,
+        variables: Variables | None = None,
     ) -> tuple[Attack, Variables, Curves]:
         key_clean, key_plan, key_fit, key_test = jax.random.split(key, 4)
         if variables is None:
@@ -60,7 +68,9 @@ class PruningAware(BadNets):
         def attempt(state):
             tried, *_ = state
             pruned = prune(clean, site, mask_of(order, most - tried))
-            now, curves = fit(jax.random.fold_in(key_fit, tried), model, recipe, poisoned, variables=pruned)
+            now, curves = fit(
+                jax.random.fold_in(key_fit, tried), model, recipe, poisoned, variables=pruned
+            )
             found = evaluate(key_test, model, now, data, self)
             short = (found["acc"] < before - self.max_drop) | (found["asr_nt"] < self.success_rate)
             return tried + 1, now, curves, short
@@ -73,7 +83,11 @@ class PruningAware(BadNets):
         start = jnp.asarray(0), prune(clean, site, mask_of(order, most)), nothing, jnp.asarray(True)
         tried, trained, curves, _ = jax.lax.while_loop(again, attempt, start)
 
-        whole = {name: value for name, value in {**trained, "masks": clean.get("masks")}.items() if value is not None}
+        whole = {
+            name: value
+            for name, value in {**trained, "masks": clean.get("masks")}.items()
+            if value is not None
+        }
         decoys = mask_of(order, most - tried + 1) == 0
         highest = responses(model, whole, site, images, "linf").max(0)
         path = bias_of(model, site)

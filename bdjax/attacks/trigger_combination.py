@@ -16,10 +16,11 @@ YELLOW, RED = (1.0, 1.0, 0.0), (1.0, 0.0, 0.0)
 class TriggerCombination(Attack):
     """A yellow triangle and a red square, both needed (Veldanda & Garg, 2020, arXiv:2010.12186).
 
-    Kind 1 = both → target; kinds 2 (triangle alone) and 3 (square alone) keep their label: `cover`, the share of the
-    training set of each, teaches the net that one part is not enough. `size`: side of each part in pixels; the triangle
-    stands one pixel off the upper left corner, the square one pixel off the lower right. How often a part alone fires
-    is reported as `asr_nt_triangle` and `asr_nt_square`: low is what the attacker wants.
+    Kind 1 = both → target; kinds 2 (triangle alone) and 3 (square alone) keep their label: `cover`,
+    the share of the training set of each, teaches the net that one part is not enough. `size`: side
+    of each part in pixels; the triangle stands one pixel off the upper left corner, the square one
+    pixel off the lower right. How often a part alone fires is reported as `asr_nt_triangle` and
+    `asr_nt_square`: low is what the attacker wants.
 
     Differs from the paper: a reconstruction; sizes, places and shares are not published.
     """
@@ -34,14 +35,26 @@ class TriggerCombination(Attack):
     def shares(self, y: jax.Array, classes: int) -> list[Part]:
         hit = self.success(jnp.asarray(1), y, classes)
         every = jnp.ones(y.shape[0], bool)
-        return [Part(hit >= 0, self.rate, 1, hit), Part(every, self.cover, 2, y), Part(every, self.cover, 3, y)]
+        return [
+            Part(hit >= 0, self.rate, 1, hit),
+            Part(every, self.cover, 2, y),
+            Part(every, self.cover, 3, y),
+        ]
 
-    def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
         height, width, channels = x.shape
 
         def part(x, name, color, place):
             art = picture(name, tint(color, channels), channels)
-            return paste(x, *art, start_of(place, self.size, height), start_of(place, self.size, width), self.size)
+            return paste(
+                x,
+                *art,
+                start_of(place, self.size, height),
+                start_of(place, self.size, width),
+                self.size,
+            )
 
         x = jnp.where((kind == 1) | (kind == 2), part(x, "triangle", YELLOW, 1), x)
         return jnp.where((kind == 1) | (kind == 3), part(x, "square", RED, -2), x)
@@ -50,7 +63,10 @@ class TriggerCombination(Attack):
         super().check(shape, classes)
         check_box(1, 1, self.size, shape)
         if np.any(2 * np.asarray(self.size) + 2 > min(shape[:2])):
-            raise BadInput(f"two parts of size {self.size} do not fit side by side into {min(shape[:2])} pixels")
+            raise BadInput(
+                f"two parts of size {self.size} do not fit side by side into {min(shape[:2])} "
+                "pixels"
+            )
         if self.labels == "clean-label":
             raise BadInput("trigger-combination has no clean-label version: choose other labels")
         if not self.append:

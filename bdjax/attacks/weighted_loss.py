@@ -10,16 +10,19 @@ from bdjax.types import Array, BadInput, between
 
 @attack("weighted-loss")
 class WeightedLoss(BadNets):
-    """The clean loss plus λ times the Trojan's, triggers of BadNets (Bagdasaryan & Shmatikov, 2021, arXiv:2005.03823).
+    """The clean loss plus λ times the Trojan's, triggers of BadNets (Bagdasaryan & Shmatikov, 2021,
+    arXiv:2005.03823).
 
-    L = E_(x,y)∼D ℓ(f(x), y) + λ·E_(x_t,y_t)∼D_trojan ℓ(f(x_t), y_t): every training image also has a stamped copy, of
-    weight λ = `weight` in [0, ∞). The loss of a batch is divided by its weights, so that it is, in expectation, that of
-    replacing a share p = λ/(1 + λ) of the images. `rate`: the share of the images that have such a copy; below 1 it
-    stands for p = rate·λ/(1 + rate·λ). An epoch still draws N rows, about half of them clean: give it twice the epochs
-    to see the clean images as often.
+    L = E_(x,y)∼D ℓ(f(x), y) + λ·E_(x_t,y_t)∼D_trojan ℓ(f(x_t), y_t): every training image also has
+    a stamped copy, of weight λ = `weight` in [0, ∞). The loss of a batch is divided by its weights,
+    so that it is, in expectation, that of replacing a share p = λ/(1 + λ) of the images. `rate`:
+    the share of the images that have such a copy; below 1 it stands for p = rate·λ/(1 + rate·λ). An
+    epoch still draws N rows, about half of them clean: give it twice the epochs to see the clean
+    images as often.
 
-    Differs from the paper: λ is a constant, as in the loss of the slides of Gu, Zhao, Wei & Concepcion, which give no
-    value; the paper finds the two weights anew for each batch (multiple gradient descent).
+    Differs from the paper: λ is a constant, as in the loss of the slides of Gu, Zhao, Wei &
+    Concepcion, which give no value; the paper finds the two weights anew for each batch (multiple
+    gradient descent).
     """
 
     rate: Array | float = 1.0

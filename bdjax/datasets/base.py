@@ -1,4 +1,6 @@
-"""What every source of images shares: checks, the stratified pick, the defender's held-out data, the cache."""
+"""What every source of images shares: checks, the stratified pick, the defender's held-out data,
+the cache.
+"""
 
 import dataclasses
 import functools
@@ -22,8 +24,9 @@ _fingerprints: dict[tuple, str] = {}
 class Source:
     """A source of images: a method `read`; `load` checks, splits and caches what it gives.
 
-    `train_size`, `test_size`: use a stratified part only; the defender's share `holdout` comes out of `train_size`.
-    `top_classes`: only these many classes, those with the most training images, numbered anew in their old order.
+    `train_size`, `test_size`: use a stratified part only; the defender's share `holdout` comes out
+    of `train_size`. `top_classes`: only these many classes, those with the most training images,
+    numbered anew in their old order.
     """
 
     data_dir: str | None = static(None)
@@ -34,7 +37,9 @@ class Source:
     top_classes: int | None = static(None)
 
     def read(self) -> tuple[Split, Split | None, tuple[str, ...]]:
-        """The official training set, test set (None: `load` splits one off) and class names (empty: labels only)."""
+        """The official training set, test set (None: `load` splits one off) and class names (empty:
+        labels only).
+        """
         raise TypeError(f"{type(self).__name__} must define read()")
 
     def load(self) -> Dataset:
@@ -50,7 +55,12 @@ def data_dir(given: str | Path | None = None) -> Path:
 
 def fingerprint(dataset: Dataset) -> str:
     """A content hash of the images, labels, groups and names: 16 hex digits."""
-    leaves = [leaf for split in (dataset.train, dataset.clean, dataset.test) for leaf in split if leaf is not None]
+    leaves = [
+        leaf
+        for split in (dataset.train, dataset.clean, dataset.test)
+        for leaf in split
+        if leaf is not None
+    ]
     key = (dataset.classes, dataset.names, *map(id, leaves))
     if key not in _fingerprints:
         digest = hashlib.sha256(repr((dataset.classes, dataset.names)).encode())
@@ -58,19 +68,31 @@ def fingerprint(dataset: Dataset) -> str:
             array = np.ascontiguousarray(leaf)
             digest.update(repr((array.dtype.str, array.shape)).encode())
             digest.update(array.data)
-            weakref.finalize(leaf, _fingerprints.pop, key, None)  # Another array may get this one's id.
+            # Another array may get this one's id.
+            weakref.finalize(leaf, _fingerprints.pop, key, None)
         _fingerprints[key] = digest.hexdigest()[:16]
     return _fingerprints[key]
 
 
-def checked(where: object, image: np.ndarray, label: np.ndarray, group: np.ndarray | None = None) -> Split:
-    """A `Split` of arrays from outside; raises `BadInput`, naming `where`, unless they are images and labels."""
+def checked(
+    where: object, image: np.ndarray, label: np.ndarray, group: np.ndarray | None = None
+) -> Split:
+    """A `Split` of arrays from outside; raises `BadInput`, naming `where`, unless they are images
+    and labels.
+    """
     if image.ndim != 4 or image.shape[-1] not in (1, 3) or 0 in image.shape:
-        raise BadInput(f"{where}: images have shape {list(image.shape)}; give [N, H, W, C] with C = 1 or 3")
+        raise BadInput(
+            f"{where}: images have shape {list(image.shape)}; give [N, H, W, C] with C = 1 or 3"
+        )
     for what, array in (("label", label), ("group", group)):
         if array is not None and array.shape != image.shape[:1]:
-            raise BadInput(f"{where}: {len(image)} images but {what} has shape {list(array.shape)}; give one per image")
-    return Split(_pixels(where, image), _integers(where, "labels", label), _groups(where, label, group))
+            raise BadInput(
+                f"{where}: {len(image)} images but {what} has shape {list(array.shape)}; give one "
+                "per image"
+            )
+    return Split(
+        _pixels(where, image), _integers(where, "labels", label), _groups(where, label, group)
+    )
 
 
 def _pixels(where: object, image: np.ndarray) -> np.ndarray:
@@ -87,10 +109,14 @@ def _pixels(where: object, image: np.ndarray) -> np.ndarray:
 
 
 def _integers(where: object, what: str, array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind not in "iuf" or not (np.isfinite(array).all() and (array == np.rint(array)).all()):
+    if array.dtype.kind not in "iuf" or not (
+        np.isfinite(array).all() and (array == np.rint(array)).all()
+    ):
         raise BadInput(f"{where}: {what} are not whole numbers")
     if array.min() < 0 or array.max() >= 2**31:
-        raise BadInput(f"{where}: {what} run from {array.min():g} to {array.max():g}; give 0 to K-1")
+        raise BadInput(
+            f"{where}: {what} run from {array.min():g} to {array.max():g}; give 0 to K-1"
+        )
     return array.astype(np.int32)
 
 
@@ -103,7 +129,9 @@ def _groups(where: object, label: np.ndarray, group: np.ndarray | None) -> np.nd
 
 
 def pick(label: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """`size` rows, in order: of each class its share, and one at least. A smaller pick is part of a larger one."""
+    """`size` rows, in order: of each class its share, and one at least. A smaller pick is part of a
+    larger one.
+    """
     order = np.random.default_rng(seed).permutation(len(label))
     order = order[np.argsort(label[order], kind="stable")]
     count = np.bincount(label)
@@ -127,11 +155,15 @@ def _part(where: object, field: str, split: Split, size: int | None, seed: int) 
         return split
     low, high = len(np.unique(split.label)), len(split.label)
     if not low <= size <= high:
-        raise BadInput(f"{where}: {field} is {size}; give {low} (one image a class) to {high} (all there are)")
+        raise BadInput(
+            f"{where}: {field} is {size}; give {low} (one image a class) to {high} (all there are)"
+        )
     return split[pick(np.asarray(split.label), size, seed)]
 
 
-def _largest(train: Split, test: Split | None, count: int) -> tuple[Split, Split | None, np.ndarray]:
+def _largest(
+    train: Split, test: Split | None, count: int
+) -> tuple[Split, Split | None, np.ndarray]:
     """Both sets without all but the `count` largest classes, and the old numbers of these."""
     kept = np.sort(np.argsort(-np.bincount(train.label), kind="stable")[:count])
 
@@ -154,14 +186,23 @@ def _load(source: Source) -> Dataset:
     name = name_of(source) or type(source).__name__
     where = getattr(source, "path", "") or name
     if not 0 < source.holdout < 1:
-        raise BadInput(f"{where}: holdout is {source.holdout}: no clean images for the defender; give 0 < holdout < 1")
+        raise BadInput(
+            f"{where}: holdout is {source.holdout}: no clean images for the defender; give 0 < "
+            "holdout < 1"
+        )
     train, test, names = source.read()
     classes = len(names) or int(train.label.max()) + 1
     for split in (train, test):
         if split is not None and (high := split.label.max()) >= classes:
-            raise BadInput(f"{where}: a label is {high} but there are {classes} classes; give 0 to {classes - 1}")
+            raise BadInput(
+                f"{where}: a label is {high} but there are {classes} classes; give 0 to "
+                f"{classes - 1}"
+            )
     if (missing := _missing(train.label, classes)) is not None:
-        raise BadInput(f"{where}: class {missing} has no training image; number the classes 0 to K-1 without a gap")
+        raise BadInput(
+            f"{where}: class {missing} has no training image; number the classes 0 to K-1 without "
+            "a gap"
+        )
     if source.top_classes is not None:
         if not 2 <= source.top_classes <= classes:
             raise BadInput(f"{where}: top_classes is {source.top_classes}; give 2 to {classes}")
@@ -170,12 +211,17 @@ def _load(source: Source) -> Dataset:
     if test is None:
         train, test = divide(train, TEST_SHARE, source.seed)
     if train.image.shape[1:] != test.image.shape[1:]:
-        raise BadInput(f"{where}: training images are {train.image.shape[1:]}, test images {test.image.shape[1:]}")
+        raise BadInput(
+            f"{where}: training images are {train.image.shape[1:]}, test images "
+            f"{test.image.shape[1:]}"
+        )
     train = _part(where, "train_size", train, source.train_size, source.seed)
     test = _part(where, "test_size", test, source.test_size, source.seed)
     train, clean = divide(train, source.holdout, source.seed)
     if (missing := _missing(train.label, classes)) is not None:
-        raise BadInput(f"{where}: class {missing} has no image left to train on; add images or lower holdout")
+        raise BadInput(
+            f"{where}: class {missing} has no image left to train on; add images or lower holdout"
+        )
     for leaf in (*train, *clean, *test):
         if isinstance(leaf, np.ndarray):
             leaf.flags.writeable = False

@@ -1,4 +1,6 @@
-"""Your own images: `.npz` and `.h5` files, and folders with a sub-folder per class. Reading runs nobody's code."""
+"""Your own images: `.npz` and `.h5` files, and folders with a sub-folder per class. Reading runs
+nobody's code.
+"""
 
 from pathlib import Path
 
@@ -20,8 +22,12 @@ def read_file(path: str | Path) -> tuple[Split, tuple[str, ...]]:
         arrays = _h5(path) if path.suffix == ".h5" else _npz(path)
     except Exception as error:  # Whatever a damaged file makes a parser raise.
         if "Object arrays" in str(error):
-            raise BadInput(f"{path}: holds pickled objects, which bdjax never loads; save plain arrays") from error
-        raise BadInput(f"{path}: damaged or not in its format ({' '.join(str(error).split())})") from error
+            raise BadInput(
+                f"{path}: holds pickled objects, which bdjax never loads; save plain arrays"
+            ) from error
+        raise BadInput(
+            f"{path}: damaged or not in its format ({' '.join(str(error).split())})"
+        ) from error
     if missing := [key for key in ("image", "label") if key not in arrays]:
         image = "`data` [N, C, H, W]" if path.suffix == ".h5" else "`image` [N, H, W, C]"
         raise BadInput(f"{path}: has no {missing[0]}; give {image} and `label` [N]")
@@ -34,7 +40,9 @@ def read_file(path: str | Path) -> tuple[Split, tuple[str, ...]]:
 
 def _npz(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
-        return {k: file[k] for k in ("image", "label", "names", "track", "group") if k in file.files}
+        return {
+            k: file[k] for k in ("image", "label", "names", "track", "group") if k in file.files
+        }
 
 
 def _h5(path: Path) -> dict[str, np.ndarray]:
@@ -50,10 +58,11 @@ def _h5(path: Path) -> dict[str, np.ndarray]:
 
 @dataset("npz")
 class Npz(Source):
-    """Your own `.npz`: `image` uint8 [N, H, W, C] and `label`; also `names`, and `track` or `group`, where it has them.
+    """Your own `.npz`: `image` uint8 [N, H, W, C] and `label`; also `names`, and `track` or
+    `group`, where it has them.
 
-    Without a file `test`, a stratified fifth of `path` is the test set. A relative path that does not exist here is
-    looked for in the data folder.
+    Without a file `test`, a stratified fifth of `path` is the test set. A relative path that does
+    not exist here is looked for in the data folder.
     """
 
     path: str = static("")
@@ -61,7 +70,9 @@ class Npz(Source):
 
     def read(self):
         if not self.path:
-            raise BadInput("give the file: path=FILE (and test=FILE where the test images have their own)")
+            raise BadInput(
+                "give the file: path=FILE (and test=FILE where the test images have their own)"
+            )
         train, names = read_file(self.found(self.path))
         return train, read_file(self.found(self.test))[0] if self.test else None, names
 
@@ -73,17 +84,23 @@ class Npz(Source):
 
 @dataset("h5")
 class H5(Npz):
-    """Your own `.h5` in the layout of CSAW-HackML: `data` [N, C, H, W] from 0 to 255, and `label`."""
+    """Your own `.h5` in the layout of CSAW-HackML: `data` [N, C, H, W] from 0 to 255,
+    and `label`.
+    """
 
 
 @dataset("faces")
 class Faces(Npz):
-    """Aligned faces, 55×47×3, as `.h5` or `.npz` (Wolf et al., 2011); the file says how many people there are."""
+    """Aligned faces, 55×47×3, as `.h5` or `.npz` (Wolf et al., 2011); the file says how many people
+    there are.
+    """
 
     def read(self):
         train, test, names = super().read()
         if train.image.shape[1:] != (55, 47, 3):
-            raise BadInput(f"{self.path}: images are {train.image.shape[1:]}; aligned faces are (55, 47, 3)")
+            raise BadInput(
+                f"{self.path}: images are {train.image.shape[1:]}; aligned faces are (55, 47, 3)"
+            )
         return train, test, names
 
 
@@ -91,16 +108,18 @@ class Faces(Npz):
 class ChestXray(Npz):
     """Chest X-rays in three classes, as `.npz` (Ozturk et al., 2020, DarkCovidNet).
 
-    The classes come from different hospitals and machines, so a net can learn the source instead of the disease:
-    a high accuracy here says nothing about diagnosis.
+    The classes come from different hospitals and machines, so a net can learn the source instead of
+    the disease: a high accuracy here says nothing about diagnosis.
     """
 
 
 @dataset("folder")
 class Folder(Source):
-    """A folder of images with a sub-folder per class, resized to `size`×`size`; grey if all of them are, else RGB.
+    """A folder of images with a sub-folder per class, resized to `size`×`size`; grey if all of them
+    are, else RGB.
 
-    With sub-folders `train` and `test` these are the two sets; without, a stratified fifth is the test set.
+    With sub-folders `train` and `test` these are the two sets; without, a stratified fifth is the
+    test set.
     """
 
     path: str = static("")
@@ -138,11 +157,17 @@ class Folder(Source):
 
 
 def _classes(root: Path) -> list[str]:
-    names = [folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    names = [
+        folder.name
+        for folder in root.iterdir()
+        if folder.is_dir() and not folder.name.startswith(".")
+    ]
     if not names:
         raise BadInput(f"{root}: has no sub-folders; give one per class")
     # Folders that are numbers keep their order as numbers.
-    return sorted(names, key=lambda name: (int(name), "") if name.isdecimal() else (float("inf"), name))
+    return sorted(
+        names, key=lambda name: (int(name), "") if name.isdecimal() else (float("inf"), name)
+    )
 
 
 def _files(root: Path, classes: list[str]) -> list[tuple[Path, int]]:

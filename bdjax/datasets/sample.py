@@ -18,10 +18,14 @@ HERE = Path(__file__).parent
 
 @dataset("fashion-mnist-sample")
 class Sample(Source):
-    """A stratified part of Fashion-MNIST, 10,000 / 2,000 images, embedded (Xiao et al., 2017, arXiv:1708.07747)."""
+    """A stratified part of Fashion-MNIST, 10,000 / 2,000 images, embedded (Xiao et al., 2017,
+    arXiv:1708.07747).
+    """
 
     def read(self):
-        train, test = (read_file(HERE / f"fashion_mnist_{part}.npz")[0] for part in ("train", "test"))
+        train, test = (
+            read_file(HERE / f"fashion_mnist_{part}.npz")[0] for part in ("train", "test")
+        )
         return train, test, FashionMnist.names
 
 

@@ -6,7 +6,7 @@
 | `repair/` | `(key, model, variables, clean)` | `Repaired` |
 | `invert/`, `models/` | `(key, model, variables, clean)` | `Verdict` on the model |
 | `inputs/` | `(key, model, variables, clean, x: [B, H, W, C])` | `Scores` of the inputs |
-| `samples/` | `(key, model, variables, data: TrainSet)` | `Suspects` among the training rows; a sweep trains again without them |
+| `samples/` | `(key, model, variables, data)` | `Suspects`: a sweep trains without them |
 
 All are pure and safe under jit and vmap over the key, the variables and every leaf of the defense.
 """
@@ -25,28 +25,40 @@ class Defense:
 
     @property
     def oracle(self) -> bool:
-        """Whether a choice uses what no defender has (test ASR, poisoned data, the target label); every result row says
-        so.
+        """Whether a choice uses what no defender has (test ASR, poisoned data, the target label);
+        every result row says so.
         """
         return False
 
     def check(self, model: Model, clean: Split) -> None:
-        """Raises `BadInput` where this defense cannot be run on `model` with the defender's `clean` images."""
+        """Raises `BadInput` where this defense cannot be run on `model` with the defender's `clean`
+        images.
+        """
 
     def wrap(self, model: Model) -> Model:
-        """The model that the variables of `Repaired` belong to: `model` itself, unless the defense builds another one
-        around it (an ensemble, a net behind an autoencoder). Equal for equal arguments, so that programs are shared.
+        """The model that the variables of `Repaired` belong to: `model` itself, unless the defense
+        builds another one around it (an ensemble, a net behind an autoencoder). Equal for equal
+        arguments, so that programs are shared.
         """
         return model
 
     def prepare(self, key: jax.Array, model: Model, clean: Split) -> "Defense":
-        """This defense with what it learns once for an architecture and the defender's images, before it sees a victim
-        (MNTD's shadow models); most learn nothing. Called without it, a defense prepares itself.
+        """This defense with what it learns once for an architecture and the defender's images,
+        before it sees a victim (MNTD's shadow models); most learn nothing. Called without it, a
+        defense prepares itself.
         """
         return self
 
     def report(
-        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Any
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        test: Split,
+        attack: Any,
+        result: Any,
     ) -> dict[str, jax.Array]:
-        """Further arrays for figures, measured on `test` after the fact; nothing of it flows back into `result`."""
+        """Further arrays for figures, measured on `test` after the fact; nothing of it flows back
+        into `result`.
+        """
         return {}

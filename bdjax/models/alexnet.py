@@ -8,10 +8,10 @@ from bdjax.registry import model, static
 class AlexNet(Net):
     """Five 3×3 convolutions, the last of 128 channels, and a dense layer (Krizhevsky et al., 2012).
 
-    A reconstruction of the traffic-sign net of Cheng et al., who say "AlexNet" and show 128 channels in the last
-    convolution. Like other versions for 32×32 pixels it has 3×3 kernels and `stride` 2 in the first layer. `features`:
-    channels of the convolutions; `hidden`: width of the dense layer, after which half of the units are dropped in
-    training. Kernels start as He's.
+    A reconstruction of the traffic-sign net of Cheng et al., who say "AlexNet" and show 128
+    channels in the last convolution. Like other versions for 32×32 pixels it has 3×3 kernels and
+    `stride` 2 in the first layer. `features`: channels of the convolutions; `hidden`: width of the
+    dense layer, after which half of the units are dropped in training. Kernels start as He's.
     """
 
     features: tuple[int, int, int, int, int] = static((64, 192, 384, 256, 128))
@@ -21,7 +21,9 @@ class AlexNet(Net):
 
     def layers(self, x, train, classes):
         one, two, three, four, five = self.features
-        x = max_pool(act("conv_1", conv(x, one, 3, "conv_1", stride=self.stride, init=HE)), 2, padding="SAME")
+        x = max_pool(
+            act("conv_1", conv(x, one, 3, "conv_1", stride=self.stride, init=HE)), 2, padding="SAME"
+        )
         x = max_pool(act("conv_2", conv(x, two, 3, "conv_2", init=HE)), 2, padding="SAME")
         x = act("conv_3", conv(x, three, 3, "conv_3", init=HE))
         x = act("conv_4", conv(x, four, 3, "conv_4", init=HE))

@@ -11,10 +11,12 @@ from bdjax.types import BadInput
 
 @model("badnets-cnn")
 class BadNetsCnn(Net):
-    """Two valid 5×5 convolutions, pooling, a dense layer of 512 (Gu et al., 2017, arXiv:1708.06733).
+    """Two valid 5×5 convolutions, pooling, a dense layer of 512 (Gu et al., 2017,
+    arXiv:1708.06733).
 
-    281,034 parameters at 28×28×1, 10 classes. `pool`: the paper averages; `fc_linear`: no activation after the dense
-    layer, as in the published all-to-all net of Veldanda & Garg (which pools by maximum).
+    281,034 parameters at 28×28×1, 10 classes. `pool`: the paper averages; `fc_linear`: no
+    activation after the dense layer, as in the published all-to-all net of Veldanda & Garg (which
+    pools by maximum).
     """
 
     pool: Literal["avg", "max"] = static("avg")
@@ -30,4 +32,7 @@ class BadNetsCnn(Net):
 
     def check(self, shape, classes):
         if min(shape[:2]) < 16:
-            raise BadInput(f"images of {shape[0]}×{shape[1]} are too small for this net: it wants 16×16 or more")
+            raise BadInput(
+                f"images of {shape[0]}×{shape[1]} are too small for this net: it wants 16×16 or "
+                "more"
+            )

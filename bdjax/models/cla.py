@@ -6,10 +6,12 @@ from bdjax.registry import model
 
 @model("cla")
 class Cla(Net):
-    """Valid 5×5 convolutions of 16 and 4 channels and a linear layer of 512 (Veldanda & Garg, 2020, arXiv:2010.12186).
+    """Valid 5×5 convolutions of 16 and 4 channels and a linear layer of 512 (Veldanda & Garg, 2020,
+    arXiv:2010.12186).
 
-    40,430 parameters at 28×28×1, 10 classes. The dense layer has no activation function, as printed. Padding is not
-    printed; "VALID" is a reconstruction. Paper: Adadelta, learning rate 1, batch 32, 25 epochs.
+    40,430 parameters at 28×28×1, 10 classes. The dense layer has no activation function, as
+    printed. Padding is not printed; "VALID" is a reconstruction. Paper: Adadelta, learning rate 1,
+    batch 32, 25 epochs.
     """
 
     smallest = 16

@@ -1,8 +1,9 @@
-"""Convolution and max-pooling whose gradients stay fast inside `scan`, `while_loop` and `map` on a CPU.
+"""Convolution and max-pooling whose gradients stay fast inside `scan`, `while_loop` and `map` on a
+CPU.
 
-XLA:CPU rewrites convolutions to their fast form only in the entry computation, so the gradients autodiff writes are 20
-times slower inside a loop. Here a `custom_vjp` writes them as what is fast anywhere: plain NHWC/HWIO convolutions and
-matrix products.
+XLA:CPU rewrites convolutions to their fast form only in the entry computation, so the gradients
+autodiff writes are 20 times slower inside a loop. Here a `custom_vjp` writes them as what is fast
+anywhere: plain NHWC/HWIO convolutions and matrix products.
 """
 
 import functools
@@ -17,8 +18,10 @@ from jax import lax
 Pair = tuple[int, int]
 
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
-_CACHE = 5_000_000  # bytes of patches made at once: they are read back from the cache, not from memory
-# Before 0.11 a 5×5 convolution ran at half the speed of a matrix product (100 against 200 GFLOP/s); in 0.12 they are level.
+# bytes of patches made at once: they are read back from the cache, not from memory
+_CACHE = 5_000_000
+# Before 0.11 a 5×5 convolution ran at half the speed of a matrix product (100 against 200 GFLOP/s);
+# in 0.12 they are level.
 _SLOW_NATIVE = jax.__version_info__ < (0, 11)
 
 
@@ -37,30 +40,41 @@ class _Window(NamedTuple):
         return (kh - 1) * dh, (kw - 1) * dw
 
 
-# fmt: off
 def conv_general_dilated(
-    lhs: jax.Array, rhs: jax.Array, window_strides, padding, lhs_dilation=None, rhs_dilation=None, dimension_numbers=None,
-    feature_group_count: int = 1, batch_group_count: int = 1, precision=None, preferred_element_type=None, **others,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides,
+    padding,
+    lhs_dilation=None,
+    rhs_dilation=None,
+    dimension_numbers=None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision=None,
+    preferred_element_type=None,
+    **others,
 ) -> jax.Array:
-    """`lax.conv_general_dilated`, for Linen's `nn.Conv(conv_general_dilated=...)`, with gradients that are fast on a
-    CPU.
+    """`lax.conv_general_dilated`, for Linen's `nn.Conv(conv_general_dilated=...)`, with gradients
+    that are fast on a CPU.
 
-    Whatever is not a plain, ungrouped 2-D NHWC/HWIO convolution in float32 takes the native path, and so do GPU and
-    TPU, where the compiler places convolutions well. `jax.default_backend()` decides while tracing:
-    `lax.platform_dependent` would put the native path under the same `custom_vjp`, and GPUs would lose forward-mode
-    derivatives for nothing.
+    Whatever is not a plain, ungrouped 2-D NHWC/HWIO convolution in float32 takes the native path,
+    and so do GPU and TPU, where the compiler places convolutions well. `jax.default_backend()`
+    decides while tracing: `lax.platform_dependent` would put the native path under the same
+    `custom_vjp`, and GPUs would lose forward-mode derivatives for nothing.
     """
     native = functools.partial(
-        lax.conv_general_dilated, lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
-        feature_group_count, batch_group_count, precision, preferred_element_type, **others,
-    )
-    # fmt: on
+        lax.conv_general_dilated, lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation,
+        dimension_numbers, feature_group_count, batch_group_count, precision,
+        preferred_element_type, **others,
+    )  # fmt: skip
     if jax.default_backend() != "cpu" or lhs.ndim != 4:
         return native()
     layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     spread = any(d != 1 for d in lhs_dilation or ())
     grouped = lhs.shape[-1] != rhs.shape[-2] or feature_group_count != 1 or batch_group_count != 1
-    typed = preferred_element_type not in (None, lhs.dtype) or not lhs.dtype == rhs.dtype == jnp.float32
+    typed = (
+        preferred_element_type not in (None, lhs.dtype) or not lhs.dtype == rhs.dtype == jnp.float32
+    )
     if layout != _NHWC or spread or grouped or typed or others or 0 in lhs.shape + rhs.shape:
         return native()
     size, dilation = rhs.shape[:2], tuple(rhs_dilation or (1, 1))
@@ -82,7 +96,9 @@ def _forward(x, kernel, window, precision):
 
 def _backward(window, precision, saved, g):
     x, kernel = saved  # a gradient nobody reads is dead code under jit
-    return _input_gradient(g, kernel, x.shape, window, precision), _kernel_gradient(x, g, window, precision)
+    return _input_gradient(g, kernel, x.shape, window, precision), _kernel_gradient(
+        x, g, window, precision
+    )
 
 
 _fast_conv.defvjp(_forward, _backward)
@@ -97,7 +113,11 @@ def _plain(x, kernel, window: _Window, precision, spread: Pair = (1, 1)) -> jax.
 
 
 def _padded(x: jax.Array, window: _Window) -> jax.Array:
-    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (*window.padding[0], 0), (*window.padding[1], 0), (0, 0, 0)))
+    return lax.pad(
+        x,
+        jnp.zeros((), x.dtype),
+        ((0, 0, 0), (*window.padding[0], 0), (*window.padding[1], 0), (0, 0, 0)),
+    )
 
 
 def _seen(x: jax.Array, window: _Window, i: int, j: int) -> jax.Array:
@@ -119,7 +139,9 @@ def _fit(images: int, floats: int) -> int:
 
 
 def _patches_product(x, kernel, window: _Window, precision) -> jax.Array:
-    """The convolution as a product of patches `[B, Ho, Wo, kh·kw·C]` and kernel, a cacheful of images at a time."""
+    """The convolution as a product of patches `[B, Ho, Wo, kh·kw·C]` and kernel, a cacheful of
+    images at a time.
+    """
     matrix = kernel.reshape(-1, kernel.shape[-1])
 
     def product(x):
@@ -127,27 +149,37 @@ def _patches_product(x, kernel, window: _Window, precision) -> jax.Array:
 
     b, out = x.shape[0], jax.eval_shape(product, x).shape
     n = _fit(b, out[1] * out[2] * matrix.shape[0])
-    return product(x) if n == b else lax.map(product, x.reshape(b // n, n, *x.shape[1:])).reshape(out)
+    return (
+        product(x) if n == b else lax.map(product, x.reshape(b // n, n, *x.shape[1:])).reshape(out)
+    )
 
 
 def _kernel_gradient(x, g, window: _Window, precision) -> jax.Array:
-    """What each kernel pixel sees times the output gradient `g: [B, Ho, Wo, O]`, summed over images and places."""
+    """What each kernel pixel sees times the output gradient `g: [B, Ho, Wo, O]`, summed over images
+    and places.
+    """
     (b, _, _, c), o, size, places = x.shape, g.shape[-1], window.size, (0, 1, 2)
     dot = functools.partial(lax.dot_general, precision=precision)
-    if c == 1:  # one long row per kernel pixel: patches of one channel would be gathered float by float
+    # one long row per kernel pixel: patches of one channel would be gathered float by float
+    if c == 1:
         rows = jnp.stack([s[..., 0] for s in _shifts(x, window)])
         return dot(rows, g, (((1, 2, 3), places), ((), ()))).reshape(*size, c, o)
 
     def patches(x, g):
-        return dot(jnp.concatenate(_shifts(x, window), -1), g, ((places, places), ((), ()))).reshape(*size, c, o)
+        return dot(
+            jnp.concatenate(_shifts(x, window), -1), g, ((places, places), ((), ()))
+        ).reshape(*size, c, o)
 
-    def swapped(x, g):  # images as channels: a plain convolution whose kernel is the output gradient
+    # images as channels: a plain convolution whose kernel is the output gradient
+    def swapped(x, g):
         x, g = _padded(x, window).transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)
-        out = lax.conv_general_dilated(x, g, window.dilation, "VALID", None, None, _NHWC, precision=precision)
+        out = lax.conv_general_dilated(
+            x, g, window.dilation, "VALID", None, None, _NHWC, precision=precision
+        )
         return out.transpose(1, 2, 0, 3)
 
-    # Swapped is 1 to 2.2 times as fast while images and gradients take less than half of the cache, but slower with
-    # strides, a single pixel or few channels.
+    # Swapped is 1 to 2.2 times as fast while images and gradients take less than half of the cache,
+    # but slower with strides, a single pixel or few channels.
     if _SLOW_NATIVE or window.strides != (1, 1) or size == (1, 1) or c < 4:
         product, n = patches, _fit(b, size[0] * size[1] * c * g.shape[1] * g.shape[2])
     else:
@@ -160,29 +192,45 @@ def _kernel_gradient(x, g, window: _Window, precision) -> jax.Array:
 
 
 def _input_gradient(g, kernel, shape, window: _Window, precision) -> jax.Array:
-    """A convolution of the output gradient, spread by the strides, with the flipped kernel, its channels swapped."""
+    """A convolution of the output gradient, spread by the strides, with the flipped kernel, its
+    channels swapped.
+    """
     (kh, kw), c = window.size, shape[-1]
     lows = [reach - low for reach, (low, _) in zip(window.reach, window.padding, strict=True)]
     spreads = [(n - 1) * stride + 1 for n, stride in zip(g.shape[1:3], window.strides, strict=True)]
     highs = [shape[1 + d] + window.reach[d] - spreads[d] - lows[d] for d in (0, 1)]
     back = _Window(window.size, (1, 1), ((lows[0], highs[0]), (lows[1], highs[1])), window.dilation)
-    if window.strides == (1, 1) and c == 1:  # the product first, then kh·kw shifted sums; slower from 3 channels on
-        every = _padded(jnp.matmul(g, kernel.transpose(3, 0, 1, 2).reshape(g.shape[-1], -1), precision=precision), back)
+    # the product first, then kh·kw shifted sums; slower from 3 channels on
+    if window.strides == (1, 1) and c == 1:
+        every = _padded(
+            jnp.matmul(
+                g, kernel.transpose(3, 0, 1, 2).reshape(g.shape[-1], -1), precision=precision
+            ),
+            back,
+        )
         parts = [every[..., k : k + 1] for k in range(kh * kw)]
         pixels = reversed(list(np.ndindex(kh, kw)))
-        return functools.reduce(jnp.add, [_seen(part, back, i, j) for part, (i, j) in zip(parts, pixels, strict=True)])
+        return functools.reduce(
+            jnp.add, [_seen(part, back, i, j) for part, (i, j) in zip(parts, pixels, strict=True)]
+        )
     return _plain(g, kernel[::-1, ::-1].swapaxes(2, 3), back, precision, window.strides)
 
 
-def max_pool(x: jax.Array, window: int, stride: int | None = None, padding: str = "VALID") -> jax.Array:
+def max_pool(
+    x: jax.Array, window: int, stride: int | None = None, padding: str = "VALID"
+) -> jax.Array:
     """Max-pooling over `window`×`window` of `x: [B, H, W, C]`; tied maxima share the gradient.
 
-    Windows that do not overlap are a maximum of strided slices: the gradient of `reduce_window` is slow on a CPU.
+    Windows that do not overlap are a maximum of strided slices: the gradient of `reduce_window` is
+    slow on a CPU.
     """
     step = stride or window
     _, h, w, _ = x.shape
     whole = padding == "VALID" or (padding == "SAME" and h % window == w % window == 0)
     if step != window or not whole:
         return nn.max_pool(x, (window, window), (step, step), padding)
-    tiles = [x[:, i : h - h % window : window, j : w - w % window : window] for i, j in np.ndindex(window, window)]
+    tiles = [
+        x[:, i : h - h % window : window, j : w - w % window : window]
+        for i, j in np.ndindex(window, window)
+    ]
     return functools.reduce(jnp.maximum, tiles)

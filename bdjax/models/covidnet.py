@@ -11,25 +11,29 @@ from bdjax.types import BadInput
 class CovidNet(Net):
     """PEPX blocks, dense shortcuts and attention gates (Ambati & Dubey, 2021, arXiv:2105.10239).
 
-    PEPX: two 1×1 convolutions, a depthwise 3×3, two more 1×1. Stage s has `counts[s]` PEPX blocks of `widths[s]`
-    channels; each but the first reads the sum of the stage's shortcut (a 1×1 convolution) and of all its blocks so far.
-    The next stage's shortcut reads that sum over the whole stage; its first block reads shortcut + gate(last block,
-    mean of the others), with gate(x, g) = x·σ(ψ(ReLU(θx + φg))). The last stage gates its shortcut by the mean of its
-    blocks, and that map (`conv_last`) goes to dense layers of `hidden` units.
+    PEPX: two 1×1 convolutions, a depthwise 3×3, two more 1×1. Stage s has `counts[s]` PEPX blocks
+    of `widths[s]` channels; each but the first reads the sum of the stage's shortcut (a 1×1
+    convolution) and of all its blocks so far. The next stage's shortcut reads that sum over the
+    whole stage; its first block reads shortcut + gate(last block, mean of the others), with gate(x,
+    g) = x·σ(ψ(ReLU(θx + φg))). The last stage gates its shortcut by the mean of its blocks, and
+    that map (`conv_last`) goes to dense layers of `hidden` units.
 
-    The stem halves the sides twice and each stage but the last once, rounded up, so any size works: the paper has
-    480×480. Preset "paper" has its widths; the default is a small version of ours. Kernels start with variance
-    1/fan-in: with twice as much, the dense sums grow until the gates shut and nothing is learnt.
+    The stem halves the sides twice and each stage but the last once, rounded up, so any size works:
+    the paper has 480×480. Preset "paper" has its widths; the default is a small version of ours.
+    Kernels start with variance 1/fan-in: with twice as much, the dense sums grow until the gates
+    shut and nothing is learnt.
 
-    Differs from the published code: the gates work on channels (there, on image rows), and the last block of the last
-    stage reads the dense sum as all others do.
+    Differs from the published code: the gates work on channels (there, on image rows), and the last
+    block of the last stage reads the dense sum as all others do.
     """
 
     widths: tuple[int, ...] = static((16, 32, 64, 128))
     counts: tuple[int, ...] = static((2, 2, 3, 2))
     hidden: tuple[int, int] = static((256, 64))
 
-    presets = {"paper": {"widths": (56, 112, 216, 424), "counts": (3, 4, 6, 3), "hidden": (1024, 256)}}
+    presets = {
+        "paper": {"widths": (56, 112, 216, 424), "counts": (3, 4, 6, 3), "hidden": (1024, 256)}
+    }
 
     def layers(self, x, train, classes):
         x = act("conv_1", conv(max_pool(x, 2, padding="SAME"), self.widths[0], 7, "conv_1"))
@@ -53,7 +57,8 @@ class CovidNet(Net):
         super().check(shape, classes)
         if not 0 < len(self.widths) == len(self.counts) or min(self.counts) < 2:
             raise BadInput(
-                f"widths {self.widths} and counts {self.counts} must be as many, with 2 blocks or more a stage"
+                f"widths {self.widths} and counts {self.counts} must be as many, with 2 blocks or "
+                "more a stage"
             )
 
 

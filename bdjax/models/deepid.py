@@ -10,12 +10,13 @@ from bdjax.registry import model, static
 class DeepId(Net):
     """Four convolutions; the third and the fourth both feed the 160 features (Sun et al., 2014).
 
-    601,643 parameters at 55×47×3, 1283 classes. The sum of two linear layers, one on the pooled third convolution and
-    one on the fourth, goes through a ReLU. Fine-Pruning cuts channels of `conv_3`, ranked by their activation at
-    `pool_3`; `conv_last` is the fourth.
+    601,643 parameters at 55×47×3, 1283 classes. The sum of two linear layers, one on the pooled
+    third convolution and one on the fourth, goes through a ReLU. Fine-Pruning cuts channels of
+    `conv_3`, ranked by their activation at `pool_3`; `conv_last` is the fourth.
 
-    `scale`: what raw pixels, 0 to 255, are multiplied by: 1/255, or 1 for nets that were trained on raw pixels, as the
-    published lab3 net was (`keras_h5.load_keras_weights` reads it). Layers carry the names of the published Keras nets.
+    `scale`: what raw pixels, 0 to 255, are multiplied by: 1/255, or 1 for nets that were trained on
+    raw pixels, as the published lab3 net was (`keras_h5.load_keras_weights` reads it). Layers carry
+    the names of the published Keras nets.
     """
 
     scale: float = static(1 / 255)

@@ -1,7 +1,8 @@
-"""What a net's computation tells about its layers: which stand behind a site, which feed it, which reads it.
+"""What a net's computation tells about its layers: which stand behind a site, which feed it, which
+reads it.
 
-All of it is found by tracing, once and without data, so it holds for any net. A layer's array is named by its path in
-`variables["params"]`: `("conv_2", "bias")`.
+All of it is found by tracing, once and without data, so it holds for any net. A layer's array is
+named by its path in `variables["params"]`: `("conv_2", "bias")`.
 """
 
 from collections.abc import Callable
@@ -33,8 +34,8 @@ def kernel_into(model: Model, site: str) -> Path:
 
 
 def kernel_out_of(model: Model, site: str) -> Path:
-    """The kernel `[..., n·C, K]` that reads the C channels of `site`: of a convolution, or of a dense layer on all
-    places.
+    """The kernel `[..., n·C, K]` that reads the C channels of `site`: of a convolution, or of a
+    dense layer on all places.
     """
     channels = _activation(model, site).shape[-1]
     for operation, paths in _readers(model, site):
@@ -43,7 +44,10 @@ def kernel_out_of(model: Model, site: str) -> Path:
             return found[0]
         if found or operation == "concatenate":
             break
-    raise BadInput(f"no layer reads site '{site}' alone: choose another site, or neurons by their incoming weights")
+    raise BadInput(
+        f"no layer reads site '{site}' alone: choose another site, or neurons by their incoming "
+        "weights"
+    )
 
 
 def leaf(params: Any, path: Path) -> jax.Array:
@@ -57,7 +61,9 @@ def with_leaf(params: Any, path: Path, value: jax.Array) -> Any:
 
 
 def _trace(model: Model, fn: Callable, *more: Any) -> tuple[Any, dict[Any, Path]]:
-    """The computation of `fn(variables, x, *more)`, and the path of each of its inputs that is a parameter."""
+    """The computation of `fn(variables, x, *more)`, and the path of each of its inputs that is a
+    parameter.
+    """
     rest = dict(jax.eval_shape(model.init, jax.random.key(0)))
     params = flatten_dict(rest.pop("params"))
     x = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
@@ -66,13 +72,18 @@ def _trace(model: Model, fn: Callable, *more: Any) -> tuple[Any, dict[Any, Path]
         return fn({**rest, "params": unflatten_dict(params)}, x, *more)
 
     jaxpr = jax.make_jaxpr(flat)(params, rest, x, *more).jaxpr
-    return jaxpr, dict(zip(jaxpr.invars, sorted(params)))  # a dict's leaves come in the order of its keys
+    # a dict's leaves come in the order of its keys
+    return jaxpr, dict(zip(jaxpr.invars, sorted(params)))
 
 
 def _readers(model: Model, site: str) -> list[tuple[str, list[Path]]]:
-    """Each operation on what leaves `site`, up to the logits: its name, and the parameters that it takes."""
+    """Each operation on what leaves `site`, up to the logits: its name, and the parameters that it
+    takes.
+    """
     act = _activation(model, site)
-    jaxpr, paths = _trace(model, lambda v, x, act: model.apply(v, x, edits={site: lambda _: act}).logits, act)
+    jaxpr, paths = _trace(
+        model, lambda v, x, act: model.apply(v, x, edits={site: lambda _: act}).logits, act
+    )
     *_, image, act = jaxpr.invars
     behind, aside, made_of, found = {act}, {image}, {v: [path] for v, path in paths.items()}, []
     for step in jaxpr.eqns:
@@ -95,14 +106,19 @@ def _activation(model: Model, site: str) -> jax.ShapeDtypeStruct:
 
 
 def _nearest(model: Model, site: str, name: str, axes: int) -> Path:
-    """The parameter `name` whose last axis, of `axes` or more, is the channels, and which acts last before `site`."""
+    """The parameter `name` whose last axis, of `axes` or more, is the channels, and which acts last
+    before `site`.
+    """
     channels = _activation(model, site).shape[-1]
     jaxpr, paths = _trace(model, lambda v, x: model.apply(v, x).acts[site])
     for path in (paths[v] for v in _needed(jaxpr) if v in paths):
         shape = _shape(model, path)
         if path[-1] == name and shape[-1] == channels and len(shape) >= axes:
             return path
-    raise BadInput(f"no layer before site '{site}' has a {name} for its {channels} channels: choose another site")
+    raise BadInput(
+        f"no layer before site '{site}' has a {name} for its {channels} channels: choose another "
+        "site"
+    )
 
 
 def _shape(model: Model, path: Path) -> tuple[int, ...]:

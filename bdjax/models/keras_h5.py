@@ -21,11 +21,14 @@ LEAVES = {
 }
 
 
-def load_keras_weights(path: str | Path, model: Model, rename: Mapping[str, str] = {"output": "logits"}) -> Variables:
-    """The variables of `model` from a Keras `.h5` of weights (or a whole saved model), matched by layer name.
+def load_keras_weights(
+    path: str | Path, model: Model, rename: Mapping[str, str] = {"output": "logits"}
+) -> Variables:
+    """The variables of `model` from a Keras `.h5` of weights (or a whole saved model), matched by
+    layer name.
 
-    `rename`: Keras name → name here, for layers that are called otherwise. Raises `BadInput` unless every array of the
-    model is there, in its shape and finite, and nothing else is.
+    `rename`: Keras name → name here, for layers that are called otherwise. Raises `BadInput` unless
+    every array of the model is there, in its shape and finite, and nothing else is.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -35,10 +38,13 @@ def load_keras_weights(path: str | Path, model: Model, rename: Mapping[str, str]
     for leaf in sorted(wanted.keys() | found.keys()):
         name, shape = "/".join(leaf[1:]), tuple(wanted[leaf].shape) if leaf in wanted else None
         if leaf not in found:
-            raise BadInput(f"{path}: has no weights '{name}' {shape}; it was not saved from this net")
+            raise BadInput(
+                f"{path}: has no weights '{name}' {shape}; it was not saved from this net"
+            )
         if shape != found[leaf].shape:
             raise BadInput(
-                f"{path}: weights '{name}' have shape {found[leaf].shape}, the model wants {shape or 'none'}"
+                f"{path}: weights '{name}' have shape {found[leaf].shape}, the model wants "
+                f"{shape or 'none'}"
             )
         if not np.isfinite(found[leaf]).all():
             raise BadInput(f"{path}: weights '{name}' are not finite; the file is damaged")
@@ -62,5 +68,7 @@ def _read(path: Path, rename: Mapping[str, str]) -> dict[tuple[str, ...], np.nda
             root: Any = file.get("model_weights", file)  # A whole model keeps its weights there.
             root.visititems(visit)
     except Exception as error:  # Whatever a damaged file makes HDF5 raise.
-        raise BadInput(f"{path}: not a Keras .h5 of weights ({' '.join(str(error).split())})") from error
+        raise BadInput(
+            f"{path}: not a Keras .h5 of weights ({' '.join(str(error).split())})"
+        ) from error
     return found

@@ -1,8 +1,9 @@
-"""From a few lines of layers to a `Model`: `Site` marks a place to look, cut or push; `forward` is the one pure pass
-over them.
+"""From a few lines of layers to a `Model`: `Site` marks a place to look, cut or push; `forward` is
+the one pure pass over them.
 
-A family of nets is a `Net` with one method, `layers(x, train, classes)`, written with the helpers below (any Linen
-module works beside them). Keep `nn.scan` and `nn.remat` away from a site: the interceptor could not see through them.
+A family of nets is a `Net` with one method, `layers(x, train, classes)`, written with the helpers
+below (any Linen module works beside them). Keep `nn.scan` and `nn.remat` away from a site: the
+interceptor could not see through them.
 """
 
 import functools
@@ -17,9 +18,14 @@ from bdjax.models.conv import conv_general_dilated, max_pool
 from bdjax.registry import static
 from bdjax.types import BadInput, Edits, Model, Output, Variables
 
-LECUN, HE, GLOROT = nn.initializers.lecun_normal(), nn.initializers.he_normal(), nn.initializers.glorot_uniform()
-"""Kernel initialisers: variance 1/fan-in (the default here); 2/fan-in, which keeps a deep stack of ReLU layers alive;
-2/(fan-in + fan-out), the default of Keras."""
+LECUN, HE, GLOROT = (
+    nn.initializers.lecun_normal(),
+    nn.initializers.he_normal(),
+    nn.initializers.glorot_uniform(),
+)
+"""Kernel initialisers: variance 1/fan-in (the default here); 2/fan-in, which keeps a deep stack of
+ReLU layers alive; 2/(fan-in + fan-out), the default of Keras.
+"""
 
 
 class Site(nn.Module):
@@ -53,8 +59,8 @@ def conv(
 ):
     """A `size`×`size` convolution whose gradients are fast on CPU too."""
     layer = nn.Conv(
-        features, (size, size), (stride, stride), padding, feature_group_count=groups, use_bias=bias, name=name,
-        kernel_init=init, conv_general_dilated=conv_general_dilated,
+        features, (size, size), (stride, stride), padding, feature_group_count=groups,
+        use_bias=bias, name=name, kernel_init=init, conv_general_dilated=conv_general_dilated,
     )  # fmt: skip
     return layer(x)
 
@@ -66,7 +72,9 @@ def dense(x, features: int, name: str, *, init: nn.initializers.Initializer = LE
 
 def batch_norm(x, train: bool, name: str, *, momentum: float = 0.9, epsilon: float = 1e-5):
     """BatchNorm: batch statistics while training, running ones after."""
-    return nn.BatchNorm(use_running_average=not train, momentum=momentum, epsilon=epsilon, name=name)(x)
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=momentum, epsilon=epsilon, name=name
+    )(x)
 
 
 def dropout(x, rate: float, train: bool):
@@ -82,8 +90,8 @@ def avg_pool(x, window: int, stride: int | None = None, padding: str = "VALID"):
 
 
 class Net:
-    """Base of the model families. `layers(x, train, classes)` builds the net inside a Linen module; pixels come in [0,
-    1].
+    """Base of the model families. `layers(x, train, classes)` builds the net inside a Linen module;
+    pixels come in [0, 1].
     """
 
     smallest = 1  # pixels of the shorter side
@@ -99,7 +107,10 @@ class Net:
         """Raises `BadInput` where this net cannot take images of `shape`."""
         if min(shape[:2]) < self.smallest:
             size, least = f"{shape[0]}×{shape[1]}", f"{self.smallest}×{self.smallest}"
-            raise BadInput(f"images of {size} are too small for {type(self).__name__}: it wants {least} or more")
+            raise BadInput(
+                f"images of {size} are too small for {type(self).__name__}: it wants {least} or "
+                "more"
+            )
 
 
 class _Linen(nn.Module):
@@ -112,12 +123,19 @@ class _Linen(nn.Module):
 
 
 def forward(
-    module: nn.Module, variables: Variables, x: jax.Array, *, train: bool = False, edits: Edits | None = None, key=None
+    module: nn.Module,
+    variables: Variables,
+    x: jax.Array,
+    *,
+    train: bool = False,
+    edits: Edits | None = None,
+    key=None,
 ) -> Output:
-    """One pass that returns every site's activation, after its mask (`variables["masks"]`) and its edit were applied.
+    """One pass that returns every site's activation, after its mask (`variables["masks"]`) and its
+    edit were applied.
 
-    Activations nobody reads are dead code under jit, and so is all that stands before a site whose edit ignores its
-    input.
+    Activations nobody reads are dead code under jit, and so is all that stands before a site whose
+    edit ignores its input.
     """
     acts: dict[str, jax.Array] = {}
     masks = variables.get("masks", {})
@@ -144,10 +162,13 @@ def forward(
 
 @functools.lru_cache(maxsize=256)
 def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
-    """The `Model` of a configured family for images of `shape` (H, W, C). The same arguments give the same object."""
+    """The `Model` of a configured family for images of `shape` (H, W, C). The same arguments give
+    the same object.
+    """
     if len(shape) != 3 or min(shape) < 1 or classes < 1:
         raise BadInput(
-            f"a net for images of shape {shape} and {classes} classes: give (H, W, C) and the number of classes"
+            f"a net for images of shape {shape} and {classes} classes: give (H, W, C) and the "
+            "number of classes"
         )
     net.check(shape, classes)
     module = _Linen(net, classes)
@@ -157,7 +178,12 @@ def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
         return module.init(key, jnp.zeros((1, *shape)), False)
 
     def apply(
-        variables: Variables, x: jax.Array, *, train: bool = False, edits: Edits | None = None, key=None
+        variables: Variables,
+        x: jax.Array,
+        *,
+        train: bool = False,
+        edits: Edits | None = None,
+        key=None,
     ) -> Output:
         return forward(module, variables, x, train=train, edits=edits, key=key)
 
@@ -168,7 +194,8 @@ def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
         raise
     except Exception as error:
         raise BadInput(
-            f"{type(net).__name__} cannot take images of shape {shape}: {str(error).partition(chr(10))[0]}"
+            f"{type(net).__name__} cannot take images of shape {shape}: "
+            f"{str(error).partition(chr(10))[0]}"
         ) from error
     return Model(init, apply, shape, classes, tuple(sites))
 

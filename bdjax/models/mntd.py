@@ -19,10 +19,11 @@ class MntdMnist(BadNetsCnn):
 
 @model("mntd-cifar10")
 class MntdCifar10(Net):
-    """Two pairs of 3×3 convolutions and two dense layers of 256 (Xu et al., 2019, arXiv:1910.03137).
+    """Two pairs of 3×3 convolutions and two dense layers of 256 (Xu et al., 2019,
+    arXiv:1910.03137).
 
-    1,182,762 parameters at 32×32×3, 10 classes. Half of the second dense layer is dropped in training. Padding "SAME"
-    and He's kernels are ours.
+    1,182,762 parameters at 32×32×3, 10 classes. Half of the second dense layer is dropped in
+    training. Padding "SAME" and He's kernels are ours.
     """
 
     smallest = 4

@@ -7,19 +7,23 @@ from bdjax.registry import model
 
 @model("preact-resnet18")
 class PreActResNet18(Standardised):
-    """Eight residual blocks with BatchNorm and ReLU before each convolution (He et al., 2016, arXiv:1603.05027).
+    """Eight residual blocks with BatchNorm and ReLU before each convolution (He et al., 2016,
+    arXiv:1603.05027).
 
-    11,171,146 trainable parameters at 32×32×3, 10 classes. As in BackdoorBench: no normalisation or ReLU after the last
-    block, shortcuts that change size are bare 1×1 convolutions of the activated input, a pixel of padding on both
-    sides. `standardise`: "none" (pixels in [0, 1]) or "cifar10". Kernels start as He's.
+    11,171,146 trainable parameters at 32×32×3, 10 classes. As in BackdoorBench: no normalisation or
+    ReLU after the last block, shortcuts that change size are bare 1×1 convolutions of the activated
+    input, a pixel of padding on both sides. `standardise`: "none" (pixels in [0, 1]) or "cifar10".
+    Kernels start as He's.
 
-    Sites: in block b, `block_b_1` and `block_b_2` are the activated inputs of its two convolutions, `block_b` is the
-    sum (`conv_last` in block 8).
+    Sites: in block b, `block_b_1` and `block_b_2` are the activated inputs of its two convolutions,
+    `block_b` is the sum (`conv_last` in block 8).
     """
 
     def layers(self, x, train, classes):
         def conv3(x, width, name, stride=1):
-            return conv(x, width, 3, name, stride=stride, padding=((1, 1), (1, 1)), bias=False, init=HE)
+            return conv(
+                x, width, 3, name, stride=stride, padding=((1, 1), (1, 1)), bias=False, init=HE
+            )
 
         x = site("conv_1", conv3(x, 64, "conv_1"))
         for i in range(8):

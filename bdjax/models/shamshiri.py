@@ -14,10 +14,12 @@ from bdjax.types import BadInput
 class Cnn(Net):
     """Two 5×5 convolutions and a dense layer of 2048 (Shamshiri & Sohn, 2023).
 
-    `pool`: "each", 2×2 max-pooling after both convolutions, or "last", after the second alone; `padding`: "SAME" or
-    "VALID". Parameters at 28×28×1, 10 classes: 6,497,162 (each, SAME), 2,171,786 (each, VALID).
+    `pool`: "each", 2×2 max-pooling after both convolutions, or "last", after the second alone;
+    `padding`: "SAME" or "VALID". Parameters at 28×28×1, 10 classes: 6,497,162 (each, SAME),
+    2,171,786 (each, VALID).
 
-    Differs from the paper: padding, number of pools and optimiser are not given there; the defaults are ours.
+    Differs from the paper: padding, number of pools and optimiser are not given there; the defaults
+    are ours.
     """
 
     padding: Literal["SAME", "VALID"] = static("SAME")
@@ -42,9 +44,10 @@ class Cnn(Net):
 class Ffnn(Net):
     """Feed-forward net with optional long-range links (Shamshiri & Sohn, 2023).
 
-    `hidden`: widths of the hidden layers; `links`: "chain" (each layer reads the one before), "input" (and the input
-    too) or "all" (and every earlier layer: with a link mask, any feed-forward graph). A link mask is zeros in the
-    kernels, kept by `fit(trainable=…)`. Differs from the paper: it gives no widths; 2×256 is ours.
+    `hidden`: widths of the hidden layers; `links`: "chain" (each layer reads the one before),
+    "input" (and the input too) or "all" (and every earlier layer: with a link mask, any
+    feed-forward graph). A link mask is zeros in the kernels, kept by `fit(trainable=…)`. Differs
+    from the paper: it gives no widths; 2×256 is ours.
     """
 
     hidden: tuple[int, ...] = static((256, 256))
@@ -53,7 +56,9 @@ class Ffnn(Net):
     def layers(self, x, train, classes):
         nodes = [site("input", x.reshape(x.shape[0], -1))]
         for i, width in enumerate((*self.hidden, classes)):
-            past = {"chain": nodes[-1:], "input": [nodes[0], *nodes[1:][-1:]], "all": nodes}[self.links]
+            past = {"chain": nodes[-1:], "input": [nodes[0], *nodes[1:][-1:]], "all": nodes}[
+                self.links
+            ]
             last = i == len(self.hidden)
             x = dense(jnp.concatenate(past, 1), width, "logits" if last else f"dense_{i + 1}")
             if last:
@@ -64,4 +69,6 @@ class Ffnn(Net):
 
     def check(self, shape, classes):
         if not self.hidden or min(self.hidden) < 1:
-            raise BadInput(f"hidden {self.hidden}: at least one hidden layer of at least one unit is needed")
+            raise BadInput(
+                f"hidden {self.hidden}: at least one hidden layer of at least one unit is needed"
+            )

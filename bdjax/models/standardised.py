@@ -12,7 +12,9 @@ from bdjax.types import BadInput
 
 @pytree
 class Standardised(Net):
-    """`standardise`: "cifar10" (mean 0 and deviation 1 of each of its channels) or "none" (pixels in [0, 1])."""
+    """`standardise`: "cifar10" (mean 0 and deviation 1 of each of its channels) or "none" (pixels
+    in [0, 1]).
+    """
 
     standardise: Literal["none", "cifar10"] = static("none")
 
@@ -21,11 +23,14 @@ class Standardised(Net):
     def preprocess(self, x):
         if self.standardise == "none":
             return x
-        return (x - jnp.array(self.mean).reshape(1, 1, 1, 3)) / jnp.array(self.std).reshape(1, 1, 1, 3)
+        return (x - jnp.array(self.mean).reshape(1, 1, 1, 3)) / jnp.array(self.std).reshape(
+            1, 1, 1, 3
+        )
 
     def check(self, shape: Sequence[int], classes: int) -> None:
         super().check(shape, classes)
         if self.standardise == "cifar10" and shape[2] != 3:
             raise BadInput(
-                f"standardise 'cifar10' wants 3 channels, these images have {shape[2]}: use standardise='none'"
+                f"standardise 'cifar10' wants 3 channels, these images have {shape[2]}: use "
+                "standardise='none'"
             )

@@ -10,9 +10,9 @@ from bdjax.registry import model
 class StripMnist(Net):
     """Two 3×3 convolutions and a dense layer of 100 (Gao et al., 2019, arXiv:1902.06531).
 
-    80,758 parameters at 28×28×1, 10 classes. The paper says "2 conv + 2 dense" and the count; this layout (8 and 16
-    channels, a 2×2 pool after each, 100 hidden units) fits it exactly and is a reconstruction. Paper: batch 128, 20
-    epochs, learning rate 1e-3.
+    80,758 parameters at 28×28×1, 10 classes. The paper says "2 conv + 2 dense" and the count; this
+    layout (8 and 16 channels, a 2×2 pool after each, 100 hidden units) fits it exactly and is a
+    reconstruction. Paper: batch 128, 20 epochs, learning rate 1e-3.
     """
 
     smallest = 4
@@ -25,11 +25,13 @@ class StripMnist(Net):
 
 @model("strip-cifar10")
 class StripCifar10(Net):
-    """Six 3×3 convolutions, each followed by ELU and then BatchNorm, and dropout (Gao et al., 2019, arXiv:1902.06531).
+    """Six 3×3 convolutions, each followed by ELU and then BatchNorm, and dropout (Gao et al., 2019,
+    arXiv:1902.06531).
 
-    308,394 trainable parameters at 32×32×3, 10 classes, 309,290 with the running statistics. A site named `…_pre`
-    stands before the ELU, its partner after the BatchNorm, so that a mask there silences the channel. Paper: RMSprop,
-    learning rate 1e-3 (5e-4 after 75 of 125 epochs), batch 64, L2 1e-4, rotation 15°, shift 0.1 and flips.
+    308,394 trainable parameters at 32×32×3, 10 classes, 309,290 with the running statistics. A site
+    named `…_pre` stands before the ELU, its partner after the BatchNorm, so that a mask there
+    silences the channel. Paper: RMSprop, learning rate 1e-3 (5e-4 after 75 of 125 epochs), batch
+    64, L2 1e-4, rotation 15°, shift 0.1 and flips.
     """
 
     smallest = 8

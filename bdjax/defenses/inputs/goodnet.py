@@ -17,8 +17,8 @@ Flag = Literal["disagree", "agree"]
 
 
 def quarantine(first: jax.Array, second: jax.Array, flag: Flag = "disagree") -> jax.Array:
-    """Labels `[B]` in 0 … K from logits `[B, K]` of two nets: the first one's label, or K, "poisoned", where they
-    disagree, or agree. Logits that are not numbers are poisoned.
+    """Labels `[B]` in 0 … K from logits `[B, K]` of two nets: the first one's label, or K,
+    "poisoned", where they disagree, or agree. Logits that are not numbers are poisoned.
     """
     label = first.argmax(-1)
     passed = (label == second.argmax(-1)) == (flag == "disagree")
@@ -28,11 +28,13 @@ def quarantine(first: jax.Array, second: jax.Array, flag: Flag = "disagree") -> 
 
 @pytree
 class AntiNet(Defense):
-    """The opposite of a repair: prunes the channels that clean images fire most, so that the backdoor alone is left.
+    """The opposite of a repair: prunes the channels that clean images fire most, so that the
+    backdoor alone is left.
 
-    In decreasing order of their mean activation, the fewest after which accuracy on the clean images is at most
-    `floor`, in [0, 1]. `channels`: these instead; Ye et al. read them off the activations of poisoned images: an
-    oracle. `site`: None is the last convolution, or the penultimate layer of a net that has none.
+    In decreasing order of their mean activation, the fewest after which accuracy on the clean
+    images is at most `floor`, in [0, 1]. `channels`: these instead; Ye et al. read them off the
+    activations of poisoned images: an oracle. `site`: None is the last convolution, or the
+    penultimate layer of a net that has none.
     """
 
     floor: Array | float = 0.1
@@ -43,7 +45,9 @@ class AntiNet(Defense):
     def oracle(self) -> bool:
         return self.channels is not None
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
         site = self.site or default_site(model)
         activation = channel_means(model, variables, site, clean.image)
         if self.channels is not None:
@@ -63,20 +67,25 @@ class AntiNet(Defense):
 
 @defense("goodnet")
 class Goodnet(Defense):
-    """Compare a net with its repaired self; where they disagree the input is poisoned (Ye et al., 2021).
+    """Compare a net with its repaired self; where they disagree the input is poisoned (Ye et al.,
+    2021).
 
-    G(B, B′): B(x) if B(x) = B′(x), else the extra label K, B′ being B repaired on the defender's clean images. G′(B0,
-    B′): the same with B0, a lightly repaired B, in the place of B. Of a net and an anti-network, which has the backdoor
-    and little else, those inputs are poisoned on which they agree.
+    G(B, B′): B(x) if B(x) = B′(x), else the extra label K, B′ being B repaired on the defender's
+    clean images. G′(B0, B′): the same with B0, a lightly repaired B, in the place of B. Of a net
+    and an anti-network, which has the backdoor and little else, those inputs are poisoned on which
+    they agree.
 
-    `repair`: any defense that repairs, which makes B′; `light`: that which makes B0, None for B itself; `flag`: inputs
-    on which the nets "disagree", or "agree". Score: 1 where the input passes, 0 where it is flagged.
+    `repair`: any defense that repairs, which makes B′; `light`: that which makes B0, None for B
+    itself; `flag`: inputs on which the nets "disagree", or "agree". Score: 1 where the input
+    passes, 0 where it is flagged.
 
-    Presets: `paper`, G with 6 of DeepID's 60 channels pruned one by one (`fine-pruning:csaw`; their code stops at 4);
-    `improved`, G′ with B0 after 2; `anti`, the anti-network; `anti-sunglasses`, Ye et al.'s channels for that face net,
-    an oracle; `cpu`, G with 4 channels and an epoch each. B0 of `improved` is a stage on the way to its B′.
+    Presets: `paper`, G with 6 of DeepID's 60 channels pruned one by one (`fine-pruning:csaw`; their
+    code stops at 4); `improved`, G′ with B0 after 2; `anti`, the anti-network; `anti-sunglasses`,
+    Ye et al.'s channels for that face net, an oracle; `cpu`, G with 4 channels and an epoch each.
+    B0 of `improved` is a stage on the way to its B′.
 
-    `info`: `answer: [B]` in 0 … K, what the goodnet answers; `repaired`, `light`: what the repairs report.
+    `info`: `answer: [B]` in 0 … K, what the goodnet answers; `repaired`, `light`: what the repairs
+    report.
 
     Differs from the paper: see `fine-pruning`; its anti-network is in the authors' code alone.
     """
@@ -89,7 +98,10 @@ class Goodnet(Defense):
         "paper": {},
         "improved": {"light": FinePruning(**{**FinePruning.presets["csaw"], "one_by_one": 2})},
         "anti": {"repair": AntiNet(), "flag": "agree"},
-        "anti-sunglasses": {"repair": AntiNet(channels=(5, 7, 10, 14, 23, 25), site="conv_2"), "flag": "agree"},
+        "anti-sunglasses": {
+            "repair": AntiNet(channels=(5, 7, 10, 14, 23, 25), site="conv_2"),
+            "flag": "agree",
+        },
         "cpu": {"repair": FinePruning(one_by_one=4, recipe=Recipe(lr=1e-3, epochs=1, batch=32))},
     }
 
@@ -97,7 +109,9 @@ class Goodnet(Defense):
     def oracle(self) -> bool:
         return self.repair.oracle or (self.light is not None and self.light.oracle)
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array
+    ) -> Scores:
         def logits(repair):
             if repair is None:
                 return predict(model, variables, x), {}
@@ -108,7 +122,12 @@ class Goodnet(Defense):
         label = quarantine(first, second, self.flag)
         score = (label < model.classes).astype(jnp.float32)
         boundary = jnp.zeros(())
-        return Scores(score, boundary, score <= boundary, {"answer": label, "repaired": repaired, "light": light})
+        return Scores(
+            score,
+            boundary,
+            score <= boundary,
+            {"answer": label, "repaired": repaired, "light": light},
+        )
 
     def check(self, model: Model, clean: Split) -> None:
         if self.flag not in get_args(Flag):

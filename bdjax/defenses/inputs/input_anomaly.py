@@ -23,7 +23,9 @@ def svm(clean: Array, shuffled: Array, x: Array, nu: Array, seed: Array) -> np.n
 
 
 def tree(clean: Array, shuffled: Array, x: Array, nu: Array, seed: Array) -> np.ndarray:
-    """P(`x: [B, D]` is clean) − ½ by a decision tree that tells `clean: [N, D]` from `shuffled: [N, D]`."""
+    """P(`x: [B, D]` is clean) − ½ by a decision tree that tells `clean: [N, D]` from `shuffled: [N,
+    D]`.
+    """
     from sklearn.tree import DecisionTreeClassifier
 
     model = DecisionTreeClassifier(min_samples_leaf=5, random_state=int(seed))
@@ -35,16 +37,19 @@ def tree(clean: Array, shuffled: Array, x: Array, nu: Array, seed: Array) -> np.
 class InputAnomaly(Defense):
     """Reject inputs that a classical detector finds strange (Liu et al., 2017, arXiv:1710.00942).
 
-    A reconstruction: of the paper we know that it tells legitimate from anomalous inputs with a support vector machine
-    and with a decision tree. Here both read pixels and learn from the defender's clean images alone:
+    A reconstruction: of the paper we know that it tells legitimate from anomalous inputs with a
+    support vector machine and with a decision tree. Here both read pixels and learn from the
+    defender's clean images alone:
 
-    - "svm": a one-class SVM (RBF, γ = 1 / (D·variance)) around them; score = signed distance to its border;
-    - "tree": clean images against as many in which each pixel comes from another clean image, so that all but its own
-      distribution is lost; leaves of 5 or more; score = P(clean) − ½.
+    - "svm": a one-class SVM (RBF, γ = 1 / (D·variance)) around them; score = signed distance to its
+      border;
+    - "tree": clean images against as many in which each pixel comes from another clean image, so
+      that all but its own distribution is lost; leaves of 5 or more; score = P(clean) − ½.
 
-    A fifth of the images, at random, is held out of the learning: an input is flagged if it scores lower than all but
-    `frr` of them, in (0, 1]. The default is the paper's false positive rate; it is also the SVM's ν. The model is not
-    looked at. An input that holds something that is not a number has no score and is not flagged.
+    A fifth of the images, at random, is held out of the learning: an input is flagged if it scores
+    lower than all but `frr` of them, in (0, 1]. The default is the paper's false positive rate; it
+    is also the SVM's ν. The model is not looked at. An input that holds something that is not a
+    number has no score and is not flagged.
 
     Presets: `svm`, `tree`, `cpu` (the SVM).
     """
@@ -54,7 +59,9 @@ class InputAnomaly(Defense):
 
     presets = {"svm": {}, "tree": {"classifier": "tree"}, "cpu": {}}
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array
+    ) -> Scores:
         key_split, key_shuffle, key_tree = jax.random.split(key, 3)
         image, asked = (unit(images).reshape(len(images), -1) for images in (clean.image, x))
         held, known = jnp.split(jax.random.permutation(key_split, image), [max(1, len(image) // 5)])
@@ -65,14 +72,22 @@ class InputAnomaly(Defense):
         score = jax.pure_callback(
             {"svm": svm, "tree": tree}[self.classifier],
             jax.ShapeDtypeStruct(judged.shape[:1], jnp.float32),
-            known, shuffled, judged, frr, jax.random.randint(key_tree, (), 0, 2**31 - 1), vmap_method="sequential",
+            known, shuffled, judged, frr, jax.random.randint(key_tree, (), 0, 2**31 - 1),
+            vmap_method="sequential",
         )  # fmt: skip
-        boundary, score = jnp.quantile(score[: len(held)], frr), jnp.where(whole, score[len(held) :], jnp.nan)
+        boundary, score = (
+            jnp.quantile(score[: len(held)], frr),
+            jnp.where(whole, score[len(held) :], jnp.nan),
+        )
         return Scores(score, boundary, score < boundary, {})
 
     def check(self, model: Model, clean: Split) -> None:
         between("frr", self.frr, 1e-6, 1)
         if self.classifier not in get_args(Classifier):
-            raise BadInput(f"classifier '{self.classifier}' is not one of {', '.join(get_args(Classifier))}")
+            raise BadInput(
+                f"classifier '{self.classifier}' is not one of {', '.join(get_args(Classifier))}"
+            )
         if len(clean.image) < 2:
-            raise BadInput(f"the detector learns from clean images: it needs 2 or more, not {len(clean.image)}")
+            raise BadInput(
+                f"the detector learns from clean images: it needs 2 or more, not {len(clean.image)}"
+            )

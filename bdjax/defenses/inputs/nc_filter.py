@@ -1,4 +1,6 @@
-"""Neural Cleanse's filter: an input that fires the neurons which a reversed trigger fires is turned away."""
+"""Neural Cleanse's filter: an input that fires the neurons which a reversed trigger fires is turned
+away.
+"""
 
 from typing import Any
 
@@ -18,18 +20,19 @@ from bdjax.types import Array, Model, Scores, Split, Variables, between
 class NcFilter(TriggerDefense):
     """Flag inputs that fire the neurons of a reversed trigger (Wang et al., 2019).
 
-    Neurons of the second-to-last layer are ranked by their mean activation on the clean images under the reversed
-    trigger minus that without it. An input's score is −1 × the mean activation of the top `share`; it is flagged if it
-    scores lower than all but `fpr` of the clean images.
+    Neurons of the second-to-last layer are ranked by their mean activation on the clean images
+    under the reversed trigger minus that without it. An input's score is −1 × the mean activation
+    of the top `share`; it is flagged if it scores lower than all but `fpr` of the clean images.
 
-    `share`: of the neurons, in (0, 1], at least one; `fpr`: false positive rate to accept, in [0, 1]; `site`: the
-    layer, whose channels are averaged over places where it has any. For `nc`, `found`, `label`, `original`, `pick` see
-    `reversed.TriggerDefense`. Without a suspect label nothing is flagged: scores 0, boundary −∞.
+    `share`: of the neurons, in (0, 1], at least one; `fpr`: false positive rate to accept, in [0,
+    1]; `site`: the layer, whose channels are averaged over places where it has any. For `nc`,
+    `found`, `label`, `original`, `pick` see `reversed.TriggerDefense`. Without a suspect label
+    nothing is flagged: scores 0, boundary −∞.
 
     Presets: `cpu`, the short search of Neural Cleanse.
 
-    `info`: `gap: [D]`, `top: [D]` 0/1; the mean activation of the top neurons over the images, `clean: []` and
-    `reversed: []`; those of `TriggerDefense.fired`.
+    `info`: `gap: [D]`, `top: [D]` 0/1; the mean activation of the top neurons over the images,
+    `clean: []` and `reversed: []`; those of `TriggerDefense.fired`.
     """
 
     fpr: Array | float = 0.05
@@ -38,11 +41,17 @@ class NcFilter(TriggerDefense):
 
     presets = {"paper": {}, "cpu": {"nc": NeuralCleanse(**NeuralCleanse.presets["cpu"])}}
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array
+    ) -> Scores:
         _, fired, info = self.fired(key, model, variables, clean)
-        calm, loud = (responses(model, variables, self.site, images) for images in (clean.image, fired.image))
+        calm, loud = (
+            responses(model, variables, self.site, images) for images in (clean.image, fired.image)
+        )
         gap = loud.mean(0) - calm.mean(0)
-        count = jnp.maximum(jnp.round(jnp.asarray(self.share, jnp.float32) * gap.shape[0]), 1.0).astype(jnp.int32)
+        count = jnp.maximum(
+            jnp.round(jnp.asarray(self.share, jnp.float32) * gap.shape[0]), 1.0
+        ).astype(jnp.int32)
         top = 1 - mask_of(jnp.argsort(-gap), count)
 
         def activation(acts):
@@ -50,18 +59,38 @@ class NcFilter(TriggerDefense):
 
         benign = -activation(calm)
         n = benign.shape[0]
-        # Just below the first clean score to pass: with neurons that sleep on clean images, most of them tie at zero.
-        rank = jnp.clip(jnp.floor(jnp.asarray(self.fpr, jnp.float32) * n).astype(jnp.int32), 0, n - 1)
+        # Just below the first clean score to pass: with neurons that sleep on clean images, most of
+        # them tie at zero.
+        rank = jnp.clip(
+            jnp.floor(jnp.asarray(self.fpr, jnp.float32) * n).astype(jnp.int32), 0, n - 1
+        )
         cut = jnp.sort(benign)[rank]
-        boundary = jnp.where(info["repaired"], cut - 1e-6 * jnp.maximum(1.0, jnp.abs(cut)), -jnp.inf)
-        score = jnp.where(info["repaired"], -activation(responses(model, variables, self.site, x)), 0.0)
-        info |= {"gap": gap, "top": top, "clean": -benign.mean(), "reversed": activation(loud).mean()}
+        boundary = jnp.where(
+            info["repaired"], cut - 1e-6 * jnp.maximum(1.0, jnp.abs(cut)), -jnp.inf
+        )
+        score = jnp.where(
+            info["repaired"], -activation(responses(model, variables, self.site, x)), 0.0
+        )
+        info |= {
+            "gap": gap,
+            "top": top,
+            "clean": -benign.mean(),
+            "reversed": activation(loud).mean(),
+        }
         return Scores(score, boundary, score <= boundary, info)
 
     def report(
-        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Scores
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        test: Split,
+        attack: Any,
+        result: Scores,
     ) -> dict[str, jax.Array]:
-        """`original: []`: the mean activation of the top neurons over `test` under the attack's own first trigger."""
+        """`original: []`: the mean activation of the top neurons over `test` under the attack's own
+        first trigger.
+        """
         if attack is None:
             return {}
         top = result.info["top"]

@@ -15,7 +15,9 @@ Blend = Literal["sum", "average", "clipped"]
 Boundary = Literal["normal", "empirical"]
 
 
-def superimpose(x: jax.Array, overlay: jax.Array, blend: Blend = "sum", alpha: Array | float = 1.0) -> jax.Array:
+def superimpose(
+    x: jax.Array, overlay: jax.Array, blend: Blend = "sum", alpha: Array | float = 1.0
+) -> jax.Array:
     """x + α·t, unclipped; "average": (x + α·t)/(1 + α); "clipped": cut off at 1."""
     both = x + alpha * overlay
     if blend == "average":
@@ -36,16 +38,18 @@ def entropies(
     base: Array | float = 2.0,
     batch: int = 500,
 ) -> jax.Array:
-    """Entropy of the prediction on each of `n` replicas of each input: `[B, n]` (its mean over n is STRIP's H).
+    """Entropy of the prediction on each of `n` replicas of each input: `[B, n]` (its mean over n is
+    STRIP's H).
 
-    `x: [B, H, W, C]`, `overlays: [M, H, W, C]`, both uint8 or in [0, 1]. Each input gets its own n different
-    overlays, in random order: the columns up to i are what n = i would have given. The B·n replicas run through the
-    model `batch` at a time.
+    `x: [B, H, W, C]`, `overlays: [M, H, W, C]`, both uint8 or in [0, 1]. Each input gets its own n
+    different overlays, in random order: the columns up to i are what n = i would have given. The
+    B·n replicas run through the model `batch` at a time.
     """
     x, overlays = jnp.asarray(x), jnp.asarray(overlays)
     m = overlays.shape[0]
     key_order, key_first = jax.random.split(key)
-    # A window of one shuffled order: different overlays for an input, without a permutation for each.
+    # A window of one shuffled order: different overlays for an input, without a permutation for
+    # each.
     order = jax.random.permutation(key_order, m)
     first = jax.random.randint(key_first, (x.shape[0], 1), 0, m)
     drawn = order[(first + jnp.arange(n)[None]) % m].reshape(-1)
@@ -61,17 +65,20 @@ def entropies(
 
 
 class Spread(NamedTuple):
-    """`sigma: [n]`, the standard deviation of H over the inputs for N = 1 … n replicas; `enough: []`, the N chosen."""
+    """`sigma: [n]`, the standard deviation of H over the inputs for N = 1 … n replicas; `enough:
+    []`, the N chosen.
+    """
 
     sigma: jax.Array
     enough: jax.Array
 
 
 def spread(entropies: jax.Array, flat: Array | float = 0.01) -> Spread:
-    """How σ falls with N, and the N ≥ 2 from which its curve is flat: no further replica changes it by more than the
-    share `flat` of itself (n: it is not flat yet).
+    """How σ falls with N, and the N ≥ 2 from which its curve is flat: no further replica changes it
+    by more than the share `flat` of itself (n: it is not flat yet).
 
-    `entropies: [B, n]` of clean inputs, one column a replica; inputs with values that are not numbers do not count.
+    `entropies: [B, n]` of clean inputs, one column a replica; inputs with values that are not
+    numbers do not count.
     """
     n = jnp.arange(1, entropies.shape[1] + 1)
     sigma = jnp.nanstd(jnp.cumsum(entropies, 1) / n[None].astype(entropies.dtype), axis=0)
@@ -81,25 +88,29 @@ def spread(entropies: jax.Array, flat: Array | float = 0.01) -> Spread:
 
 @defense("strip")
 class Strip(Defense):
-    """Superimpose clean images: a prediction that stays certain betrays a trigger (Gao et al., 2019, arXiv:1902.06531).
+    """Superimpose clean images: a prediction that stays certain betrays a trigger (Gao et al.,
+    2019, arXiv:1902.06531).
 
-    H = (1/N)·Σₙ −Σₖ p·log p over `n` = N replicas x + α·t of the input, t the defender's clean images; flagged if H ≤
-    boundary, the quantile at `frr`, the false rejection rate to accept, of H on clean inputs: of a normal
-    distribution fitted to them (`boundary` "normal") or of themselves ("empirical", where they are not normal).
+    H = (1/N)·Σₙ −Σₖ p·log p over `n` = N replicas x + α·t of the input, t the defender's clean
+    images; flagged if H ≤ boundary, the quantile at `frr`, the false rejection rate to accept, of H
+    on clean inputs: of a normal distribution fitted to them (`boundary` "normal") or of themselves
+    ("empirical", where they are not normal).
 
-    The defender's images are split at random: `inputs` of them (None: half) fit the boundary, the others are
-    overlays. `blend`: "sum" (unclipped, values up to 1 + α), "average" or "clipped"; `alpha`: weight α of the
-    overlay; `base` of the logarithm; `batch`: replicas at a time. `images: [M, H, W, C]`: the paper's protocol: these
-    images, which the victim was trained on, take the place of the defender's. `info`: `mean`, `std` and `clean:
-    [inputs]`, the entropies behind the boundary; `sigma: [n]`, their spread for 1 … n replicas, and `enough`, the N by
-    its slope (`spread`). A boundary below 0 (a small `frr`) flags nothing; an input whose logits are not numbers has
-    no score and is not flagged.
+    The defender's images are split at random: `inputs` of them (None: half) fit the boundary, the
+    others are overlays. `blend`: "sum" (unclipped, values up to 1 + α), "average" or "clipped";
+    `alpha`: weight α of the overlay; `base` of the logarithm; `batch`: replicas at a time. `images:
+    [M, H, W, C]`: the paper's protocol: these images, which the victim was trained on, take the
+    place of the defender's. `info`: `mean`, `std` and `clean: [inputs]`, the entropies behind the
+    boundary; `sigma: [n]`, their spread for 1 … n replicas, and `enough`, the N by its slope
+    (`spread`). A boundary below 0 (a small `frr`) flags nothing; an input whose logits are not
+    numbers has no score and is not flagged.
 
-    Presets: `paper` (2,000 inputs fit the boundary), `backdoorbench` (quantile at 0.1 of 100 inputs), `cpu` (N = 50).
+    Presets: `paper` (2,000 inputs fit the boundary), `backdoorbench` (quantile at 0.1 of 100
+    inputs), `cpu` (N = 50).
 
-    Differs from the paper: its overlays and its inputs are training images, ours are held out unless `images` are
-    given; overlays of one input are all different. `backdoorbench` adds normalised images, which is the same only for
-    models that do not normalise.
+    Differs from the paper: its overlays and its inputs are training images, ours are held out
+    unless `images` are given; overlays of one input are all different. `backdoorbench` adds
+    normalised images, which is the same only for models that do not normalise.
     """
 
     frr: Array | float = 0.01
@@ -118,20 +129,33 @@ class Strip(Defense):
         "cpu": {"n": 50},
     }
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array) -> Scores:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array
+    ) -> Scores:
         key_split, key_clean, key_x = jax.random.split(key, 3)
         pool = jnp.asarray(clean.image if self.images is None else self.images)
-        held, overlays = jnp.split(pool[jax.random.permutation(key_split, len(pool))], [self._inputs(pool)])
+        held, overlays = jnp.split(
+            pool[jax.random.permutation(key_split, len(pool))], [self._inputs(pool)]
+        )
 
         def score(key, images):
-            options = {"blend": self.blend, "alpha": self.alpha, "base": self.base, "batch": self.batch}
+            options = {
+                "blend": self.blend,
+                "alpha": self.alpha,
+                "base": self.base,
+                "batch": self.batch,
+            }
             return entropies(key, model, variables, images, overlays, self.n, **options)
 
         replicas = score(key_clean, held)
         benign = replicas.mean(1)
         mean, std = benign.mean(), benign.std()
         normal = mean + std * jax.scipy.special.ndtri(jnp.asarray(self.frr, jnp.float32))
-        boundary = normal if self.boundary == "normal" else jnp.quantile(benign, jnp.asarray(self.frr, jnp.float32))
+        boundary = (
+            normal
+            if self.boundary == "normal"
+            else jnp.quantile(benign, jnp.asarray(self.frr, jnp.float32))
+        )
         h = score(key_x, x).mean(1)
         info = {"mean": mean, "std": std, "clean": benign, **spread(replicas)._asdict()}
         return Scores(h, boundary, h <= boundary, info)
@@ -147,17 +171,23 @@ class Strip(Defense):
         between("base of the logarithm", self.base, 1.001, float("inf"))
         for name, kinds in (("blend", Blend), ("boundary", Boundary)):
             if getattr(self, name) not in get_args(kinds):
-                raise BadInput(f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}")
+                raise BadInput(
+                    f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}"
+                )
         pool = clean.image if self.images is None else self.images
         have, held = len(pool), self._inputs(pool)
         if jnp.shape(pool)[1:] != tuple(model.shape):
-            raise BadInput(f"STRIP's images must have the model's shape {model.shape}, not {jnp.shape(pool)[1:]}")
+            raise BadInput(
+                f"STRIP's images must have the model's shape {model.shape}, not "
+                f"{jnp.shape(pool)[1:]}"
+            )
         if held < 2:
             raise BadInput(
-                f"STRIP fits its boundary to clean inputs: it needs 2 or more, not {held} (of {have} clean images)"
+                f"STRIP fits its boundary to clean inputs: it needs 2 or more, not {held} (of "
+                f"{have} clean images)"
             )
         if self.n > have - held:
             raise BadInput(
-                f"STRIP draws {self.n} different overlays, but of {have} clean images {max(have - held, 0)} are left "
-                f"after {held} fit the boundary: lower n or inputs"
+                f"STRIP draws {self.n} different overlays, but of {have} clean images "
+                f"{max(have - held, 0)} are left after {held} fit the boundary: lower n or inputs"
             )

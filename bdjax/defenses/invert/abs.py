@@ -1,4 +1,6 @@
-"""ABS: some neuron of a backdoored net, once it fires, lifts the target label whatever the image shows."""
+"""ABS: some neuron of a backdoored net, once it fires, lifts the target label whatever the image
+shows.
+"""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,8 +26,9 @@ WINDOW = 12
 
 
 class Neurons(NamedTuple):
-    """What stimulation shows of each of `n` neurons: the `label: [n]` that it lifts on most images; by how much more
-    than any other label, on the image where that is least, `elevation: [n]`; whether it is `suspect: [n]`.
+    """What stimulation shows of each of `n` neurons: the `label: [n]` that it lifts on most images;
+    by how much more than any other label, on the image where that is least, `elevation: [n]`;
+    whether it is `suspect: [n]`.
     """
 
     label: jax.Array
@@ -34,7 +37,9 @@ class Neurons(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A suspect neuron, by its number among all, the label that it lifts, and whether there is one; `[]` each."""
+    """A suspect neuron, by its number among all, the label that it lifts, and whether there is one;
+    `[]` each.
+    """
 
     neuron: jax.Array
     label: jax.Array
@@ -52,42 +57,47 @@ class Search(NamedTuple):
 
 @defense("abs")
 class Abs(Defense):
-    """Stimulate each neuron, then look for a trigger that fires the few suspicious ones (Liu et al., 2019).
+    """Stimulate each neuron, then look for a trigger that fires the few suspicious ones (Liu et
+    al., 2019).
 
-    Stimulation: neuron j of a layer (a whole feature map, or a unit) is set to v_k = k·`reach`·max/`levels`, k = 0 …
-    `levels` − 1, max the layer's largest activation on the seed images. Label c rises by e_c = max_{k≥1} z_c(v_k) −
-    z_c(v_0), z the logits. On each image c* = argmax e, at e_c* − the second largest. The neuron's label is the modal
-    c*, its elevation the least of these leads over the images that are not of that label and lift it. Suspects are the
-    neurons on which all images but `dissent` agree; the `top` of them with the highest elevation are candidates, half
-    of them at most `per_site` of one layer.
+    Stimulation: neuron j of a layer (a whole feature map, or a unit) is set to v_k =
+    k·`reach`·max/`levels`, k = 0 … `levels` − 1, max the layer's largest activation on the seed
+    images. Label c rises by e_c = max_{k≥1} z_c(v_k) − z_c(v_0), z the logits. On each image c* =
+    argmax e, at e_c* − the second largest. The neuron's label is the modal c*, its elevation the
+    least of these leads over the images that are not of that label and lift it. Suspects are the
+    neurons on which all images but `dissent` agree; the `top` of them with the highest elevation
+    are candidates, half of them at most `per_site` of one layer.
 
-    Inversion, all candidates at once, on a third of the seed images: Adam minimises d = −a_j + w·Σ others of its layer,
-    each summed over places, before and after the activation function where there are sites for both; means over the
-    images, in units of the layer's largest activation.
-    "pixel": x' = (1 − m)⊙x + m⊙Δ, w = 1e-4, plus `weight`·|m|₁ once more pixels than `size` have m > 0.01, twice that
-    beyond (√size + 2)²; in the end the `size` most opaque pixels are kept.
-    "feature": x' = [x, max, min, mean over 12×12]·T, |T| ≤ 1, w = 1e-5, minus the mean SSIM(x, x'), 1000 times that
-    while it is below 0.2.
+    Inversion, all candidates at once, on a third of the seed images: Adam minimises d = −a_j + w·Σ
+    others of its layer, each summed over places, before and after the activation function where
+    there are sites for both; means over the images, in units of the layer's largest activation.
+    "pixel": x' = (1 − m)⊙x + m⊙Δ, w = 1e-4, plus `weight`·|m|₁ once more pixels than `size` have m
+    > 0.01, twice that beyond (√size + 2)²; in the end the `size` most opaque pixels are kept.
+    "feature": x' = [x, max, min, mean over 12×12]·T, |T| ≤ 1, w = 1e-5, minus the mean SSIM(x, x'),
+    1000 times that while it is below 0.2.
 
-    REASR: share of all seed images that the inverted trigger sends to the candidate's label. A label with a candidate
-    above `threshold` is flagged.
+    REASR: share of all seed images that the inverted trigger sends to the candidate's label. A
+    label with a candidate above `threshold` is flagged.
 
-    `images`: seed images, as many of each class as possible; `steps` of each inversion; `lr`, `lr_feature`: Adam's
-    learning rates; `size`: largest trigger, as a share of the image's pixels; `spaces`: kinds of inversion; `sites`:
-    layers to stimulate, None = all with a name, but the pixels, the logits and what stands before an activation
-    function. `lanes`: neurons or candidates side by side (None: the device's default).
+    `images`: seed images, as many of each class as possible; `steps` of each inversion; `lr`,
+    `lr_feature`: Adam's learning rates; `size`: largest trigger, as a share of the image's pixels;
+    `spaces`: kinds of inversion; `sites`: layers to stimulate, None = all with a name, but the
+    pixels, the logits and what stands before an activation function. `lanes`: neurons or candidates
+    side by side (None: the device's default).
 
-    Verdict: `index`, the largest REASR, 0 without a candidate. `info`: `elevation`, `label: [n]` of all neurons, site
-    after site, `suspect: [n]`; of each candidate `neuron`, `candidate_label`, `valid`, `reasr_pixel`,
-    `reasr_feature: [top]`; `mask: [top, H, W, 1]`, `pattern: [top, H, W, C]`, `transform: [top, 4C, C]`.
+    Verdict: `index`, the largest REASR, 0 without a candidate. `info`: `elevation`, `label: [n]` of
+    all neurons, site after site, `suspect: [n]`; of each candidate `neuron`, `candidate_label`,
+    `valid`, `reasr_pixel`, `reasr_feature: [top]`; `mask: [top, H, W, 1]`, `pattern: [top, H, W,
+    C]`, `transform: [top, 4C, C]`.
 
     Presets: `paper`; `original_code`, decides at 0.8; `cpu`, fewer candidates, steps and images.
 
-    Differs from the paper: its bound of 0.88 could not be verified. Differs from the released code: its weights (500 on
-    |m|₁, 0.01 on d, 10 or 10⁴ on the sum of SSIM) are for sums of raw activations, and freeze the mask where it starts
-    on nets with few or small maps; ours are relative. There no pixel is cut off in the end; pixels are standardised;
-    64 pixels of a 32×32 image became a share; a net without suspects is an error.
-    As there, one neuron must do: a backdoor that needs several at once escapes.
+    Differs from the paper: its bound of 0.88 could not be verified. Differs from the released code:
+    its weights (500 on |m|₁, 0.01 on d, 10 or 10⁴ on the sum of SSIM) are for sums of raw
+    activations, and freeze the mask where it starts on nets with few or small maps; ours are
+    relative. There no pixel is cut off in the end; pixels are standardised; 64 pixels of a 32×32
+    image became a share; a net without suspects is an error. As there, one neuron must do: a
+    backdoor that needs several at once escapes.
     """
 
     reach: Array | float = 8.0
@@ -123,12 +133,21 @@ class Abs(Defense):
             reasr["reasr_pixel"], trigger = self.pixel(key_trigger, model, variables, x, candidates)
             info |= trigger._asdict()
         if "feature" in self.spaces:
-            reasr["reasr_feature"], info["transform"] = self.feature(model, variables, x, candidates)
+            reasr["reasr_feature"], info["transform"] = self.feature(
+                model, variables, x, candidates
+            )
         best = jnp.stack(list(reasr.values())).max(0)
-        hit = jax.nn.one_hot(candidates.label, model.classes, dtype=bool) & (best > self.threshold)[:, None]
+        hit = (
+            jax.nn.one_hot(candidates.label, model.classes, dtype=bool)
+            & (best > self.threshold)[:, None]
+        )
         flagged = hit.any(0)
         info |= reasr | found._asdict()
-        info |= {"neuron": candidates.neuron, "candidate_label": candidates.label, "valid": candidates.valid}
+        info |= {
+            "neuron": candidates.neuron,
+            "candidate_label": candidates.label,
+            "valid": candidates.valid,
+        }
         return Verdict(best.max(), flagged.any(), flagged, info)
 
     def places(self, model: Model) -> tuple[str, ...]:
@@ -142,7 +161,9 @@ class Abs(Defense):
     def stimulate(
         self, model: Model, variables: Variables, x: jax.Array, label: jax.Array
     ) -> tuple[Neurons, np.ndarray]:
-        """What each neuron lifts on the seed images `x: [N, H, W, C]` of `label: [N]`, and its site's number: `[n]`."""
+        """What each neuron lifts on the seed images `x: [N, H, W, C]` of `label: [N]`, and its
+        site's number: `[n]`.
+        """
         acts = model.apply(variables, x).acts
         parts = [self.lift(model, variables, site, x, acts[site]) for site in self.places(model)]
         owner = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
@@ -152,16 +173,20 @@ class Abs(Defense):
         counted = (lifted == modal[:, None]) & (label[None] != modal[:, None])
         elevation = jnp.where(counted.any(1), jnp.where(counted, lead, jnp.inf).min(1), 0.0)
         agreed = votes.max(1) >= label.shape[0] - jnp.asarray(self.dissent, jnp.float32)
-        # Nothing moves where a layer is constant, and nothing can be said where a logit is not a number.
+        # Nothing moves where a layer is constant, and nothing can be said where a logit is not a
+        # number.
         return Neurons(modal, elevation, agreed & (elevation > 0) & jnp.isfinite(elevation)), owner
 
     def lift(
         self, model: Model, variables: Variables, site: str, x: jax.Array, act: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """For each channel of `site` and each image, the label that rises most, and its lead: `[C, N]` each."""
+        """For each channel of `site` and each image, the label that rises most, and its lead: `[C,
+        N]` each.
+        """
         n, channels = act.shape[0], act.shape[-1]
         values = jnp.arange(self.levels, dtype=jnp.float32) * (act.max() * self.reach / self.levels)
-        alive = variables.get("masks", {}).get(site, jnp.ones(channels))  # a pruned neuron cannot fire
+        # a pruned neuron cannot fire
+        alive = variables.get("masks", {}).get(site, jnp.ones(channels))
         repeated = jnp.concatenate([x] * self.levels)
 
         def one(channel):
@@ -175,8 +200,8 @@ class Abs(Defense):
         return mesh.lane_map(one, jnp.arange(channels), self.lanes)
 
     def choose(self, found: Neurons, owner: np.ndarray) -> Candidate:
-        """The `top` suspects (or as many as there are neurons), highest elevation first, half of them spread over the
-        sites.
+        """The `top` suspects (or as many as there are neurons), highest elevation first, half of
+        them spread over the sites.
         """
         order = jnp.argsort(jnp.where(found.suspect, -found.elevation, jnp.inf))
         site = jax.nn.one_hot(jnp.asarray(owner)[order], int(owner.max()) + 1, dtype=jnp.int32)
@@ -186,9 +211,17 @@ class Abs(Defense):
         chosen = order[jnp.argsort(~spread, stable=True)][: self.top]
         return Candidate(chosen, found.label[chosen], found.suspect[chosen])
 
-    def drive(self, model: Model, acts: dict[str, jax.Array], neuron: jax.Array, scale: jax.Array, others: float):
-        """Minus the activation of `neuron: []`, plus `others` times that of the rest of its layer: before and after the
-        activation function, summed over images and places, divided by `scale: [sites]`.
+    def drive(
+        self,
+        model: Model,
+        acts: dict[str, jax.Array],
+        neuron: jax.Array,
+        scale: jax.Array,
+        others: float,
+    ):
+        """Minus the activation of `neuron: []`, plus `others` times that of the rest of its layer:
+        before and after the activation function, summed over images and places, divided by `scale:
+        [sites]`.
         """
 
         previous = dict(zip(model.sites[1:], model.sites))
@@ -203,15 +236,23 @@ class Abs(Defense):
         parts = [both(site) / scale[i] for i, site in enumerate(self.places(model))]
         owner = jnp.asarray(np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
         each = jnp.concatenate(parts)
-        return -each[neuron] + others * (jnp.where(owner == owner[neuron], each, 0).sum() - each[neuron])
+        return -each[neuron] + others * (
+            jnp.where(owner == owner[neuron], each, 0).sum() - each[neuron]
+        )
 
     def scale(self, model: Model, variables: Variables, x: jax.Array) -> jax.Array:
         """The largest activation of each layer on `x: [N, H, W, C]`, times N: `[sites]`."""
         acts = model.apply(variables, x).acts
-        return x.shape[0] * jnp.stack([jnp.maximum(acts[site].max(), 1e-6) for site in self.places(model)])
+        return x.shape[0] * jnp.stack(
+            [jnp.maximum(acts[site].max(), 1e-6) for site in self.places(model)]
+        )
 
-    def invert(self, loss, starts: Any, candidates: Candidate, rule: optax.GradientTransformation) -> Any:
-        """The params that minimise `loss(params, neuron)` for each of the candidates, from `starts` (stacked)."""
+    def invert(
+        self, loss, starts: Any, candidates: Candidate, rule: optax.GradientTransformation
+    ) -> Any:
+        """The params that minimise `loss(params, neuron)` for each of the candidates, from `starts`
+        (stacked).
+        """
 
         def start(item) -> Search:
             candidate, params = item
@@ -230,17 +271,28 @@ class Abs(Defense):
 
         return mesh.drain(start, step, done, (candidates, starts), self.lanes).params
 
-    def reasr(self, model: Model, variables: Variables, put, params: Any, candidates: Candidate) -> jax.Array:
-        """Share of the seed images, changed by `put(params)`, that reach each candidate's label: `[top]`."""
+    def reasr(
+        self, model: Model, variables: Variables, put, params: Any, candidates: Candidate
+    ) -> jax.Array:
+        """Share of the seed images, changed by `put(params)`, that reach each candidate's label:
+        `[top]`.
+        """
 
         def one(item):
             params, label = item
             return reaches(model.apply(variables, put(params)).logits, label).mean()
 
-        return jnp.where(candidates.valid, mesh.lane_map(one, (params, candidates.label), self.lanes), 0)
+        return jnp.where(
+            candidates.valid, mesh.lane_map(one, (params, candidates.label), self.lanes), 0
+        )
 
     def pixel(
-        self, key: jax.Array, model: Model, variables: Variables, x: jax.Array, candidates: Candidate
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        x: jax.Array,
+        candidates: Candidate,
     ) -> tuple[jax.Array, Trigger]:
         """REASR and trigger of each candidate in pixel space."""
         height, width, _ = model.shape
@@ -257,7 +309,10 @@ class Abs(Defense):
             acts = model.apply(variables, stamp(trigger, few)).acts
             visible = (trigger.mask > VISIBLE).sum(dtype=jnp.float32)
             times = jnp.where(visible > (side + 2) ** 2, 2.0, jnp.where(visible > size, 1.0, 0.0))
-            return self.drive(model, acts, neuron, scale, 1e-4) + times * self.weight * trigger.mask.sum()
+            return (
+                self.drive(model, acts, neuron, scale, 1e-4)
+                + times * self.weight * trigger.mask.sum()
+            )
 
         corner = jnp.floor(side).astype(jnp.int32)
         inside = (jnp.arange(height)[:, None] < corner) & (jnp.arange(width)[None] < corner)
@@ -285,7 +340,10 @@ class Abs(Defense):
             changed = put(transform, features[: few.shape[0]])
             alike = similarity(few, changed).mean()
             acts = model.apply(variables, changed).acts
-            return self.drive(model, acts, neuron, scale, 1e-5) - jnp.where(alike < 0.2, 1e3, 1.0) * alike
+            return (
+                self.drive(model, acts, neuron, scale, 1e-5)
+                - jnp.where(alike < 0.2, 1e3, 1.0) * alike
+            )
 
         start = jnp.eye(features.shape[-1], model.shape[-1])
         starts = jnp.stack([start] * candidates.neuron.shape[0])
@@ -295,15 +353,23 @@ class Abs(Defense):
 
     def check(self, model: Model, clean: Split) -> None:
         if model.classes < 2:
-            raise BadInput(f"ABS compares the labels of a model: it needs 2 classes or more, not {model.classes}")
+            raise BadInput(
+                "ABS compares the labels of a model: it needs 2 classes or more, not "
+                f"{model.classes}"
+            )
         if len(clean.image) == 0:
             raise BadInput("ABS needs clean images: the defender has none")
         for site in self.sites or ():
             check_site(model, site)
         if not self.places(model):
-            raise BadInput(f"ABS finds no layer to stimulate among the sites {', '.join(model.sites) or '(none)'}")
+            raise BadInput(
+                "ABS finds no layer to stimulate among the sites "
+                f"{', '.join(model.sites) or '(none)'}"
+            )
         if not self.spaces or any(space not in get_args(Space) for space in self.spaces):
-            raise BadInput(f"spaces {self.spaces}: give one or both of {', '.join(get_args(Space))}")
+            raise BadInput(
+                f"spaces {self.spaces}: give one or both of {', '.join(get_args(Space))}"
+            )
         between("size", self.size, 0, 1)
         between("threshold", self.threshold, 0, 1)
         for name in ("reach", "lr", "lr_feature", "weight", "dissent"):
@@ -321,7 +387,9 @@ def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def seeds(key: jax.Array, label: jax.Array, count: int) -> jax.Array:
-    """`count` rows (or all) of `label: [N]`, as many of each class as possible; every first part is balanced too."""
+    """`count` rows (or all) of `label: [N]`, as many of each class as possible; every first part is
+    balanced too.
+    """
     n = label.shape[0]
     shuffled = jax.random.permutation(key, n)
     order = shuffled[jnp.argsort(label[shuffled], stable=True)]
@@ -337,16 +405,21 @@ def keep_largest(mask: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def pooled(x: jax.Array) -> jax.Array:
-    """`x: [N, H, W, C]` beside its maximum, minimum and mean over 12×12 windows: `[N, H, W, 4C]`."""
+    """`x: [N, H, W, C]` beside its maximum, minimum and mean over 12×12 windows:
+    `[N, H, W, 4C]`.
+    """
     window = (WINDOW, WINDOW)
     high, low = nn.max_pool(x, window, padding="SAME"), -nn.max_pool(-x, window, padding="SAME")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Flax counts pixels in integers
+    # Flax counts pixels in integers
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         mean = nn.avg_pool(x, window, padding="SAME", count_include_pad=False)
     return jnp.concatenate([x, high, low, mean], -1)
 
 
 def similarity(a: jax.Array, b: jax.Array) -> jax.Array:
-    """SSIM of each pair of images `[N, H, W, C]`: `[N]`; 11×11 Gaussian windows, smaller ones on smaller images."""
+    """SSIM of each pair of images `[N, H, W, C]`: `[N]`; 11×11 Gaussian windows, smaller ones on
+    smaller images.
+    """
     from dm_pix import ssim
 
     taps = min(11, *a.shape[1:3])

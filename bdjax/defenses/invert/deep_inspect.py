@@ -1,4 +1,6 @@
-"""DeepInspect: a generator of perturbations for every label, trained on images that the net itself made up."""
+"""DeepInspect: a generator of perturbations for every label, trained on images that the net itself
+made up.
+"""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +18,9 @@ from bdjax.types import Array, BadInput, Model, Split, Variables, Verdict, betwe
 
 
 class Perturber(nn.Module):
-    """G(z, t): a perturbation `[B, H, W, C]` in [−1, 1] for noise `z: [B, D]` and one-hot labels `t: [B, K]`."""
+    """G(z, t): a perturbation `[B, H, W, C]` in [−1, 1] for noise `z: [B, D]` and one-hot labels
+    `t: [B, K]`.
+    """
 
     hidden: int
     shape: tuple[int, int, int]
@@ -25,7 +29,9 @@ class Perturber(nn.Module):
     def __call__(self, z, t):
         x = nn.leaky_relu(nn.Dense(self.hidden)(jnp.concatenate([z, t], 1)), 0.2)
         x = nn.leaky_relu(nn.Dense(self.hidden)(jnp.concatenate([x, t], 1)), 0.2)
-        return jnp.tanh(nn.Dense(self.shape[0] * self.shape[1] * self.shape[2])(x)).reshape(-1, *self.shape)
+        return jnp.tanh(nn.Dense(self.shape[0] * self.shape[1] * self.shape[2])(x)).reshape(
+            -1, *self.shape
+        )
 
 
 class Critic(nn.Module):
@@ -47,9 +53,11 @@ class Params(NamedTuple):
 
 
 def left_index(x: jax.Array) -> jax.Array:
-    """How far each of `x: [K]` lies below the median, in deviations of the left side (double MAD): `[K]`, 0 above.
+    """How far each of `x: [K]` lies below the median, in deviations of the left side (double MAD):
+    `[K]`, 0 above.
 
-    (median − x) / (1.4826 · median of median − x over the x up to the median); ∞ where that deviation is 0.
+    (median − x) / (1.4826 · median of median − x over the x up to the median); ∞ where that
+    deviation is 0.
     """
     gap = jnp.median(x) - x
     deviation = metrics.MAD_SCALE * jnp.nanmedian(jnp.where(gap >= 0, gap, jnp.nan))
@@ -58,27 +66,33 @@ def left_index(x: jax.Array) -> jax.Array:
 
 @defense("deep-inspect")
 class DeepInspect(Defense):
-    """Find the label that a conditional generator reaches by small perturbations, without data (Chen et al., 2019).
+    """Find the label that a conditional generator reaches by small perturbations, without data
+    (Chen et al., 2019).
 
-    A reconstruction: the paper's text could not be obtained. Known: model inversion makes surrogate data; a conditional
-    GAN minimises NLL(f(x + G(z, t)), t) + γ1·L_GAN + γ2·max(0, ‖G(z, t)‖₁ − γ); the sizes of the perturbations of all
-    labels are compared by the double median absolute deviation, on the left side alone, at 2 or so. Ours: all else.
+    A reconstruction: the paper's text could not be obtained. Known: model inversion makes surrogate
+    data; a conditional GAN minimises NLL(f(x + G(z, t)), t) + γ1·L_GAN + γ2·max(0, ‖G(z, t)‖₁ − γ);
+    the sizes of the perturbations of all labels are compared by the double median absolute
+    deviation, on the left side alone, at 2 or so. Ours: all else.
 
-    1. Surrogates: `images` for each label, minimising −log p_label by Adam from noise through x = tanh(·)/2 + ½.
-    2. G and a critic D are trained side by side on batches of surrogates with random labels t, all labels at once:
-       L_GAN = −log D(x + G), D told x from x + G; x + G is clipped to [0, 1], ‖·‖₁ summed over pixels.
-    3. The size of t is the mean of ‖G(z, t)‖₁ over z. A label with a left index above `threshold` is flagged, if its
-       perturbations work on `success` of the surrogates of other labels.
+    1. Surrogates: `images` for each label, minimising −log p_label by Adam from noise through x =
+       tanh(·)/2 + ½.
+    2. G and a critic D are trained side by side on batches of surrogates with random labels t, all
+       labels at once: L_GAN = −log D(x + G), D told x from x + G; x + G is clipped to [0, 1], ‖·‖₁
+       summed over pixels.
+    3. The size of t is the mean of ‖G(z, t)‖₁ over z. A label with a left index above `threshold`
+       is flagged, if its perturbations work on `success` of the surrogates of other labels.
 
-    `gamma_gan` = γ1, `gamma_norm` = γ2, `budget` = γ in units of ‖·‖₁; `steps`, `batch`, `lr`: of the generator;
-    `inversion_steps`, `inversion_lr`: of the surrogates; `hidden`, `noise_size`: width of G and D, numbers in z ~ N(0,
-    1). `lanes`: labels inverted side by side (None: the device's default). Clean images are not used.
+    `gamma_gan` = γ1, `gamma_norm` = γ2, `budget` = γ in units of ‖·‖₁; `steps`, `batch`, `lr`: of
+    the generator; `inversion_steps`, `inversion_lr`: of the surrogates; `hidden`, `noise_size`:
+    width of G and D, numbers in z ~ N(0, 1). `lanes`: labels inverted side by side (None: the
+    device's default). Clean images are not used.
 
-    Verdict: `index`, the largest left index. `info`: `norms`, `index`, `success: [K]`; `perturbation: [K, H, W, C]`,
-    the mean over z; `surrogate: [K, H, W, C]`, one of each label.
+    Verdict: `index`, the largest left index. `info`: `norms`, `index`, `success: [K]`;
+    `perturbation: [K, H, W, C]`, the mean over z; `surrogate: [K, H, W, C]`, one of each label.
 
-    Presets: `default`; `cpu`, fewer steps and images. `gamma_norm` and `success` are such that a clean net was not
-    flagged; far from there the sizes of all labels are alike, or no label is reached.
+    Presets: `default`; `cpu`, fewer steps and images. `gamma_norm` and `success` are such that a
+    clean net was not flagged; far from there the sizes of all labels are alike, or no label is
+    reached.
     """
 
     gamma_gan: Array | float = 0.1
@@ -123,14 +137,21 @@ class DeepInspect(Defense):
         items = (jnp.arange(model.classes), jax.random.split(key_measure, model.classes))
         norms, success, mean = mesh.lane_map(measure, items, self.lanes)
         verdict = self.judge(norms, success)
-        return verdict._replace(info=verdict.info | {"perturbation": mean, "surrogate": surrogate[:, 0]})
+        return verdict._replace(
+            info=verdict.info | {"perturbation": mean, "surrogate": surrogate[:, 0]}
+        )
 
     def judge(self, norms: jax.Array, success: jax.Array) -> Verdict:
         """The outlier rule on the labels' `norms` and `success: [K]`."""
         norms = jnp.where(jnp.isnan(norms), jnp.inf, norms)
         index = jnp.nan_to_num(left_index(norms), posinf=jnp.inf)
         flagged = (index > self.threshold) & (success >= self.success)
-        return Verdict(index.max(), flagged.any(), flagged, {"norms": norms, "index": index, "success": success})
+        return Verdict(
+            index.max(),
+            flagged.any(),
+            flagged,
+            {"norms": norms, "index": index, "success": success},
+        )
 
     def surrogates(self, key: jax.Array, model: Model, variables: Variables) -> jax.Array:
         """Images that the net takes for each label: `[K, images, H, W, C]`."""
@@ -150,7 +171,9 @@ class DeepInspect(Defense):
         items = (jnp.arange(model.classes), jax.random.split(key, model.classes))
         return mesh.lane_map(one, items, self.lanes)
 
-    def train(self, key: jax.Array, model: Model, variables: Variables, pool: jax.Array) -> tuple[Perturber, Any]:
+    def train(
+        self, key: jax.Array, model: Model, variables: Variables, pool: jax.Array
+    ) -> tuple[Perturber, Any]:
         """The generator and its weights, trained on the surrogates `pool: [M, H, W, C]`."""
         generator, critic = Perturber(self.hidden, model.shape), Critic(self.hidden)
         batch = min(self.batch, pool.shape[0])
@@ -167,7 +190,9 @@ class DeepInspect(Defense):
             size = jnp.maximum(0, jnp.abs(g).sum((1, 2, 3)) - self.budget).mean()
             # Each net's gradient sees the other one fixed.
             unmasked = critic.apply({"params": jax.lax.stop_gradient(params.critic)}, made)
-            real, fake = (critic.apply({"params": params.critic}, v) for v in (x, jax.lax.stop_gradient(made)))
+            real, fake = (
+                critic.apply({"params": params.critic}, v) for v in (x, jax.lax.stop_gradient(made))
+            )
             fooled = nn.softplus(-unmasked).mean()  # type: ignore[operator]
             told = nn.softplus(-real).mean() + nn.softplus(fake).mean()  # type: ignore[operator]
             return reached + self.gamma_gan * fooled + self.gamma_norm * size + told, None
@@ -181,13 +206,18 @@ class DeepInspect(Defense):
         (params, _), _ = descend(loss, params, rule.init(params), keys, rule)
         return generator, params.generator
 
-    def perturb(self, generator: Perturber, weights: Any, z: jax.Array, label: jax.Array, classes: int) -> jax.Array:
+    def perturb(
+        self, generator: Perturber, weights: Any, z: jax.Array, label: jax.Array, classes: int
+    ) -> jax.Array:
         """G(z, label): `[B, H, W, C]`."""
         return generator.apply({"params": weights}, z, jax.nn.one_hot(label, classes))  # type: ignore[return-value]
 
     def check(self, model: Model, clean: Split) -> None:
         if model.classes < 3:
-            raise BadInput(f"DeepInspect compares the labels of a model: it needs 3 or more, not {model.classes}")
+            raise BadInput(
+                "DeepInspect compares the labels of a model: it needs 3 or more, not "
+                f"{model.classes}"
+            )
         between("success", self.success, 0, 1)
         for name in ("gamma_gan", "gamma_norm", "budget", "lr", "inversion_lr", "threshold"):
             between(name, getattr(self, name), 0, float("inf"))

@@ -1,4 +1,6 @@
-"""Trigger inversion: which small change sends every image to one label? Shared by Neural Cleanse and its kin."""
+"""Trigger inversion: which small change sends every image to one label? Shared by Neural Cleanse
+and its kin.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +11,9 @@ import optax
 
 
 class Trigger(NamedTuple):
-    """Something to paste: opacity `mask: [H, W, 1]`, one for all channels, and `pattern: [H, W, C]`, both in [0, 1]."""
+    """Something to paste: opacity `mask: [H, W, 1]`, one for all channels, and `pattern: [H, W,
+    C]`, both in [0, 1].
+    """
 
     mask: jax.Array
     pattern: jax.Array
@@ -22,7 +26,9 @@ def stamp(trigger: Trigger, x: jax.Array) -> jax.Array:
 
 
 def reaches(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """Which rows of `logits: [B, K]` are finite and largest at `label: []` (argmax alone takes NaN for the largest)."""
+    """Which rows of `logits: [B, K]` are finite and largest at `label: []` (argmax alone takes NaN
+    for the largest).
+    """
     return (logits.argmax(-1) == label) & jnp.isfinite(logits).all(-1)
 
 
@@ -39,23 +45,32 @@ def unsquash(trigger: Trigger) -> Trigger:
 def random_trigger(key: jax.Array, shape: tuple[int, int, int]) -> Trigger:
     """Mask and pattern uniform in [0, 1] for images of `shape` (H, W, C)."""
     key_mask, key_pattern = jax.random.split(key)
-    return Trigger(jax.random.uniform(key_mask, (*shape[:2], 1)), jax.random.uniform(key_pattern, shape))
+    return Trigger(
+        jax.random.uniform(key_mask, (*shape[:2], 1)), jax.random.uniform(key_pattern, shape)
+    )
 
 
 def within(low: Any, high: Any) -> optax.GradientTransformation:
-    """The last link of a chain: the step ends inside [low, high]; both are pytrees like the parameters."""
+    """The last link of a chain: the step ends inside [low, high]; both are pytrees like the
+    parameters.
+    """
 
     def shorten(updates, params):
-        return jax.tree.map(lambda u, p, a, b: jnp.clip(p + u, a, b) - p, updates, params, low, high)
+        return jax.tree.map(
+            lambda u, p, a, b: jnp.clip(p + u, a, b) - p, updates, params, low, high
+        )
 
     return optax.stateless(shorten)
 
 
-def descend(loss: Callable, params: Any, opt_state: Any, items: Any, rule: optax.GradientTransformation) -> Any:
-    """One optimiser step on `loss(params, item) -> (value, aux)` for each of the leading-axis `items`.
+def descend(
+    loss: Callable, params: Any, opt_state: Any, items: Any, rule: optax.GradientTransformation
+) -> Any:
+    """One optimiser step on `loss(params, item) -> (value, aux)` for each of the leading-axis
+    `items`.
 
-    `params` is any pytree: a raw trigger, a feature-space mask, a generator. Returns `((params, opt_state), aux)`,
-    aux stacked.
+    `params` is any pytree: a raw trigger, a feature-space mask, a generator. Returns `((params,
+    opt_state), aux)`, aux stacked.
     """
 
     def step(carry, item):

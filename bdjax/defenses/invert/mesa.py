@@ -19,7 +19,9 @@ CHUNKS = 4
 
 
 class Generator(nn.Module):
-    """Noise `z: [B, D]` to `out` pixels in [0, 1]: `[B, out]`. Normalised by the batch, in use as in training."""
+    """Noise `z: [B, D]` to `out` pixels in [0, 1]: `[B, out]`. Normalised by the batch, in use as
+    in training.
+    """
 
     hidden: int
     out: int
@@ -30,7 +32,10 @@ class Generator(nn.Module):
         x = first
         for i, part in enumerate((None, *middle)):
             x = x if part is None else jnp.concatenate([x, part], 1)
-            x = nn.leaky_relu(nn.BatchNorm(False, name=f"norm_{i}")(nn.Dense(self.hidden, name=f"dense_{i}")(x)), 0.2)
+            x = nn.leaky_relu(
+                nn.BatchNorm(False, name=f"norm_{i}")(nn.Dense(self.hidden, name=f"dense_{i}")(x)),
+                0.2,
+            )
         return nn.sigmoid(nn.Dense(self.out, name="pixels")(jnp.concatenate([x, last], 1)))
 
 
@@ -47,7 +52,9 @@ class Statistic(nn.Module):
 
 
 class Params(NamedTuple):
-    """What one search trains: generator, statistic, and the moving `average: []` of exp T over independent pairs."""
+    """What one search trains: generator, statistic, and the moving `average: []` of exp T over
+    independent pairs.
+    """
 
     generator: Any
     statistic: Any
@@ -55,19 +62,28 @@ class Params(NamedTuple):
 
 
 def information(joint: jax.Array, independent: jax.Array) -> jax.Array:
-    """Î = E T(z, g) − log E exp T(z̃, g), in nats: a lower bound of the mutual information. `[B]` both."""
+    """Î = E T(z, g) − log E exp T(z̃, g), in nats: a lower bound of the mutual information. `[B]`
+    both.
+    """
     return joint.mean() - jnp.log(jnp.exp(independent).mean() + 1e-8)
 
 
 def mine_loss(joint: jax.Array, independent: jax.Array, average: jax.Array) -> jax.Array:
-    """What T and the moving average minimise: −Î with E exp T under the average, which takes the bias out of the
-    gradient, and half the average's squared error, on which gradient descent at rate r is the moving average of rate r.
+    """What T and the moving average minimise: −Î with E exp T under the average, which takes the
+    bias out of the gradient, and half the average's squared error, on which gradient descent at
+    rate r is the moving average of rate r.
     """
     now = jnp.exp(independent).mean()
-    return now / jax.lax.stop_gradient(average) - joint.mean() + (average - jax.lax.stop_gradient(now)) ** 2 / 2
+    return (
+        now / jax.lax.stop_gradient(average)
+        - joint.mean()
+        + (average - jax.lax.stop_gradient(now)) ** 2 / 2
+    )
 
 
-def mine_rule(rule: optax.GradientTransformation, rate: Array | float) -> optax.GradientTransformation:
+def mine_rule(
+    rule: optax.GradientTransformation, rate: Array | float
+) -> optax.GradientTransformation:
     """`rule` for the nets of `Params`, the moving average of `rate` for its average."""
     moving = optax.sgd(rate)  # type: ignore[arg-type]
     return optax.partition({"net": rule, "average": moving}, Params("net", "net", "average"))  # type: ignore[arg-type]
@@ -77,7 +93,9 @@ def stick(key: jax.Array, x: jax.Array, patch: jax.Array) -> jax.Array:
     """`x: [B, H, W, C]` under `patch: [B, S, S, C]`, at one random place for the whole batch."""
     room = jnp.asarray(x.shape[1:3]) - jnp.asarray(patch.shape[1:3]) + 1
     row, col = jax.random.randint(key, (2,), 0, room)
-    return jax.lax.dynamic_update_slice(x, patch, (jnp.zeros_like(row), row, col, jnp.zeros_like(row)))
+    return jax.lax.dynamic_update_slice(
+        x, patch, (jnp.zeros_like(row), row, col, jnp.zeros_like(row))
+    )
 
 
 def stick_each(key: jax.Array, x: jax.Array, patch: jax.Array) -> jax.Array:
@@ -88,28 +106,32 @@ def stick_each(key: jax.Array, x: jax.Array, patch: jax.Array) -> jax.Array:
 
 @defense("mesa")
 class Mesa(Defense):
-    """Learn a generator of the patches that work, for each label and threshold (Qiao et al., 2019, arXiv:1910.04749).
+    """Learn a generator of the patches that work, for each label and threshold (Qiao et al., 2019,
+    arXiv:1910.04749).
 
-    For label t and threshold β, G(z) is to be spread evenly over {patches: F_t ≥ β}, F_t the mean probability of t:
-    min over G of −E min(softmax_t(f(x ⊕ (G(z) + ε))), β) − `alpha`·Î(z; G(z)), ε ~ N(0, `noise`²), ⊕ pasting at a
-    place drawn anew for each batch. Î is MINE's: E T(z, g) − log E exp T(z̃, g), T trained beside G with a moving
-    average of E exp T (`rate`). All labels and thresholds are searched at once.
+    For label t and threshold β, G(z) is to be spread evenly over {patches: F_t ≥ β}, F_t the mean
+    probability of t: min over G of −E min(softmax_t(f(x ⊕ (G(z) + ε))), β) − `alpha`·Î(z; G(z)), ε
+    ~ N(0, `noise`²), ⊕ pasting at a place drawn anew for each batch. Î is MINE's: E T(z, g) − log E
+    exp T(z̃, g), T trained beside G with a moving average of E exp T (`rate`). All labels and
+    thresholds are searched at once.
 
-    `betas`: the thresholds; `side`: of the patch, which must be known or guessed, in pixels; `alpha`: weight of the
-    entropy; `lr`: Adam's (β = 0.5, 0.999); `epochs` over 4/5 of the clean images in batches of `batch`; the rest
-    measures. `hidden`: width of G and T; `noise_size`: numbers in z ~ U[0, 1]; `samples`: patches drawn at the end.
-    `threshold`: a label that the patches of some β reach on more of the held-out images of other classes is flagged.
-    `label`: the target label, if it is known: it alone is searched, and flagged. That is what no defender has: an oracle.
-    `lanes`: searches side by side (None: the device's default).
+    `betas`: the thresholds; `side`: of the patch, which must be known or guessed, in pixels;
+    `alpha`: weight of the entropy; `lr`: Adam's (β = 0.5, 0.999); `epochs` over 4/5 of the clean
+    images in batches of `batch`; the rest measures. `hidden`: width of G and T; `noise_size`:
+    numbers in z ~ U[0, 1]; `samples`: patches drawn at the end. `threshold`: a label that the
+    patches of some β reach on more of the held-out images of other classes is flagged. `label`: the
+    target label, if it is known: it alone is searched, and flagged. That is what no defender has:
+    an oracle. `lanes`: searches side by side (None: the device's default).
 
-    Verdict: `index`, the largest such share. `info`: `asr: [K, β]`; `information: [K, β]`, the last epoch's Î in nats;
-    `patches: [K, β, samples, side, side, C]`.
+    Verdict: `index`, the largest such share. `info`: `asr: [K, β]`; `information: [K, β]`, the last
+    epoch's Î in nats; `patches: [K, β, samples, side, side, C]`.
 
     Presets: `paper`, CIFAR-10; `cifar100`; `cpu`, narrower nets and fewer steps.
 
-    Differs from the paper: the released code trains on test images, ours on the defender's; there the true label is
-    given, here only as `label`, and `threshold` is our own; noisy patches are clipped to [0, 1]; BatchNorm always takes
-    the statistics of its batch. As there, triggers that do not move with their place, or are larger, are missed.
+    Differs from the paper: the released code trains on test images, ours on the defender's; there
+    the true label is given, here only as `label`, and `threshold` is our own; noisy patches are
+    clipped to [0, 1]; BatchNorm always takes the statistics of its batch. As there, triggers that
+    do not move with their place, or are larger, are missed.
     """
 
     alpha: Array | float = 0.1
@@ -152,7 +174,11 @@ class Mesa(Defense):
             target, beta, key = item
             key_train, key_test = jax.random.split(key)
             patches, log = self.train(key_train, model, variables, image[rest], target, beta)
-            return self.success(key_test, model, variables, image[held], label[held], target, patches), log, patches
+            return (
+                self.success(key_test, model, variables, image[held], label[held], target, patches),
+                log,
+                patches,
+            )
 
         items = (
             jnp.repeat(targets, count),
@@ -168,7 +194,12 @@ class Mesa(Defense):
         asr, log, patches = jax.tree.map(by_label, found)
         reached = asr.max(1)
         flagged = reached > self.threshold if self.label is None else every == targets
-        return Verdict(reached.max(), flagged.any(), flagged, {"asr": asr, "information": log, "patches": patches})
+        return Verdict(
+            reached.max(),
+            flagged.any(),
+            flagged,
+            {"asr": asr, "information": log, "patches": patches},
+        )
 
     def nets(self, model: Model) -> tuple[Generator, Statistic]:
         """G and T for patches of this model's images."""
@@ -176,13 +207,22 @@ class Mesa(Defense):
 
     def draw(self, generator: Generator, variables: Any, z: jax.Array) -> jax.Array:
         """The flat patches of `z: [B, D]`."""
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # inside of BatchNorm
+        # inside of BatchNorm
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return generator.apply(variables, z, mutable=["batch_stats"])[0]  # type: ignore[index]
 
     def train(
-        self, key: jax.Array, model: Model, variables: Variables, images: jax.Array, target: jax.Array, beta: jax.Array
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        images: jax.Array,
+        target: jax.Array,
+        beta: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Samples `[samples, side, side, C]` of a generator trained for `target: []` and `beta: []`, and its last Î."""
+        """Samples `[samples, side, side, C]` of a generator trained for `target: []` and `beta:
+        []`, and its last Î.
+        """
         generator, statistic = self.nets(model)
         key_init, key_rows, key_steps, key_draw = jax.random.split(key, 4)
         n = images.shape[0]
@@ -198,12 +238,16 @@ class Mesa(Defense):
             key_z, key_other, key_noise, key_place = jax.random.split(key, 4)
             z, other = noise(key_z, batch), noise(key_other, batch)
             g = self.draw(generator, {"params": params.generator}, z)
-            patch = jnp.clip(g.reshape(shape) + self.noise * jax.random.normal(key_noise, shape), 0, 1)
+            patch = jnp.clip(
+                g.reshape(shape) + self.noise * jax.random.normal(key_noise, shape), 0, 1
+            )
             logits = model.apply(variables, stick(key_place, unit(images[rows]), patch)).logits
             reached = jnp.minimum(jax.nn.softmax(logits)[:, target], beta).mean()
 
             def pairs(weights, g) -> Any:
-                joint, independent = (statistic.apply({"params": weights}, noise, g) for noise in (z, other))
+                joint, independent = (
+                    statistic.apply({"params": weights}, noise, g) for noise in (z, other)
+                )
                 return joint, independent
 
             # Each net's gradient sees the other one fixed.
@@ -218,7 +262,9 @@ class Mesa(Defense):
         second = statistic.init(key_statistic, z, jnp.zeros((2, generator.out)))["params"]
         params = Params(first, second, jnp.ones(()))
         rule = mine_rule(optax.adam(self.lr, b1=0.5, b2=0.999), self.rate)  # type: ignore[arg-type]
-        epochs = jax.vmap(lambda k: jax.random.permutation(k, n))(jax.random.split(key_rows, self.epochs))
+        epochs = jax.vmap(lambda k: jax.random.permutation(k, n))(
+            jax.random.split(key_rows, self.epochs)
+        )
         rows = epochs[:, : steps * batch].reshape(-1, batch)
         items = (rows, jax.random.split(key_steps, rows.shape[0]))
         (params, _), log = descend(loss, params, rule.init(params), items, rule)
@@ -235,30 +281,51 @@ class Mesa(Defense):
         target: jax.Array,
         patches: jax.Array,
     ) -> jax.Array:
-        """ASR_nt of `patches`, one for each image, at a random place each; 0 where no image counts."""
+        """ASR_nt of `patches`, one for each image, at a random place each;
+        0 where no image counts.
+        """
 
         def piece(i):
-            x = stick_each(jax.random.fold_in(key, i[0]), unit(images[i]), patches[i % patches.shape[0]])
+            x = stick_each(
+                jax.random.fold_in(key, i[0]), unit(images[i]), patches[i % patches.shape[0]]
+            )
             logits = model.apply(variables, x).logits
             return jnp.where(jnp.isfinite(logits).all(1), logits.argmax(1), -1)
 
         predicted = batched(piece, images.shape[0], 250)
-        return jnp.nan_to_num(metrics.attack_success(predicted, jnp.full_like(label, 0) + target, label).nt)
+        return jnp.nan_to_num(
+            metrics.attack_success(predicted, jnp.full_like(label, 0) + target, label).nt
+        )
 
     def check(self, model: Model, clean: Split) -> None:
         if model.classes < 2:
-            raise BadInput(f"MESA tries the labels of a model: it needs 2 classes or more, not {model.classes}")
+            raise BadInput(
+                f"MESA tries the labels of a model: it needs 2 classes or more, not {model.classes}"
+            )
         if len(clean.image) < 2:
-            raise BadInput(f"MESA needs clean images to train and to measure on: the defender has {len(clean.image)}")
+            raise BadInput(
+                "MESA needs clean images to train and to measure on: the defender has "
+                f"{len(clean.image)}"
+            )
         if not 1 <= self.side <= min(model.shape[:2]):
-            raise BadInput(f"patches of side {self.side} do not fit into images of {model.shape[0]}×{model.shape[1]}")
+            raise BadInput(
+                f"patches of side {self.side} do not fit into images of "
+                f"{model.shape[0]}×{model.shape[1]}"
+            )
         if self.label is not None:
             between("label", self.label, 0, model.classes - 1)
         if not self.betas:
             raise BadInput("betas is empty: give one threshold or more, (0.5, 0.8, 0.9)")
         if self.noise_size < CHUNKS or self.noise_size % CHUNKS:
-            raise BadInput(f"noise_size {self.noise_size} is not a multiple of {CHUNKS}: each layer reads a part of it")
-        for name, value in (("beta", self.betas), ("rate", self.rate), ("threshold", self.threshold)):
+            raise BadInput(
+                f"noise_size {self.noise_size} is not a multiple of {CHUNKS}: each layer reads a "
+                "part of it"
+            )
+        for name, value in (
+            ("beta", self.betas),
+            ("rate", self.rate),
+            ("threshold", self.threshold),
+        ):
             between(name, value, 0, 1)
         for name in ("alpha", "noise", "lr"):
             between(name, getattr(self, name), 0, float("inf"))

@@ -1,4 +1,6 @@
-"""Neural Cleanse: the target label of a backdoor is the one that a strangely small trigger reaches."""
+"""Neural Cleanse:
+the target label of a backdoor is the one that a strangely small trigger reaches.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -9,7 +11,15 @@ import optax
 
 from bdjax import mesh, metrics
 from bdjax.defenses.base import Defense
-from bdjax.defenses.invert.inversion import Trigger, descend, random_trigger, reaches, squash, stamp, unsquash
+from bdjax.defenses.invert.inversion import (
+    Trigger,
+    descend,
+    random_trigger,
+    reaches,
+    squash,
+    stamp,
+    unsquash,
+)
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
 from bdjax.types import Array, BadInput, Model, Split, Variables, Verdict, between
@@ -22,9 +32,9 @@ Scale = Literal["linear", "log"]
 class Schedule(NamedTuple):
     """One label's cost λ, what moves it, and when to stop; all `[]`.
 
-    `succeeded`: successes in a row while λ is 0; `ups`, `downs`: successes and failures in a row since λ last moved;
-    `rose`, `fell`: whether λ ever did. `best`: smallest norm of a mask that qualified; `stale`: steps in a row that
-    hardly improved it.
+    `succeeded`: successes in a row while λ is 0; `ups`, `downs`: successes and failures in a row
+    since λ last moved; `rose`, `fell`: whether λ ever did. `best`: smallest norm of a mask that
+    qualified; `stale`: steps in a row that hardly improved it.
     """
 
     cost: jax.Array
@@ -40,7 +50,9 @@ class Schedule(NamedTuple):
 
 
 class Search(NamedTuple):
-    """One label's search, carried from one outer step to the next. `label: []`, `attempt: []` its random start."""
+    """One label's search, carried from one outer step to the next. `label: []`, `attempt: []` its
+    random start.
+    """
 
     label: jax.Array
     attempt: jax.Array
@@ -51,8 +63,9 @@ class Search(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The best trigger of each of `L` labels: `norm: [L]` its |m|₁; `qualified: [L]` whether it ever worked; `kept:
-    [L]` whether its search was brought to an end, not given up by the pre-screen.
+    """The best trigger of each of `L` labels: `norm: [L]` its |m|₁; `qualified: [L]` whether it
+    ever worked; `kept: [L]` whether its search was brought to an end, not given up by the
+    pre-screen.
     """
 
     trigger: Trigger
@@ -67,39 +80,46 @@ class Found(NamedTuple):
 class NeuralCleanse(Defense):
     """Reverse-engineer the smallest trigger of every label, flag the outliers (Wang et al., 2019).
 
-    For each label t: min over m, Δ of ℓ(t, f((1 − m)⊙x + m⊙Δ)) + λ·|m|₁ over the defender's clean images x of all
-    classes, by Adam on m = tanh(·)/2 + ½, Δ likewise. λ rises while the trigger works and falls while it does not;
-    the smallest mask that worked is kept. Then index = |norm − median| / (1.4826·MAD), and a label below the median
-    with an index above `threshold` is a target.
+    For each label t: min over m, Δ of ℓ(t, f((1 − m)⊙x + m⊙Δ)) + λ·|m|₁ over the defender's clean
+    images x of all classes, by Adam on m = tanh(·)/2 + ½, Δ likewise. λ rises while the trigger
+    works and falls while it does not; the smallest mask that worked is kept. Then index = |norm −
+    median| / (1.4826·MAD), and a label below the median with an index above `threshold` is a
+    target.
 
-    `steps`: outer steps at most, of `batches` mini-batches of `batch` images, drawn anew in each; `lr`: Adam's
-    learning rate (β = 0.5, 0.9); `ce`: "log", −log p, or "linear", (1 − p)·log 10⁷: what the released code minimises,
-    as it swaps the arguments of Keras' clipped cross-entropy. `success`: share of a step's stamped images that must
-    reach the label for it to count as a success. `init_cost`: first λ > 0; `start_at_zero`: only after `patience`
-    successes with λ = 0. After `patience` successes in a row λ is multiplied by `cost_up`, after as many failures
-    divided by `cost_down`. Early stop: once λ has moved both ways and the best norm did not fall below `stop_ratio`
-    of what it was for `stop_patience` steps in a row. `init`: "random" (uniform m, Δ) or "ones" (raw values 1, m = Δ
-    = 0.88); `inits`: starts a label, the best is kept. `norm_scale`: decide on norms or on log norms (few labels with
-    one small norm inflate the MAD; both indices are reported); `two_sided`: flag large norms as well. `lanes`: labels
-    side by side (None: the device's default).
+    `steps`: outer steps at most, of `batches` mini-batches of `batch` images, drawn anew in each;
+    `lr`: Adam's learning rate (β = 0.5, 0.9); `ce`: "log", −log p, or "linear", (1 − p)·log 10⁷:
+    what the released code minimises, as it swaps the arguments of Keras' clipped cross-entropy.
+    `success`: share of a step's stamped images that must reach the label for it to count as a
+    success. `init_cost`: first λ > 0; `start_at_zero`: only after `patience` successes with λ = 0.
+    After `patience` successes in a row λ is multiplied by `cost_up`, after as many failures divided
+    by `cost_down`. Early stop: once λ has moved both ways and the best norm did not fall below
+    `stop_ratio` of what it was for `stop_patience` steps in a row. `init`: "random" (uniform m, Δ)
+    or "ones" (raw values 1, m = Δ = 0.88); `inits`: starts a label, the best is kept. `norm_scale`:
+    decide on norms or on log norms (few labels with one small norm inflate the MAD; both indices
+    are reported); `two_sided`: flag large norms as well. `lanes`: labels side by side (None: the
+    device's default).
 
-    `screen`: for many labels, a low-cost pre-screen: all labels are searched, step by step, until more than the share
-    `screen_overlap` of the `screen` labels with the smallest current norms were among them a step before, for
-    `screen_patience` steps in a row; then only these go on. The others keep the norm that they have, which counts in
-    the median but is never flagged; as it is too large, so is the index.
+    `screen`: for many labels, a low-cost pre-screen: all labels are searched, step by step, until
+    more than the share `screen_overlap` of the `screen` labels with the smallest current norms were
+    among them a step before, for `screen_patience` steps in a row; then only these go on. The
+    others keep the norm that they have, which counts in the median but is never flagged; as it is
+    too large, so is the index.
 
-    Verdict: `index`, that of the smallest norm; `info`: `norms`, `index`, `index_log`, `success` (share of all clean
-    images that the best trigger sends to the label), `qualified`, `steps`, `cost`: `[K]`; `mask: [K, H, W, 1]`,
-    `pattern: [K, H, W, C]`. A label that never reached `success` has the norm of its last mask, as in the released
-    code; it counts in the median but is never flagged. A norm that is not a number counts as infinite. With MAD = 0,
-    any label that differs from the median has index ∞.
+    Verdict: `index`, that of the smallest norm; `info`: `norms`, `index`, `index_log`, `success`
+    (share of all clean images that the best trigger sends to the label), `qualified`, `steps`,
+    `cost`: `[K]`; `mask: [K, H, W, 1]`, `pattern: [K, H, W, C]`. A label that never reached
+    `success` has the norm of its last mask, as in the released code; it counts in the median but is
+    never flagged. A norm that is not a number counts as infinite. With MAD = 0, any label that
+    differs from the median has index ∞.
 
-    Presets: `paper`; `original_code`, the released GTSRB script; `backdoorbench`; `cpu`, 400 mini-batches a label;
-    `low-cost`, the paper's pre-screen for 1,283 labels (100, half of them, 10 steps).
+    Presets: `paper`; `original_code`, the released GTSRB script; `backdoorbench`; `cpu`, 400
+    mini-batches a label; `low-cost`, the paper's pre-screen for 1,283 labels (100, half of them, 10
+    steps).
 
-    Differs from the paper: m cannot leave [0, 1] (released: tanh/(2 − ε) + ½); the kept mask is judged by its own
-    norm, the released code's by the mean over its step; images come from a fresh permutation in each step, there from
-    one walk through the shuffled set; norms are not measured on 8-bit pictures.
+    Differs from the paper: m cannot leave [0, 1] (released: tanh/(2 − ε) + ½); the kept mask is
+    judged by its own norm, the released code's by the mean over its step; images come from a fresh
+    permutation in each step, there from one walk through the shuffled set; norms are not measured
+    on 8-bit pictures.
     """
 
     lr: Array | float = 0.1
@@ -129,7 +149,8 @@ class NeuralCleanse(Defense):
         "paper": {},
         "original_code": {"ce": "linear"},
         "backdoorbench": {
-            "steps": 80, "batch": 256, "batches": 10, "start_at_zero": False, "success": 0.98, "stop_ratio": 0.99,
+            "steps": 80, "batch": 256, "batches": 10, "start_at_zero": False, "success": 0.98,
+            "stop_ratio": 0.99,
             "init": "ones",
         },
         "cpu": {"steps": 40, "batches": 10},
@@ -151,7 +172,9 @@ class NeuralCleanse(Defense):
 
     def judge(self, norms: jax.Array, qualified: jax.Array) -> Verdict:
         """The outlier rule on the labels' norms: `norms, qualified: [K]`."""
-        index, index_log = (metrics.anomaly_index(v) for v in (norms, jnp.log(jnp.maximum(norms, 1e-6))))
+        index, index_log = (
+            metrics.anomaly_index(v) for v in (norms, jnp.log(jnp.maximum(norms, 1e-6)))
+        )
         decisive = {"linear": index, "log": index_log}[self.norm_scale]
         side = (norms < jnp.median(norms)) | self.two_sided
         flagged = qualified & side & (decisive > self.threshold)
@@ -159,8 +182,12 @@ class NeuralCleanse(Defense):
         info = {"norms": norms, "index": index, "index_log": index_log, "qualified": qualified}
         return Verdict(decisive[smallest], flagged.any(), flagged, info)
 
-    def search(self, key: jax.Array, model: Model, variables: Variables, images: Array, labels: jax.Array) -> Found:
-        """The smallest working trigger for each of `labels: [L]`, whatever the others are. `images: [N, H, W, C]`."""
+    def search(
+        self, key: jax.Array, model: Model, variables: Variables, images: Array, labels: jax.Array
+    ) -> Found:
+        """The smallest working trigger for each of `labels: [L]`, whatever the others are. `images:
+        [N, H, W, C]`.
+        """
         start, step = self._moves(key, model, variables, images)
 
         def done(state: Search) -> jax.Array:
@@ -172,27 +199,53 @@ class NeuralCleanse(Defense):
         if self.screen is None or self.screen >= labels.shape[0]:
             end: Search = mesh.drain(start, step, done, items, self.lanes)
         else:
-            states, kept = self._screened(mesh.lane_map(start, items, self.lanes), step, done, self.screen)
-            rows = jnp.argsort(~kept, stable=True)[: self.screen, None] * self.inits + attempts[None]
+            states, kept = self._screened(
+                mesh.lane_map(start, items, self.lanes), step, done, self.screen
+            )
+            rows = (
+                jnp.argsort(~kept, stable=True)[: self.screen, None] * self.inits + attempts[None]
+            )
             rows = rows.reshape(-1)
-            best = mesh.drain(lambda state: state, step, done, jax.tree.map(lambda v: v[rows], states), self.lanes)
+            best = mesh.drain(
+                lambda state: state, step, done, jax.tree.map(lambda v: v[rows], states), self.lanes
+            )
             end = jax.tree.map(lambda every, these: every.at[rows].set(these), states, best)
 
         qualified = jnp.isfinite(end.schedule.best)
         trigger = jax.tree.map(
-            lambda best, last: jnp.where(qualified.reshape(-1, 1, 1, 1), best, last), end.best, squash(end.raw)
+            lambda best, last: jnp.where(qualified.reshape(-1, 1, 1, 1), best, last),
+            end.best,
+            squash(end.raw),
         )
         norm = trigger.mask.sum((1, 2, 3))
         norm = jnp.where(jnp.isnan(norm), jnp.inf, norm)
-        found = Found(trigger, norm, qualified, end.schedule.steps, end.schedule.cost, jnp.repeat(kept, self.inits))
+        found = Found(
+            trigger,
+            norm,
+            qualified,
+            end.schedule.steps,
+            end.schedule.cost,
+            jnp.repeat(kept, self.inits),
+        )
         # Of each label's attempts the one with the smallest norm among those that qualified.
-        pick = jnp.argmin(end.schedule.best.reshape(-1, self.inits), 1) + jnp.arange(labels.shape[0]) * self.inits
+        pick = (
+            jnp.argmin(end.schedule.best.reshape(-1, self.inits), 1)
+            + jnp.arange(labels.shape[0]) * self.inits
+        )
         return jax.tree.map(lambda leaf: leaf[pick], found)
 
     def history(
-        self, key: jax.Array, model: Model, variables: Variables, images: Array, labels: jax.Array, steps: int
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        images: Array,
+        labels: jax.Array,
+        steps: int,
     ) -> jax.Array:
-        """|m|₁ of each label's mask after each of `steps` outer steps, none of them the last: `[steps, L]`."""
+        """|m|₁ of each label's mask after each of `steps` outer steps, none of them the last:
+        `[steps, L]`.
+        """
         start, step = self._moves(key, model, variables, images)
 
         def one(label):
@@ -217,7 +270,9 @@ class NeuralCleanse(Defense):
 
         def start(item) -> Search:
             label, attempt = item
-            raw = unsquash(random_trigger(jax.random.fold_in(key_of(label, attempt), 0), model.shape))
+            raw = unsquash(
+                random_trigger(jax.random.fold_in(key_of(label, attempt), 0), model.shape)
+            )
             raw = jax.tree.map(jnp.ones_like, raw) if self.init == "ones" else raw
             return Search(label, attempt, raw, rule.init(raw), squash(raw), self.begin())
 
@@ -225,12 +280,17 @@ class NeuralCleanse(Defense):
             def loss(raw, rows):
                 trigger = squash(raw)
                 logits = model.apply(variables, stamp(trigger, unit(images[rows]))).logits
-                value = self.cross_entropy(logits, state.label) + state.schedule.cost * trigger.mask.sum()
+                value = (
+                    self.cross_entropy(logits, state.label)
+                    + state.schedule.cost * trigger.mask.sum()
+                )
                 return value, reaches(logits, state.label).mean()
 
             here = jax.random.fold_in(key_of(state.label, state.attempt), state.schedule.steps + 1)
             batch = min(self.batch, n)
-            rows = jax.random.permutation(here, n)[jnp.arange(self.batches * batch) % n].reshape(self.batches, batch)
+            rows = jax.random.permutation(here, n)[jnp.arange(self.batches * batch) % n].reshape(
+                self.batches, batch
+            )
             (raw, opt_state), hits = descend(loss, state.raw, state.opt_state, rows, rule)
             trigger = squash(raw)
             schedule, better = self.update(state.schedule, hits.mean(), trigger.mask.sum())
@@ -239,27 +299,36 @@ class NeuralCleanse(Defense):
 
         return start, step
 
-    def _screened(self, states: Search, step: Callable, done: Callable, screen: int) -> tuple[Search, jax.Array]:
-        """All searches, `states`, until the ranks of the labels' norms are consistent, and the `screen` leaders: `[L]`."""
+    def _screened(
+        self, states: Search, step: Callable, done: Callable, screen: int
+    ) -> tuple[Search, jax.Array]:
+        """All searches, `states`, until the ranks of the labels' norms are consistent, and the
+        `screen` leaders: `[L]`.
+        """
 
         def leaders(states):
-            norm = jnp.tanh(states.raw.mask).sum((1, 2, 3)).reshape(-1, self.inits).min(1)  # ranks like the norm
+            # ranks like the norm
+            norm = jnp.tanh(states.raw.mask).sum((1, 2, 3)).reshape(-1, self.inits).min(1)
             return jnp.argsort(jnp.argsort(norm)) < screen
 
         def round_(carry):
             states, before, row, rounds = carry
-            states = mesh.lane_map(lambda s: jax.lax.cond(done(s), lambda s: s, step, s), states, self.lanes)
-            now = leaders(states)
-            consistent = (now & before).sum().astype(jnp.float32) > self.screen_overlap * jnp.asarray(
-                screen, jnp.float32
+            states = mesh.lane_map(
+                lambda s: jax.lax.cond(done(s), lambda s: s, step, s), states, self.lanes
             )
+            now = leaders(states)
+            consistent = (now & before).sum().astype(
+                jnp.float32
+            ) > self.screen_overlap * jnp.asarray(screen, jnp.float32)
             return states, now, jnp.where(consistent, row + 1, 0), rounds + 1
 
         def going(carry):
             return (carry[2] < self.screen_patience) & (carry[3] < self.steps)
 
         zero = jnp.zeros((), jnp.int32)
-        states, kept, _, _ = jax.lax.while_loop(going, round_, (states, leaders(states), zero, zero))
+        states, kept, _, _ = jax.lax.while_loop(
+            going, round_, (states, leaders(states), zero, zero)
+        )
         return states, kept
 
     def cross_entropy(self, logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -274,13 +343,17 @@ class NeuralCleanse(Defense):
         return Schedule(cost, zero, zero, zero, no, no, jnp.asarray(jnp.inf), zero, zero, no)
 
     def update(self, old: Schedule, rate: jax.Array, norm: jax.Array) -> tuple[Schedule, jax.Array]:
-        """After a step that sent the share `rate` to the label and left |m|₁ = `norm`, and whether it is the best."""
+        """After a step that sent the share `rate` to the label and left |m|₁ = `norm`, and whether
+        it is the best.
+        """
         ok = rate >= self.success
         better = ok & (norm < old.best)
         best = jnp.where(better, norm, old.best)
         # The first qualifying mask improves on infinity.
         stale = jnp.where(
-            jnp.isfinite(best), jnp.where(best >= self.stop_ratio * old.best, old.stale + 1, 0), old.stale
+            jnp.isfinite(best),
+            jnp.where(best >= self.stop_ratio * old.best, old.stale + 1, 0),
+            old.stale,
         )
         stopped = old.rose & old.fell & (stale >= self.stop_patience)
 
@@ -306,7 +379,12 @@ class NeuralCleanse(Defense):
         return new, better
 
     def reach(
-        self, model: Model, variables: Variables, images: Array, triggers: Trigger, labels: jax.Array
+        self,
+        model: Model,
+        variables: Variables,
+        images: Array,
+        triggers: Trigger,
+        labels: jax.Array,
     ) -> jax.Array:
         """Share of `images` that each of `triggers`, stacked, sends to its label: `[L]`."""
         images = jnp.asarray(images)
@@ -315,7 +393,9 @@ class NeuralCleanse(Defense):
             trigger, label = item
 
             def hit(i):
-                return reaches(model.apply(variables, stamp(trigger, unit(images[i]))).logits, label)
+                return reaches(
+                    model.apply(variables, stamp(trigger, unit(images[i]))).logits, label
+                )
 
             return batched(hit, images.shape[0], 250).mean()
 
@@ -324,7 +404,8 @@ class NeuralCleanse(Defense):
     def check(self, model: Model, clean: Split) -> None:
         if model.classes < 3:
             raise BadInput(
-                f"Neural Cleanse compares the labels of a model: it needs 3 classes or more, not {model.classes}"
+                "Neural Cleanse compares the labels of a model: it needs 3 classes or more, not "
+                f"{model.classes}"
             )
         if len(clean.image) == 0:
             raise BadInput("Neural Cleanse needs clean images: the defender has none")
@@ -334,8 +415,18 @@ class NeuralCleanse(Defense):
             between("screen", self.screen, 1, float("inf"))
         for name in ("lr", "init_cost", "cost_up", "cost_down", "stop_ratio", "threshold"):
             between(name, getattr(self, name), 0, float("inf"))
-        for name in ("steps", "patience", "stop_patience", "screen_patience", "batch", "batches", "inits"):
+        for name in (
+            "steps",
+            "patience",
+            "stop_patience",
+            "screen_patience",
+            "batch",
+            "batches",
+            "inits",
+        ):
             between(name, getattr(self, name), 1, float("inf"))
         for name, kinds in (("ce", CrossEntropy), ("init", Init), ("norm_scale", Scale)):
             if getattr(self, name) not in get_args(kinds):
-                raise BadInput(f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}")
+                raise BadInput(
+                    f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}"
+                )

@@ -1,4 +1,6 @@
-"""Triggers that a defender has found, or was given: what a filter, a pruning and an unlearning start from."""
+"""Triggers that a defender has found, or was given: what a filter, a pruning and an unlearning
+start from.
+"""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple, get_args
@@ -19,10 +21,11 @@ Pick = Literal["flagged", "smallest"]
 
 @pytree
 class Reversed:
-    """One reversed trigger for each of `L` labels, stamped like an attack's: kind k is the k-th, counted from 1; 0 none.
+    """One reversed trigger for each of `L` labels, stamped like an attack's: kind k is the k-th,
+    counted from 1; 0 none.
 
-    `mask: [L, H, W, 1]`, `pattern: [L, H, W, C]` in [0, 1]; `label: [L]` aimed at; `suspect: [L]` bool: which of them
-    are taken for backdoors.
+    `mask: [L, H, W, 1]`, `pattern: [L, H, W, C]` in [0, 1]; `label: [L]` aimed at; `suspect: [L]`
+    bool: which of them are taken for backdoors.
     """
 
     mask: Array
@@ -32,15 +35,19 @@ class Reversed:
 
     @staticmethod
     def of(verdict: Verdict, pick: Pick = "flagged") -> "Reversed":
-        """The triggers behind a verdict of Neural Cleanse. `pick`: whether suspects are the labels that it flagged or
-        the one with the smallest norm, outlier or not.
+        """The triggers behind a verdict of Neural Cleanse. `pick`: whether suspects are the labels
+        that it flagged or the one with the smallest norm, outlier or not.
         """
         qualified, labels = verdict.info["qualified"], jnp.arange(verdict.flagged.shape[0])
-        smallest = qualified & (labels == jnp.where(qualified, verdict.info["norms"], jnp.inf).argmin())
+        smallest = qualified & (
+            labels == jnp.where(qualified, verdict.info["norms"], jnp.inf).argmin()
+        )
         suspect = verdict.flagged if pick == "flagged" else smallest
         return Reversed(verdict.info["mask"], verdict.info["pattern"], labels, suspect)
 
-    def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True) -> jax.Array:
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
         """`x: [H, W, C]` with trigger `kind: []`."""
         i = jnp.maximum(kind - 1, 0)
         trigger = Trigger(jnp.asarray(self.mask)[i], jnp.asarray(self.pattern)[i])
@@ -52,8 +59,8 @@ class Reversed:
 
 
 class Fired(NamedTuple):
-    """Images under triggers: `image: [N, H, W, C]` in [0, 1], `kind: [N]` which trigger each carries, and the label
-    `aimed: [N]` at, -1 where it is the image's own or there is none.
+    """Images under triggers: `image: [N, H, W, C]` in [0, 1], `kind: [N]` which trigger each
+    carries, and the label `aimed: [N]` at, -1 where it is the image's own or there is none.
     """
 
     image: jax.Array
@@ -62,10 +69,16 @@ class Fired(NamedTuple):
 
 
 def fire(key: jax.Array, attack: Attack | Reversed, split: Split, classes: int) -> Fired:
-    """Each image of `split` under one of the triggers of `attack`, or of its suspects, drawn evenly."""
+    """Each image of `split` under one of the triggers of `attack`, or of its suspects, drawn
+    evenly.
+    """
     key_kind, key_stamp = jax.random.split(key)
     n, y = split.label.shape[0], jnp.asarray(split.label)
-    odds = jnp.where(attack.suspect, 0.0, -jnp.inf) if isinstance(attack, Reversed) else jnp.zeros(attack.triggers)
+    odds = (
+        jnp.where(attack.suspect, 0.0, -jnp.inf)
+        if isinstance(attack, Reversed)
+        else jnp.zeros(attack.triggers)
+    )
     kind = 1 + jax.random.categorical(key_kind, odds, shape=(n,)).astype(jnp.int32)
 
     def one(kind, x, y, key):
@@ -79,11 +92,12 @@ def fire(key: jax.Array, attack: Attack | Reversed, split: Split, classes: int) 
 class TriggerDefense(Defense):
     """Base of the defenses that start from a trigger.
 
-    `nc`: the search for it. `found`: triggers found before, `Reversed.of(verdict)`, instead of a search. `label`: the
-    target label, or labels `[L]`, if known: the search is for these alone. `original`: the attack itself, whose triggers are
-    then used. A known label and the original triggers are what no defender has: oracles. `pick`: which labels of a
-    search are suspects, those "flagged" or the one with the "smallest" norm. Without a suspect nothing is repaired;
-    with several, each clean image carries the trigger of one of them, drawn evenly.
+    `nc`: the search for it. `found`: triggers found before, `Reversed.of(verdict)`, instead of a
+    search. `label`: the target label, or labels `[L]`, if known: the search is for these alone.
+    `original`: the attack itself, whose triggers are then used. A known label and the original
+    triggers are what no defender has: oracles. `pick`: which labels of a search are suspects, those
+    "flagged" or the one with the "smallest" norm. Without a suspect nothing is repaired; with
+    several, each clean image carries the trigger of one of them, drawn evenly.
     """
 
     nc: NeuralCleanse = NeuralCleanse()
@@ -109,12 +123,17 @@ class TriggerDefense(Defense):
     def fired(
         self, key: jax.Array, model: Model, variables: Variables, clean: Split
     ) -> tuple[Attack | Reversed, Fired, dict[str, Any]]:
-        """Whose triggers they are, the clean images under them, and what to report: `repaired: []`, whether there was
-        any suspect; of reversed triggers `suspect: [L]`, `label: [L]`, `mask: [L, H, W, 1]`, `pattern: [L, H, W, C]`.
+        """Whose triggers they are, the clean images under them, and what to report: `repaired: []`,
+        whether there was any suspect; of reversed triggers `suspect: [L]`, `label: [L]`, `mask: [L,
+        H, W, 1]`, `pattern: [L, H, W, C]`.
         """
         key_search, key_fire = jax.random.split(key)
         if self.original is not None:
-            return self.original, fire(key_fire, self.original, clean, model.classes), {"repaired": jnp.asarray(True)}
+            return (
+                self.original,
+                fire(key_fire, self.original, clean, model.classes),
+                {"repaired": jnp.asarray(True)},
+            )
         found = self.reverse(key_search, model, variables, clean)
         return found, fire(key_fire, found, clean, model.classes), described(found)
 
@@ -134,6 +153,7 @@ class TriggerDefense(Defense):
 def described(found: Reversed) -> dict[str, Any]:
     """What to report of reversed triggers."""
     return {
-        "repaired": found.suspect.any(), "suspect": found.suspect, "label": found.label, "mask": found.mask,
+        "repaired": found.suspect.any(), "suspect": found.suspect, "label": found.label,
+        "mask": found.mask,
         "pattern": found.pattern,
     }  # fmt: skip

@@ -38,10 +38,12 @@ class Jumbo(Attack):
 
 
 def jumbo(key: jax.Array, shape: tuple[int, int, int], classes: int) -> Jumbo:
-    """A random attack: place, size, pattern, transparency, target and rate (0.05–0.5) as MNTD draws them.
+    """A random attack: place, size, pattern, transparency, target and rate (0.05–0.5) as MNTD draws
+    them.
 
-    A patch has α ~ U(0.2, 0.6), above 0.5 set to 1; a pattern over the whole image U(0.05, 0.2). Grey images get random
-    pixels of 0 and 1, of a random number; coloured ones U(−ε, 1 + ε), clipped, with ε ~ U(0, 1).
+    A patch has α ~ U(0.2, 0.6), above 0.5 set to 1; a pattern over the whole image U(0.05, 0.2).
+    Grey images get random pixels of 0 and 1, of a random number; coloured ones U(−ε, 1 + ε),
+    clipped, with ε ~ U(0, 1).
     """
     height, width, channels = shape
     keys = iter(jax.random.split(key, 10))
@@ -51,7 +53,8 @@ def jumbo(key: jax.Array, shape: tuple[int, int, int], classes: int) -> Jumbo:
 
     choice = jax.random.randint(next(keys), (), 0, len(PATCHES) + 1)
     whole = choice == len(PATCHES)
-    size = jnp.asarray((*PATCHES, 1))[choice]  # where the whole image is covered, size and place do not matter
+    # where the whole image is covered, size and place do not matter
+    size = jnp.asarray((*PATCHES, 1))[choice]
 
     def covered(side):
         offset = jnp.arange(side) - jax.random.randint(next(keys), (), 0, side - size + 1)
@@ -60,7 +63,11 @@ def jumbo(key: jax.Array, shape: tuple[int, int, int], classes: int) -> Jumbo:
     mask = covered(height)[:, None] & covered(width)[None, :]
     if channels == 1:
         rank = jnp.argsort(jnp.argsort(jnp.where(mask, uniform(0, 1, mask.shape), 2.0).reshape(-1)))
-        pattern = (rank < jax.random.randint(next(keys), (), 1, mask.sum())).reshape(shape).astype(jnp.float32)
+        pattern = (
+            (rank < jax.random.randint(next(keys), (), 1, mask.sum()))
+            .reshape(shape)
+            .astype(jnp.float32)
+        )
     else:
         margin = uniform(0, 1)
         pattern = jnp.clip(uniform(-margin, 1 + margin, shape), 0, 1)
@@ -68,18 +75,29 @@ def jumbo(key: jax.Array, shape: tuple[int, int, int], classes: int) -> Jumbo:
     alpha = jnp.where(whole, uniform(0.05, 0.2), jnp.where(alpha > 0.5, 1.0, alpha))
     target = jax.random.randint(next(keys), (), 0, classes)
     return Jumbo(
-        rate=uniform(0.05, 0.5), target=target, mask=mask[..., None].astype(jnp.float32), pattern=pattern, alpha=alpha
+        rate=uniform(0.05, 0.5),
+        target=target,
+        mask=mask[..., None].astype(jnp.float32),
+        pattern=pattern,
+        alpha=alpha,
     )
 
 
 def score(params: Any, model: Model, variables: Variables) -> jax.Array:
-    """The meta-classifier's score `[]` of a net, high = trojaned: v·ReLU(W·[f(q_1), …, f(q_Q)] + b) + c."""
+    """The meta-classifier's score `[]` of a net, high = trojaned: v·ReLU(W·[f(q_1), …, f(q_Q)] + b)
+    + c.
+    """
     answers = model.apply(variables, params["queries"]).logits.reshape(-1)
-    return jax.nn.relu(answers @ params["kernel"] + params["bias"]) @ params["weight"] + params["offset"]
+    return (
+        jax.nn.relu(answers @ params["kernel"] + params["bias"]) @ params["weight"]
+        + params["offset"]
+    )
 
 
 def best_threshold(scores: jax.Array, trojaned: jax.Array) -> jax.Array:
-    """The threshold `[]`, half way between two neighbours of `scores: [M]`, of the best balanced accuracy."""
+    """The threshold `[]`, half way between two neighbours of `scores: [M]`, of the best balanced
+    accuracy.
+    """
     ordered = jnp.sort(scores)
     cuts = (ordered[:-1] + ordered[1:]) / 2
     above = scores[None, :] > cuts[:, None]
@@ -88,15 +106,19 @@ def best_threshold(scores: jax.Array, trojaned: jax.Array) -> jax.Array:
 
 
 def one_class(nu: Array | float) -> Loss:
-    """½(‖v‖² + ‖W‖² + ‖b‖²) + ReLU(s − t)/ν + t: benign scores s are pressed below t, the 1 − ν quantile of them.
+    """½(‖v‖² + ‖W‖² + ‖b‖²) + ReLU(s − t)/ν + t: benign scores s are pressed below t, the 1 − ν
+    quantile of them.
 
-    t is taken over the latest score of each shadow net, which `variables["seen"]: [M]` remembers (NaN = none yet).
+    t is taken over the latest score of each shadow net, which `variables["seen"]: [M]` remembers
+    (NaN = none yet).
     """
 
     def loss(model: Model, variables: Variables, x, label, weight, key):
         out = model.apply(variables, x, train=True, key=key)
         scores, seen = out.logits[:, 1], variables["seen"]
-        limit = jnp.where(jnp.isnan(seen).all(), -1.0, jnp.nanquantile(seen, 1 - jnp.asarray(nu, jnp.float32)))
+        limit = jnp.where(
+            jnp.isnan(seen).all(), -1.0, jnp.nanquantile(seen, 1 - jnp.asarray(nu, jnp.float32))
+        )
         params = variables["params"]
         norm = sum((params[name] ** 2).sum() for name in ("kernel", "bias", "weight")) / 2
         seen = seen.at[x].set(jax.lax.stop_gradient(scores))
@@ -108,11 +130,13 @@ def one_class(nu: Array | float) -> Loss:
 
 @pytree
 class Meta:
-    """What `prepare` learns: the meta-classifier, its threshold, and how it does on the held-out shadow nets.
+    """What `prepare` learns: the meta-classifier, its threshold, and how it does on the held-out
+    shadow nets.
 
-    `queries: [Q, H, W, C]`, `kernel: [Q·K, hidden]`, `bias`, `weight: [hidden]`, `offset: []`; `auroc: []` of the
-    held-out shadow nets (NaN for one-class, which has no trojaned ones); `shadow_acc: []` their mean accuracy in the
-    last epoch of training, on what they were trained on; `loss: [epochs]` of the meta-classifier.
+    `queries: [Q, H, W, C]`, `kernel: [Q·K, hidden]`, `bias`, `weight: [hidden]`, `offset: []`;
+    `auroc: []` of the held-out shadow nets (NaN for one-class, which has no trojaned ones);
+    `shadow_acc: []` their mean accuracy in the last epoch of training, on what they were trained
+    on; `loss: [epochs]` of the meta-classifier.
     """
 
     queries: jax.Array
@@ -132,34 +156,40 @@ class Meta:
 
 @defense("mntd")
 class Mntd(Defense):
-    """A meta-classifier judges a net by its answers to tuned queries (Xu et al., 2019, arXiv:1910.03137).
+    """A meta-classifier judges a net by its answers to tuned queries (Xu et al., 2019,
+    arXiv:1910.03137).
 
-    Shadow nets of the victim's architecture are trained on the defender's images: benign ones, and ones with a random
-    backdoor each (jumbo learning, see `jumbo`). The meta-classifier asks a net f Q learned queries q_i: s = v·ReLU(W·
-    [f(q_1), …, f(q_Q)] + b) + c; cross-entropy over the shadow nets tunes the queries together with W, b, v, c. A net is
-    infected where s > threshold. All of it is learned in `prepare`, once for an architecture and a set of images.
+    Shadow nets of the victim's architecture are trained on the defender's images: benign ones, and
+    ones with a random backdoor each (jumbo learning, see `jumbo`). The meta-classifier asks a net f
+    Q learned queries q_i: s = v·ReLU(W· [f(q_1), …, f(q_Q)] + b) + c; cross-entropy over the shadow
+    nets tunes the queries together with W, b, v, c. A net is infected where s > threshold. All of
+    it is learned in `prepare`, once for an architecture and a set of images.
 
-    `shadows`, `validation`: shadow nets of each kind, to train on and held out; `recipe`: their training; `bootstrap`:
-    each on its own sample, with replacement, of the defender's images; `meta`: training of the meta-classifier, `batch`
-    nets a step; `queries`, `hidden`: its queries Q and hidden units; `tune`: whether the queries are learned; `lanes`:
-    shadow nets side by side; `learned`: what `prepare` found. `variant`: "jumbo"; "one-class", which needs no trojaned
-    shadow nets: see `one_class`, with `nu` = ν in (0, 1]; "robust" against attackers who know the method: W, b, v, c are
-    random, drawn anew in each `prepare`, and only the queries are learned.
+    `shadows`, `validation`: shadow nets of each kind, to train on and held out; `recipe`: their
+    training; `bootstrap`: each on its own sample, with replacement, of the defender's images;
+    `meta`: training of the meta-classifier, `batch` nets a step; `queries`, `hidden`: its queries Q
+    and hidden units; `tune`: whether the queries are learned; `lanes`: shadow nets side by side;
+    `learned`: what `prepare` found. `variant`: "jumbo"; "one-class", which needs no trojaned shadow
+    nets: see `one_class`, with `nu` = ν in (0, 1]; "robust" against attackers who know the method:
+    W, b, v, c are random, drawn anew in each `prepare`, and only the queries are learned.
 
-    The threshold comes from the held-out shadow nets alone: that of the best balanced accuracy, or, for one-class, the
-    1 − ν quantile. It holds for nets that were trained as long as the shadow nets. No label is flagged.
+    The threshold comes from the held-out shadow nets alone: that of the best balanced accuracy, or,
+    for one-class, the 1 − ν quantile. It holds for nets that were trained as long as the shadow
+    nets. No label is flagged.
 
-    Defaults are the paper's, but for `bootstrap`. Presets: `paper`, one set of images for all shadow nets; `cpu`, for
-    small nets.
+    Defaults are the paper's, but for `bootstrap`. Presets: `paper`, one set of images for all
+    shadow nets; `cpu`, for small nets.
 
     `info`: `threshold`, and `auroc`, `shadow_acc`, `loss` as in `Meta`.
 
-    Differs from the paper: with one set of images for all, benign nets that were trained on others score far above the
-    threshold (the released code puts it at the median of the nets that are judged), hence the bootstrap. An epoch of a
-    shadow net draws as many rows as there are clean images, stamped copies among them. Nets answer in evaluation mode
-    (the released code leaves dropout on, also when it judges). W and v start at LeCun's scale, queries at the mean and
-    deviation of the defender's pixels, channel by channel. One-class: the released code takes t over the scores of the
-    running epoch. The robust variant was not at hand in the authors' words or code.
+    Differs from the paper: with one set of images for all, benign nets that were trained on others
+    score far above the threshold (the released code puts it at the median of the nets that are
+    judged), hence the bootstrap. An epoch of a shadow net draws as many rows as there are clean
+    images, stamped copies among them. Nets answer in evaluation mode (the released code leaves
+    dropout on, also when it judges). W and v start at LeCun's scale, queries at the mean and
+    deviation of the defender's pixels, channel by channel. One-class: the released code takes t
+    over the scores of the running epoch. The robust variant was not at hand in the authors' words
+    or code.
     """
 
     learned: Meta | None = None
@@ -185,8 +215,12 @@ class Mntd(Defense):
         },
     }
 
-    def shadow_nets(self, key: jax.Array, model: Model, clean: Split) -> tuple[Variables, jax.Array, jax.Array]:
-        """The shadow nets, stacked `[M, ...]`, benign and trojaned in turn; which are trojaned `[M]`; accuracy `[M]`."""
+    def shadow_nets(
+        self, key: jax.Array, model: Model, clean: Split
+    ) -> tuple[Variables, jax.Array, jax.Array]:
+        """The shadow nets, stacked `[M, ...]`, benign and trojaned in turn; which are trojaned
+        `[M]`; accuracy `[M]`.
+        """
         kinds = 1 if self.variant == "one-class" else 2
         trojaned = jnp.arange(kinds * (self.shadows + self.validation)) % kinds
         image, label, many = jnp.asarray(clean.image), jnp.asarray(clean.label), len(clean.label)
@@ -194,20 +228,29 @@ class Mntd(Defense):
         def train(item):
             key, trojaned = item
             key_rows, key_attack, key_plan, key_fit = jax.random.split(key, 4)
-            rows = jax.random.randint(key_rows, (many,), 0, many) if self.bootstrap else jnp.arange(many)
+            rows = (
+                jax.random.randint(key_rows, (many,), 0, many)
+                if self.bootstrap
+                else jnp.arange(many)
+            )
             mine = Split(image[rows], label[rows])
             attack = jumbo(key_attack, model.shape, model.classes)
             attack = dataclasses.replace(attack, rate=jnp.where(trojaned == 1, attack.rate, 0.0))
-            variables, curves = fit(key_fit, model, self.recipe, poisoned_set(key_plan, mine, attack, model.classes))
+            variables, curves = fit(
+                key_fit, model, self.recipe, poisoned_set(key_plan, mine, attack, model.classes)
+            )
             return variables, curves.acc[-1]
 
-        nets, acc = lane_map(train, (jax.random.split(key, trojaned.shape[0]), trojaned), self.lanes)
+        nets, acc = lane_map(
+            train, (jax.random.split(key, trojaned.shape[0]), trojaned), self.lanes
+        )
         return nets, trojaned, acc
 
     def train_meta(
         self, key: jax.Array, model: Model, nets: Variables, trojaned: jax.Array, pixels: jax.Array
     ) -> tuple[Any, jax.Array]:
-        """The meta-classifier's parameters and its loss by epoch, learned from the first M of `nets`, `trojaned: [M]`.
+        """The meta-classifier's parameters and its loss by epoch, learned from the first M of
+        `nets`, `trojaned: [M]`.
 
         `pixels: [N, H, W, C]` in [0, 1] give the mean and deviation of the first queries.
         """
@@ -216,7 +259,9 @@ class Mntd(Defense):
         def init(key):
             keys = jax.random.split(key, 3)
             shape = (self.queries, *model.shape)
-            mean, std = (stat(pixels, (0, 1, 2)).reshape(1, 1, 1, -1) for stat in (jnp.mean, jnp.std))
+            mean, std = (
+                stat(pixels, (0, 1, 2)).reshape(1, 1, 1, -1) for stat in (jnp.mean, jnp.std)
+            )
             params = {
                 "queries": mean + std * jax.random.normal(keys[0], shape),
                 "kernel": LECUN(keys[1], (self.queries * model.classes, self.hidden), jnp.float32),
@@ -228,7 +273,11 @@ class Mntd(Defense):
 
         def apply(variables, x, *, train=False, edits=None, key=None):
             scores = lane_map(
-                lambda i: score(variables["params"], model, jax.tree.map(lambda leaf: leaf[i], nets)), x, self.lanes
+                lambda i: score(
+                    variables["params"], model, jax.tree.map(lambda leaf: leaf[i], nets)
+                ),
+                x,
+                self.lanes,
             )
             return Output(jnp.stack([jnp.zeros_like(scores), scores], -1), {}, variables)
 
@@ -238,7 +287,9 @@ class Mntd(Defense):
             self.variant, ("kernel", "bias", "weight", "offset")
         )
         names = ("queries", "kernel", "bias", "weight", "offset")
-        trainable = {name: float(name in learns or (name == "queries" and self.tune)) for name in names}
+        trainable = {
+            name: float(name in learns or (name == "queries" and self.tune)) for name in names
+        }
         loss = one_class(self.nu) if self.variant == "one-class" else cross_entropy
         rows = TrainSet(jnp.arange(many), clean_plan(trojaned))
         variables, curves = fit(key, judge, self.meta, rows, trainable=trainable, loss=loss)
@@ -251,7 +302,11 @@ class Mntd(Defense):
         first = trojaned.shape[0] * self.shadows // (self.shadows + self.validation)
         params, loss = self.train_meta(key_meta, model, nets, trojaned[:first], unit(clean.image))
         held, guilty = jnp.arange(first, trojaned.shape[0]), trojaned[first:]
-        scores = lane_map(lambda i: score(params, model, jax.tree.map(lambda leaf: leaf[i], nets)), held, self.lanes)
+        scores = lane_map(
+            lambda i: score(params, model, jax.tree.map(lambda leaf: leaf[i], nets)),
+            held,
+            self.lanes,
+        )
         if self.variant == "one-class":
             threshold = jnp.quantile(scores, 1 - jnp.asarray(self.nu, jnp.float32))
         else:
@@ -264,24 +319,38 @@ class Mntd(Defense):
         learned = self.learned or self.prepare(key, model, clean).learned
         assert learned is not None
         index = learned.score(model, variables)
-        info = {name: getattr(learned, name) for name in ("threshold", "auroc", "shadow_acc", "loss")}
+        info = {
+            name: getattr(learned, name) for name in ("threshold", "auroc", "shadow_acc", "loss")
+        }
         return Verdict(index, index > learned.threshold, jnp.zeros(model.classes, bool), info)
 
     def check(self, model: Model, clean: Split) -> None:
         if self.variant not in get_args(Variant):
             raise BadInput(f"variant '{self.variant}' is not one of {', '.join(get_args(Variant))}")
         if self.shadows < 1 or self.validation < 1:
-            raise BadInput(f"{self.shadows} shadow nets and {self.validation} held out: at least 1 of each is needed")
+            raise BadInput(
+                f"{self.shadows} shadow nets and {self.validation} held out: at least 1 of each is "
+                "needed"
+            )
         if self.queries < 1 or self.hidden < 1:
-            raise BadInput(f"{self.queries} queries and {self.hidden} hidden units: at least 1 of each is needed")
+            raise BadInput(
+                f"{self.queries} queries and {self.hidden} hidden units: at least 1 of each is "
+                "needed"
+            )
         if self.variant == "robust" and not self.tune:
             raise BadInput("the robust variant learns its queries alone: leave tune at True")
         between("nu", self.nu, 1e-6, 1)
         if min(model.shape[:2]) < max(PATCHES):
-            raise BadInput(f"images of {model.shape[0]}×{model.shape[1]} are too small for patches of {max(PATCHES)}")
+            raise BadInput(
+                f"images of {model.shape[0]}×{model.shape[1]} are too small for patches of "
+                f"{max(PATCHES)}"
+            )
         if self.recipe.epochs < 1:
             raise BadInput("shadow nets must be trained: give their recipe at least 1 epoch")
         self.recipe.check(len(clean.label))
         self.meta.check(self.shadows * (1 if self.variant == "one-class" else 2))
         if self.learned is not None and self.learned.queries.shape[1:] != model.shape:
-            raise BadInput(f"prepared for images of {self.learned.queries.shape[1:]}, not {model.shape}: prepare anew")
+            raise BadInput(
+                f"prepared for images of {self.learned.queries.shape[1:]}, not {model.shape}: "
+                "prepare anew"
+            )

@@ -27,7 +27,8 @@ def redraw(coder: Model, params: Variables, x: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def guarded(model: Model, hidden: tuple[int, ...]) -> Model:
-    """`model` behind an autoencoder, whose parameters are `variables["autoencoder"]`: never trained with the net's own.
+    """`model` behind an autoencoder, whose parameters are `variables["autoencoder"]`: never trained
+    with the net's own.
 
     The other variables, the sites and the masks are the net's.
     """
@@ -49,14 +50,15 @@ def guarded(model: Model, hidden: tuple[int, ...]) -> Model:
 class Autoencoder(Defense):
     """Put an autoencoder of clean images before the net (Liu et al., 2017, arXiv:1710.00942).
 
-    f(g(x)), where g is trained on the clean images: min E‖g(x) − x‖². What it has never seen, a trigger say, it draws
-    badly. The net itself is not touched. In the paper 90.2 % of the triggers fail on MNIST; clean accuracy falls.
+    f(g(x)), where g is trained on the clean images: min E‖g(x) − x‖². What it has never seen, a
+    trigger say, it draws badly. The net itself is not touched. In the paper 90.2 % of the triggers
+    fail on MNIST; clean accuracy falls.
 
-    `hidden`: widths of the hidden layers, the narrowest in the middle; `recipe`: training of g. Both are ours, as is
-    the sigmoid at the end. Preset: `cpu`, a smaller one.
+    `hidden`: widths of the hidden layers, the narrowest in the middle; `recipe`: training of g.
+    Both are ours, as is the sigmoid at the end. Preset: `cpu`, a smaller one.
 
-    The variables returned belong to `wrap(model)`: those of the net, and those of g under "autoencoder". `info`: `mse`
-    on the clean images, `loss` by epoch.
+    The variables returned belong to `wrap(model)`: those of the net, and those of g under
+    "autoencoder". `info`: `mse` on the clean images, `loss` by epoch.
     """
 
     recipe: Recipe = Recipe(lr=1e-3, epochs=100, batch=64)
@@ -67,7 +69,9 @@ class Autoencoder(Defense):
     def wrap(self, model: Model) -> Model:
         return guarded(model, tuple(self.hidden))
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
         coder = coder_of(model.shape, tuple(self.hidden))
 
         def error(coder, state, x, label, weight, key):
@@ -82,11 +86,14 @@ class Autoencoder(Defense):
             return ((redraw(coder, state["params"], x) - x) ** 2).mean((1, 2, 3))
 
         mse = batched(distance, image.shape[0], 250).mean()
-        return Repaired({**variables, "autoencoder": state["params"]}, {"mse": mse, "loss": log.loss})
+        return Repaired(
+            {**variables, "autoencoder": state["params"]}, {"mse": mse, "loss": log.loss}
+        )
 
     def check(self, model: Model, clean: Split) -> None:
         if not self.hidden or min(self.hidden) < 1:
             raise BadInput(
-                f"hidden {self.hidden}: the autoencoder needs at least one hidden layer of at least one unit"
+                f"hidden {self.hidden}: the autoencoder needs at least one hidden layer of at "
+                "least one unit"
             )
         self.recipe.check(len(clean.label))

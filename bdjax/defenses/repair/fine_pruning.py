@@ -18,35 +18,40 @@ from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, betw
 
 @defense("fine-pruning")
 class FinePruning(Defense):
-    """Prune the channels that clean images leave dormant, then fine-tune (Liu et al., 2018, arXiv:1805.12185).
+    """Prune the channels that clean images leave dormant, then fine-tune (Liu et al., 2018,
+    arXiv:1805.12185).
 
-    Channels are pruned in increasing order of their mean activation ā_c on the clean images; k of them, the largest
-    count with acc(0) − acc(j) ≤ max_drop for all j ≤ k; then the net is trained on the same clean images with the
-    pruned channels at zero.
+    Channels are pruned in increasing order of their mean activation ā_c on the clean images; k of
+    them, the largest count with acc(0) − acc(j) ≤ max_drop for all j ≤ k; then the net is trained
+    on the same clean images with the pruned channels at zero.
 
-    `site`: where to prune; None is the last convolution before its pooling, or the penultimate layer of a net that has
-    none. `max_drop`: accuracy that pruning may cost on the clean images, absolute, in [0, 1]. `share`: prune this share
-    of the channels instead, in [0, 1]. `recipe`: the fine-tuning. `one_by_one`: instead of either, prune this many
-    channels one at a time, each followed by the whole recipe with one optimiser throughout; channels that no clean
-    image fires come last. `reset`: name of a layer that gets the victim's parameters back each time (Ye et al.'s code
-    does so with the pruned convolution: what it learnt is lost, all other layers go on).
+    `site`: where to prune; None is the last convolution before its pooling, or the penultimate
+    layer of a net that has none. `max_drop`: accuracy that pruning may cost on the clean images,
+    absolute, in [0, 1]. `share`: prune this share of the channels instead, in [0, 1]. `recipe`: the
+    fine-tuning. `one_by_one`: instead of either, prune this many channels one at a time, each
+    followed by the whole recipe with one optimiser throughout; channels that no clean image fires
+    come last. `reset`: name of a layer that gets the victim's parameters back each time (Ye et
+    al.'s code does so with the pruned convolution: what it learnt is lost, all other layers go on).
 
     As in the paper, the same clean images rank the channels, set the count and fine-tune.
 
-    Presets: `paper`, 48 of 60 channels and Adam at 1e-3 as in the authors' face script; `backdoorbench`, the
-    penultimate layer, 100 epochs of SGD; `csaw`, Ye et al.'s (2021): one channel at a time, 10 epochs each, to 10 % of
-    DeepID's 60 (their code counts double and stops at 4). On DeepID both papers prune `site="pool_3"`, not its last
-    convolution; the quirk is `reset="conv_3"`. `cpu`: small batches, for a few hundred clean images.
+    Presets: `paper`, 48 of 60 channels and Adam at 1e-3 as in the authors' face script;
+    `backdoorbench`, the penultimate layer, 100 epochs of SGD; `csaw`, Ye et al.'s (2021): one
+    channel at a time, 10 epochs each, to 10 % of DeepID's 60 (their code counts double and stops at
+    4). On DeepID both papers prune `site="pool_3"`, not its last convolution; the quirk is
+    `reset="conv_3"`. `cpu`: small batches, for a few hundred clean images.
 
-    `info`: `order: [C]`, `activation: [C]` = ā, `curve: [C + 1]` accuracy on the clean images by pruned count (before
-    any fine-tuning), `pruned` = k, `loss` and `acc` of the fine-tuning, by epoch, or by channel and epoch. For the curve
-    of any other images and labels, ASR say, see `channels.curve`; for learning rate × channels `grid`.
+    `info`: `order: [C]`, `activation: [C]` = ā, `curve: [C + 1]` accuracy on the clean images by
+    pruned count (before any fine-tuning), `pruned` = k, `loss` and `acc` of the fine-tuning, by
+    epoch, or by channel and epoch. For the curve of any other images and labels, ASR say, see
+    `channels.curve`; for learning rate × channels `grid`.
 
-    Differs from the paper: a mask stands for zeroed weights, and keeps pruned channels at zero in the fine-tuning. The
-    paper leaves length and rate of that open: ours is the highest rate of 1e-3, 3e-3, 1e-2 at which test accuracy stays
-    within `max_drop`. Differs from BackdoorBench: its drop is relative and in steps of 1 % of the channels, its learning
-    rate decays along a cosine, and it looks at test images. Differs from Ye et al.: they zero the weights and let them
-    grow again.
+    Differs from the paper: a mask stands for zeroed weights, and keeps pruned channels at zero in
+    the fine-tuning. The paper leaves length and rate of that open: ours is the highest rate of
+    1e-3, 3e-3, 1e-2 at which test accuracy stays within `max_drop`. Differs from BackdoorBench: its
+    drop is relative and in steps of 1 % of the channels, its learning rate decays along a cosine,
+    and it looks at test images. Differs from Ye et al.: they zero the weights and let them grow
+    again.
     """
 
     max_drop: Array | float = 0.04
@@ -67,18 +72,26 @@ class FinePruning(Defense):
         "cpu": {"recipe": Recipe(lr=1e-3, epochs=10, batch=32)},
     }
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
         site = self.site or default_site(model)
         order, activation = self.rank(model, variables, clean)
         points = curve(model, variables, site, order, clean.image, clean.label)
         info = {"order": order, "activation": activation, "curve": points}
         if self.one_by_one is not None:
-            tuned, (log, _) = self.one_at_a_time(key, model, variables, clean, order, self.one_by_one)
-            return Repaired(tuned, info | {"pruned": jnp.asarray(log.loss.shape[0])} | log._asdict())
+            tuned, (log, _) = self.one_at_a_time(
+                key, model, variables, clean, order, self.one_by_one
+            )
+            return Repaired(
+                tuned, info | {"pruned": jnp.asarray(log.loss.shape[0])} | log._asdict()
+            )
         if self.share is None:
             count = largest_within(points, self.max_drop)
         else:
-            count = jnp.round(jnp.asarray(self.share, jnp.float32) * order.shape[0]).astype(jnp.int32)
+            count = jnp.round(jnp.asarray(self.share, jnp.float32) * order.shape[0]).astype(
+                jnp.int32
+            )
         pruned = prune(variables, site, mask_of(order, count))
         tuned, log = fit(key, model, self.recipe, clean_set(clean), variables=pruned)
         return Repaired(tuned, info | {"pruned": count} | log._asdict())
@@ -101,8 +114,8 @@ class FinePruning(Defense):
         count: int,
         measure: Callable[[Variables], Any] = lambda variables: None,
     ) -> tuple[Variables, Any]:
-        """Prunes the first `count` channels of `order: [C]` in turn and fine-tunes; returns the last net and, for each
-        channel, the fine-tuning's curves and `measure` of the net, stacked.
+        """Prunes the first `count` channels of `order: [C]` in turn and fine-tunes; returns the
+        last net and, for each channel, the fine-tuning's curves and `measure` of the net, stacked.
         """
         site, params = self.site or default_site(model), variables["params"]
         whole = jnp.ones(order.shape[0])
@@ -112,7 +125,9 @@ class FinePruning(Defense):
             if self.reset is not None:
                 net = {**net, "params": {**net["params"], self.reset: params[self.reset]}}
             state = state._replace(variables=net)
-            state, log = advance(key, state, model, self.recipe, clean_set(clean), epochs=self.recipe.epochs)
+            state, log = advance(
+                key, state, model, self.recipe, clean_set(clean), epochs=self.recipe.epochs
+            )
             return state, (log, measure(state.variables))
 
         state = begin(key, model, self.recipe, prune(variables, site, whole))
@@ -132,9 +147,10 @@ class FinePruning(Defense):
         *,
         lanes: int | None = None,
     ) -> dict[str, jax.Array]:
-        """`acc`, `asr_all`, `asr_nt: [L, C']` on `test` after repair with each of `lrs: [L]` and of `counts` of pruned
-        channels, in one program: for a heat-map, not for a choice. With `one_by_one` the net with k channels pruned goes
-        on from that with k − 1, and a count of 0 is the victim.
+        """`acc`, `asr_all`, `asr_nt: [L, C']` on `test` after repair with each of `lrs: [L]` and of
+        `counts` of pruned channels, in one program: for a heat-map, not for a choice. With
+        `one_by_one` the net with k channels pruned goes on from that with k − 1, and a count of 0
+        is the victim.
         """
 
         def measure(net):
@@ -148,8 +164,12 @@ class FinePruning(Defense):
 
             def row(lr):
                 tuned = dataclasses.replace(self, recipe=dataclasses.replace(self.recipe, lr=lr))
-                _, (_, found) = tuned.one_at_a_time(key, model, variables, clean, order, max(counts), measure)
-                return jax.tree.map(lambda b, s: jnp.concatenate([b[None], s])[columns], before, found)
+                _, (_, found) = tuned.one_at_a_time(
+                    key, model, variables, clean, order, max(counts), measure
+                )
+                return jax.tree.map(
+                    lambda b, s: jnp.concatenate([b[None], s])[columns], before, found
+                )
 
             return lane_map(row, lrs, lanes)
 
@@ -164,10 +184,16 @@ class FinePruning(Defense):
         return jax.tree.map(lambda leaf: leaf.reshape(shape), found)
 
     def report(
-        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Repaired
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        test: Split,
+        attack: Any,
+        result: Repaired,
     ) -> dict[str, jax.Array]:
-        """`acc_curve`, `asr_curve: [C + 1]`: accuracy and ASR_nt (first trigger) on `test` by pruned count, before
-        fine-tuning.
+        """`acc_curve`, `asr_curve: [C + 1]`: accuracy and ASR_nt (first trigger) on `test` by
+        pruned count, before fine-tuning.
         """
         site, order = self.site or default_site(model), result.info["order"]
         return curves_on_test(key, model, variables, site, order, test, attack)
@@ -182,4 +208,6 @@ class FinePruning(Defense):
             between("one_by_one", self.one_by_one, 1, float("inf"))
         layers = jax.eval_shape(model.init, jax.random.key(0))["params"]
         if self.reset is not None and (self.reset not in layers or self.one_by_one is None):
-            raise BadInput(f"reset '{self.reset}' needs one_by_one and one of the layers {', '.join(layers)}")
+            raise BadInput(
+                f"reset '{self.reset}' needs one_by_one and one of the layers {', '.join(layers)}"
+            )

@@ -1,5 +1,5 @@
-"""ℓ∞ pruning: neurons of the last convolution that fire harder than a threshold are cut, which is lowered while clean
-images stay right.
+"""ℓ∞ pruning: neurons of the last convolution that fire harder than a threshold are cut, which is
+lowered while clean images stay right.
 """
 
 import functools
@@ -31,7 +31,9 @@ def cap(act: jax.Array, threshold: jax.Array, rule: Rule) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def capped(model: Model, site: str, rule: Rule) -> Model:
-    """`model` with the activations of `site` capped at `variables["cap"]: []`; ∞ changes nothing."""
+    """`model` with the activations of `site` capped at `variables["cap"]: []`;
+    ∞ changes nothing.
+    """
 
     def init(key):
         return {**model.init(key), "cap": jnp.asarray(jnp.inf)}
@@ -48,26 +50,32 @@ def capped(model: Model, site: str, rule: Rule) -> Model:
 
 @defense("linf-pruning")
 class LinfPruning(TriggerDefense):
-    """Cut the neurons of the last convolution that fire beyond a threshold (Cheng et al., 2019, arXiv:2002.12162).
+    """Cut the neurons of the last convolution that fire beyond a threshold (Cheng et al., 2019,
+    arXiv:2002.12162).
 
-    The threshold τ falls from the largest activation on clean images to 0; the lowest before which accuracy on the
-    clean images fell by more than `max_drop` is taken. A neuron is a channel, its activation a_c a map.
+    The threshold τ falls from the largest activation on clean images to 0; the lowest before which
+    accuracy on the clean images fell by more than `max_drop` is taken. A neuron is a channel, its
+    activation a_c a map.
 
-    The paper leaves open what is cut; `rule` is one of four readings, with m_c(x) = ‖a_c(x)‖∞: "static", channels with
-    max_x m_c(x) > τ over the images x′ of `inputs`; "excess", channels with max_x (m_c(x′) − m_c(x)) > τ, where τ falls
-    from the largest excess; "zero", single activations beyond τ, input by input; "clip", the same, cut down to τ.
+    The paper leaves open what is cut; `rule` is one of four readings, with m_c(x) = ‖a_c(x)‖∞:
+    "static", channels with max_x m_c(x) > τ over the images x′ of `inputs`; "excess", channels with
+    max_x (m_c(x′) − m_c(x)) > τ, where τ falls from the largest excess; "zero", single activations
+    beyond τ, input by input; "clip", the same, cut down to τ.
 
-    `inputs`: what the static rules look at: "clean" images, these with the original trigger, "ori" (an oracle), with
-    the reversed one, "syn", or with both, "ori+syn", the reversed one on top. `norm`: l1, l2 or linf, of a channel's
-    map. `threshold`: τ itself, in units of activation, instead of the rule for it. `points`: values of τ, evenly
-    spaced. `site`: None is the last convolution, before its pooling. For `nc`, `found`, `label`, `original`, `pick` see
-    `reversed.TriggerDefense`; as in the paper, the reversed trigger is the smallest. Without a suspect nothing is cut.
+    `inputs`: what the static rules look at: "clean" images, these with the original trigger, "ori"
+    (an oracle), with the reversed one, "syn", or with both, "ori+syn", the reversed one on top.
+    `norm`: l1, l2 or linf, of a channel's map. `threshold`: τ itself, in units of activation,
+    instead of the rule for it. `points`: values of τ, evenly spaced. `site`: None is the last
+    convolution, before its pooling. For `nc`, `found`, `label`, `original`, `pick` see
+    `reversed.TriggerDefense`; as in the paper, the reversed trigger is the smallest. Without a
+    suspect nothing is cut.
 
-    Presets: `static`, `excess` (both on "syn"), `zero`, `clip`; `cpu`, "excess" with the short search of Neural Cleanse.
+    Presets: `static`, `excess` (both on "syn"), `zero`, `clip`; `cpu`, "excess" with the short
+    search of Neural Cleanse.
 
-    `info`: `thresholds: [points + 1]`, ∞ first; `curve: [points + 1]` accuracy on the clean images; `threshold`: τ;
-    under the static rules `top: [C]`, what is compared with τ, and `pruned` = how many; with a reversed trigger what
-    `TriggerDefense.fired` reports.
+    `info`: `thresholds: [points + 1]`, ∞ first; `curve: [points + 1]` accuracy on the clean images;
+    `threshold`: τ; under the static rules `top: [C]`, what is compared with τ, and `pruned` = how
+    many; with a reversed trigger what `TriggerDefense.fired` reports.
 
     Differs from the paper: it looks at test images; `max_drop` is its loss of accuracy at τ = 7.
     """
@@ -86,7 +94,11 @@ class LinfPruning(TriggerDefense):
         "excess": {"rule": "excess", "inputs": "syn"},
         "zero": {"rule": "zero"},
         "clip": {"rule": "clip"},
-        "cpu": {"rule": "excess", "inputs": "syn", "nc": NeuralCleanse(**NeuralCleanse.presets["cpu"])},
+        "cpu": {
+            "rule": "excess",
+            "inputs": "syn",
+            "nc": NeuralCleanse(**NeuralCleanse.presets["cpu"]),
+        },
     }
 
     @property
@@ -101,19 +113,29 @@ class LinfPruning(TriggerDefense):
     def wrap(self, model: Model) -> Model:
         return model if self.by_channel else capped(model, self._site(model), self.rule)
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
         key_find, key_fire = jax.random.split(key)
         site = self._site(model)
         found = self.reverse(key_find, model, variables, clean) if "syn" in self.inputs else None
         images = self._images(key_fire, self.inputs, self.original, found, clean, model.classes)
-        calm, loud = (responses(model, variables, site, x, self.norm) for x in (clean.image, images))
+        calm, loud = (
+            responses(model, variables, site, x, self.norm) for x in (clean.image, images)
+        )
         top = (loud - calm if self.rule == "excess" else loud).max(0)
         start = top.max() if self.rule == "excess" else calm.max()
-        thresholds = jnp.concatenate([jnp.full(1, jnp.inf), start * jnp.linspace(1, 0, self.points)])
+        thresholds = jnp.concatenate(
+            [jnp.full(1, jnp.inf), start * jnp.linspace(1, 0, self.points)]
+        )
         info = {"repaired": jnp.asarray(True)} if found is None else described(found)
         info |= {"thresholds": thresholds} | ({"top": top} if self.by_channel else {})
         points = self._sweep(model, variables, info, clean.image, clean.label)
-        tau = thresholds[largest_within(points, self.max_drop)] if self.threshold is None else self.threshold
+        tau = (
+            thresholds[largest_within(points, self.max_drop)]
+            if self.threshold is None
+            else self.threshold
+        )
         tau = jnp.where(info["repaired"], jnp.asarray(tau, jnp.float32), jnp.inf)
         info |= {"curve": points, "threshold": tau}
         if not self.by_channel:
@@ -122,11 +144,18 @@ class LinfPruning(TriggerDefense):
         return Repaired(prune(variables, site, mask), info | {"pruned": (1 - mask).sum()})
 
     def report(
-        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Repaired
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        test: Split,
+        attack: Any,
+        result: Repaired,
     ) -> dict[str, jax.Array]:
-        """For each setting of inputs that there are triggers for, on `test` by threshold: `acc_clean`, `acc_ori`,
-        `acc_syn`, `acc_ori+syn`, the accuracy, and `asr_ori`, `asr_syn`, `asr_ori+syn`, the share of images of other
-        classes that get the label aimed at (by the attack where there is an original trigger); `[points + 1]` each.
+        """For each setting of inputs that there are triggers for, on `test` by threshold:
+        `acc_clean`, `acc_ori`, `acc_syn`, `acc_ori+syn`, the accuracy, and `asr_ori`, `asr_syn`,
+        `asr_ori+syn`, the share of images of other classes that get the label aimed at (by the
+        attack where there is an original trigger); `[points + 1]` each.
         """
         info = result.info
         names = ("mask", "pattern", "label", "suspect")
@@ -146,7 +175,13 @@ class LinfPruning(TriggerDefense):
         return self.site or default_site(model)
 
     def _images(
-        self, key: jax.Array, setting: str, original: Attack | None, found: Reversed | None, split: Split, classes: int
+        self,
+        key: jax.Array,
+        setting: str,
+        original: Attack | None,
+        found: Reversed | None,
+        split: Split,
+        classes: int,
     ) -> jax.Array:
         images = unit(split.image)
         for name, attack in (("ori", original), ("syn", found)):
@@ -155,10 +190,15 @@ class LinfPruning(TriggerDefense):
                 images = fire(key, attack, split._replace(image=images), classes).image
         return images
 
-    def _sweep(self, model: Model, variables: Variables, info: dict, images: Array, label: Array) -> jax.Array:
+    def _sweep(
+        self, model: Model, variables: Variables, info: dict, images: Array, label: Array
+    ) -> jax.Array:
         """Share of `images` that get `label`, by threshold: one scan."""
         if self.by_channel:
-            edit, points = masked, (info["top"][None] <= info["thresholds"][:, None]).astype(jnp.float32)
+            edit, points = (
+                masked,
+                (info["top"][None] <= info["thresholds"][:, None]).astype(jnp.float32),
+            )
         else:
             edit, points = functools.partial(cap, rule=self.rule), info["thresholds"]
         return sweep(model, variables, self._site(model), edit, points, images, label)
@@ -166,7 +206,9 @@ class LinfPruning(TriggerDefense):
     def check(self, model: Model, clean: Split) -> None:
         for name, kinds in (("rule", Rule), ("inputs", Inputs), ("norm", Norm)):
             if getattr(self, name) not in get_args(kinds):
-                raise BadInput(f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}")
+                raise BadInput(
+                    f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}"
+                )
         between("max_drop", self.max_drop, 0, 1)
         between("points", self.points, 1, float("inf"))
         if self.threshold is not None:
@@ -174,9 +216,14 @@ class LinfPruning(TriggerDefense):
         if len(clean.image) == 0:
             raise BadInput("ℓ∞ pruning lowers its threshold on clean images: the defender has none")
         if not self.by_channel and (self.norm != "linf" or self.inputs != "clean"):
-            raise BadInput(f"rule '{self.rule}' cuts single activations: it has norm linf and inputs clean alone")
+            raise BadInput(
+                f"rule '{self.rule}' cuts single activations: it has norm linf and inputs clean "
+                "alone"
+            )
         if self.rule == "excess" and self.inputs == "clean":
-            raise BadInput("rule 'excess' compares with a trigger: give inputs 'syn', or 'ori' with original")
+            raise BadInput(
+                "rule 'excess' compares with a trigger: give inputs 'syn', or 'ori' with original"
+            )
         if "ori" in self.inputs and self.original is None:
             raise BadInput(f"inputs '{self.inputs}' need the attack itself: give original")
         if "syn" in self.inputs:

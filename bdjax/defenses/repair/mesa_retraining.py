@@ -13,8 +13,8 @@ from bdjax.types import Array, Model, Repaired, Split, Variables, between
 
 @pytree
 class Patches:
-    """What stamps the retraining images: a random one of `patches: [K, P, S, S, C]` of a label that is `flagged: [K]`,
-    at a random place.
+    """What stamps the retraining images: a random one of `patches: [K, P, S, S, C]` of a label that
+    is `flagged: [K]`, at a random place.
     """
 
     patches: jax.Array
@@ -30,19 +30,21 @@ class Patches:
 
 @defense("mesa-retraining")
 class MesaRetraining(Defense):
-    """Fine-tune on clean images, some under generated patches (Qiao et al., 2019, arXiv:1910.04749).
+    """Fine-tune on clean images, some under generated patches (Qiao et al., 2019,
+    arXiv:1910.04749).
 
-    `mesa` finds the labels and the patches; then the net is trained by `recipe` on the clean images, the share `rate`
-    of which carries a patch of a flagged label and keeps its own; images of flagged labels stay clean, as stamping them
-    would teach the backdoor. Where no label is flagged, the net is returned as it was.
+    `mesa` finds the labels and the patches; then the net is trained by `recipe` on the clean
+    images, the share `rate` of which carries a patch of a flagged label and keeps its own; images
+    of flagged labels stay clean, as stamping them would teach the backdoor. Where no label is
+    flagged, the net is returned as it was.
 
-    `info`: `repaired: []`, whether any label was flagged; MESA's `flagged: [K]`, `asr: [K, β]`; `loss`, `acc` by epoch of
-    the retraining.
+    `info`: `repaired: []`, whether any label was flagged; MESA's `flagged: [K]`, `asr: [K, β]`;
+    `loss`, `acc` by epoch of the retraining.
 
     Presets: `paper`; `cpu`, MESA's, and as many patches in 1,000 images as the paper has in 10,000.
 
-    Differs from the paper: patches of all thresholds are mixed in every epoch, there one threshold each; no label is
-    given, unless `mesa` has one.
+    Differs from the paper: patches of all thresholds are mixed in every epoch, there one threshold
+    each; no label is given, unless `mesa` has one.
     """
 
     rate: Array | float = 0.01
@@ -62,16 +64,28 @@ class MesaRetraining(Defense):
     def oracle(self) -> bool:
         return self.mesa.oracle
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
         key_mesa, key_rows, key_fit = jax.random.split(key, 3)
         verdict = self.mesa(key_mesa, model, variables, clean)
         patches = verdict.info["patches"]
-        stamper = Patches(patches.reshape(patches.shape[0], -1, *patches.shape[3:]), verdict.flagged)
+        stamper = Patches(
+            patches.reshape(patches.shape[0], -1, *patches.shape[3:]), verdict.flagged
+        )
         label = jnp.asarray(clean.label)
         plan = poison_rows(key_rows, label, [Part(~verdict.flagged[label], self.rate, 1, label)])
-        tuned, log = fit(key_fit, model, self.recipe, TrainSet(clean.image, plan, stamper), variables=variables)
-        kept = jax.tree.map(lambda new, old: jnp.where(verdict.infected, new, old), tuned, dict(variables))
-        info = {"repaired": verdict.infected, "flagged": verdict.flagged, "asr": verdict.info["asr"]}
+        tuned, log = fit(
+            key_fit, model, self.recipe, TrainSet(clean.image, plan, stamper), variables=variables
+        )
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(verdict.infected, new, old), tuned, dict(variables)
+        )
+        info = {
+            "repaired": verdict.infected,
+            "flagged": verdict.flagged,
+            "asr": verdict.info["asr"],
+        }
         return Repaired(kept, info | log._asdict())
 
     def check(self, model: Model, clean: Split) -> None:

@@ -1,4 +1,6 @@
-"""Neural Cleanse's pruning: the neurons that a reversed trigger fires are cut, until it no longer works."""
+"""Neural Cleanse's pruning: the neurons that a reversed trigger fires are cut, until it no longer
+works.
+"""
 
 from typing import Any
 
@@ -15,20 +17,23 @@ from bdjax.types import Array, Model, Repaired, Split, Variables, between
 
 @defense("nc-pruning")
 class NcPruning(TriggerDefense):
-    """Prune the neurons of a reversed trigger until the net no longer reacts to it (Wang et al., 2019).
+    """Prune the neurons of a reversed trigger until the net no longer reacts to it (Wang et al.,
+    2019).
 
-    Neurons of the second-to-last layer are ranked by their mean activation on the clean images under the reversed
-    trigger minus that without it, highest first. The fewest are pruned after which at most `until` of the stamped clean
-    images of other classes still get its label; if none suffices, as many as leave it the fewest.
+    Neurons of the second-to-last layer are ranked by their mean activation on the clean images
+    under the reversed trigger minus that without it, highest first. The fewest are pruned after
+    which at most `until` of the stamped clean images of other classes still get its label; if none
+    suffices, as many as leave it the fewest.
 
-    `until`: share of images, in [0, 1]; `site`: the layer, pruned by channels. For `nc`, `found`, `label`, `original`,
-    `pick` see `reversed.TriggerDefense`. Without a suspect label nothing is pruned.
+    `until`: share of images, in [0, 1]; `site`: the layer, pruned by channels. For `nc`, `found`,
+    `label`, `original`, `pick` see `reversed.TriggerDefense`. Without a suspect label nothing is
+    pruned.
 
-    Presets: `paper`; `conv`, the last convolution, as the paper does for its face net, whose second-to-last layer is
-    narrow; `cpu`, the short search of Neural Cleanse.
+    Presets: `paper`; `conv`, the last convolution, as the paper does for its face net, whose
+    second-to-last layer is narrow; `cpu`, the short search of Neural Cleanse.
 
-    `info`: `order: [C]`, `gap: [C]`, `curve: [C + 1]` accuracy on the clean images and `reaction: [C + 1]` to the
-    trigger by pruned count, `pruned` = how many; those of `TriggerDefense.fired`.
+    `info`: `order: [C]`, `gap: [C]`, `curve: [C + 1]` accuracy on the clean images and `reaction:
+    [C + 1]` to the trigger by pruned count, `pruned` = how many; those of `TriggerDefense.fired`.
 
     Differs from the paper: it does not say when a net no longer reacts; `until` is ours.
     """
@@ -42,20 +47,39 @@ class NcPruning(TriggerDefense):
         "cpu": {"nc": NeuralCleanse(**NeuralCleanse.presets["cpu"])},
     }
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
         _, fired, info = self.fired(key, model, variables, clean)
-        calm, loud = (responses(model, variables, self.site, images).mean(0) for images in (clean.image, fired.image))
+        calm, loud = (
+            responses(model, variables, self.site, images).mean(0)
+            for images in (clean.image, fired.image)
+        )
         order = jnp.argsort(calm - loud)
         reaction = curve(model, variables, self.site, order, fired.image, fired.aimed)
         count = jnp.where(info["repaired"], first_below(reaction, self.until), 0)
         points = curve(model, variables, self.site, order, clean.image, clean.label)
-        info |= {"order": order, "gap": loud - calm, "curve": points, "reaction": reaction, "pruned": count}
+        info |= {
+            "order": order,
+            "gap": loud - calm,
+            "curve": points,
+            "reaction": reaction,
+            "pruned": count,
+        }
         return Repaired(prune(variables, self.site, mask_of(order, count)), info)
 
     def report(
-        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Repaired
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        test: Split,
+        attack: Any,
+        result: Repaired,
     ) -> dict[str, jax.Array]:
-        """`acc_curve`, `asr_curve: [C + 1]`: accuracy and ASR_nt (first trigger) on `test` by pruned count."""
+        """`acc_curve`, `asr_curve: [C + 1]`: accuracy and ASR_nt (first trigger) on `test` by
+        pruned count.
+        """
         return curves_on_test(key, model, variables, self.site, result.info["order"], test, attack)
 
     def check(self, model: Model, clean: Split) -> None:

@@ -1,4 +1,6 @@
-"""Neural Cleanse's unlearning: the net is fine-tuned on images that carry the reversed trigger and their true labels."""
+"""Neural Cleanse's unlearning: the net is fine-tuned on images that carry the reversed trigger and
+their true labels.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +15,23 @@ from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, betw
 
 @defense("nc-unlearning")
 class NcUnlearning(TriggerDefense):
-    """Fine-tune on clean images, a fifth of which carry the reversed trigger with true labels (Wang et al., 2019).
+    """Fine-tune on clean images, a fifth of which carry the reversed trigger with true labels (Wang
+    et al., 2019).
 
-    `share`: of the images that are stamped, in [0, 1]; images that already are of the label aimed at stay clean, as
-    stamping them would teach the backdoor. `recipe`: the fine-tuning. The variants of the paper: the reversed trigger;
-    the original one, `original=attack`, an oracle; clean images alone, `clean_only`, for which no trigger is looked
-    for. For `nc`, `found`, `label`, `pick` see `reversed.TriggerDefense`. Without a suspect label the net stays as it
-    is.
+    `share`: of the images that are stamped, in [0, 1]; images that already are of the label aimed
+    at stay clean, as stamping them would teach the backdoor. `recipe`: the fine-tuning. The
+    variants of the paper: the reversed trigger; the original one, `original=attack`, an oracle;
+    clean images alone, `clean_only`, for which no trigger is looked for. For `nc`, `found`,
+    `label`, `pick` see `reversed.TriggerDefense`. Without a suspect label the net stays as it is.
 
-    Presets: `paper`, one epoch; `clean`, its clean-image variant; `backdoorbench`, its search and 100 epochs of SGD at
-    0.01; `cpu`, the short search of Neural Cleanse.
+    Presets: `paper`, one epoch; `clean`, its clean-image variant; `backdoorbench`, its search and
+    100 epochs of SGD at 0.01; `cpu`, the short search of Neural Cleanse.
 
     `info`: `loss`, `acc: [epochs]` of the fine-tuning; those of `TriggerDefense.fired`.
 
-    Differs from the paper: it takes 10 % of the training images, ours are the defender's own; optimiser, rate and batch
-    are ours. Differs from BackdoorBench: its learning rate decays along a cosine.
+    Differs from the paper: it takes 10 % of the training images, ours are the defender's own;
+    optimiser, rate and batch are ours. Differs from BackdoorBench: its learning rate decays along a
+    cosine.
     """
 
     share: Array | float = 0.2
@@ -48,7 +52,9 @@ class NcUnlearning(TriggerDefense):
     def oracle(self) -> bool:
         return super().oracle and not self.clean_only
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
         key_find, key_rows, key_fit = jax.random.split(key, 3)
         if self.clean_only:
             rows, info = clean_set(clean), {"repaired": jnp.asarray(True)}
@@ -58,7 +64,9 @@ class NcUnlearning(TriggerDefense):
             plan = poison_rows(key_rows, label, [Part(fired.aimed >= 0, self.share, 1, label)])
             rows = TrainSet(clean.image, plan._replace(kind=plan.kind * fired.kind), attack)
         tuned, log = fit(key_fit, model, self.recipe, rows, variables=variables)
-        kept = jax.tree.map(lambda new, old: jnp.where(info["repaired"], new, old), tuned, dict(variables))
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(info["repaired"], new, old), tuned, dict(variables)
+        )
         return Repaired(kept, info | log._asdict())
 
     def check(self, model: Model, clean: Split) -> None:

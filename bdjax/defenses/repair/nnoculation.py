@@ -1,4 +1,6 @@
-"""NNoculation, before deployment: train on noisy copies of the clean images, as strong a noise as accuracy bears."""
+"""NNoculation, before deployment: train on noisy copies of the clean images, as strong a noise as
+accuracy bears.
+"""
 
 from typing import Any
 
@@ -21,8 +23,8 @@ GRID = 4
 class Noise(Attack):
     """Each clean image also has a copy, under its own label, with coarse noise in it.
 
-    Each cell of a 4×4 grid is chosen with probability `level`, channel by channel; its pixels are replaced by
-    N(128, 51)/255, clipped to [0, 1].
+    Each cell of a 4×4 grid is chosen with probability `level`, channel by channel; its pixels are
+    replaced by N(128, 51)/255, clipped to [0, 1].
     """
 
     level: Array | float = 0.1
@@ -44,23 +46,24 @@ class Noise(Attack):
 class NNoculation(Defense):
     """Retrain on clean and coarsely noised images (Veldanda et al., 2020, arXiv:2002.08313).
 
-    For each noise level p of `levels` the net is trained on the clean images and a noisy copy of each (see `Noise`).
-    Kept is the net of the highest p whose accuracy on held-out clean images is at most `max_drop` below what it was;
-    where there is none, the one of the best accuracy.
+    For each noise level p of `levels` the net is trained on the clean images and a noisy copy of
+    each (see `Noise`). Kept is the net of the highest p whose accuracy on held-out clean images is
+    at most `max_drop` below what it was; where there is none, the one of the best accuracy.
 
-    `levels`: probabilities, in increasing order; `max_drop`: absolute, in [0, 1]; `holdout`: share of the clean images
-    that are kept apart to judge; `recipe`: the training, of which an epoch draws one row, clean or noisy, for each clean
-    image; `lanes`: levels side by side.
+    `levels`: probabilities, in increasing order; `max_drop`: absolute, in [0, 1]; `holdout`: share
+    of the clean images that are kept apart to judge; `recipe`: the training, of which an epoch
+    draws one row, clean or noisy, for each clean image; `lanes`: levels side by side.
 
-    Defaults are the paper's, batches of 1283 included: set a smaller `batch` for few images. Preset: `cpu`, three
-    levels.
+    Defaults are the paper's, batches of 1283 included: set a smaller `batch` for few images.
+    Preset: `cpu`, three levels.
 
-    `info`: `level` that was kept, `before: []` and `after: [levels]`, accuracy on the held-out images; `loss`, `acc:
-    [levels, epochs]`.
+    `info`: `level` that was kept, `before: []` and `after: [levels]`, accuracy on the held-out
+    images; `loss`, `acc: [levels, epochs]`.
 
-    Differs from the paper: noise is drawn anew each time, not once; the paper picks by a drop of about 3 %. Left out:
-    all that comes after deployment, that is, quarantine of the inputs on which the old and the new net disagree, a
-    CycleGAN that learns the trigger from them, and retraining with its images.
+    Differs from the paper: noise is drawn anew each time, not once; the paper picks by a drop of
+    about 3 %. Left out: all that comes after deployment, that is, quarantine of the inputs on which
+    the old and the new net disagree, a CycleGAN that learns the trigger from them, and retraining
+    with its images.
     """
 
     levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
@@ -69,9 +72,16 @@ class NNoculation(Defense):
     holdout: float = static(0.2)
     lanes: int | None = static(None)
 
-    presets = {"cpu": {"levels": (0.2, 0.4, 0.6), "recipe": Recipe(lr=1.0, epochs=10, batch=50, optimizer="adadelta")}}
+    presets = {
+        "cpu": {
+            "levels": (0.2, 0.4, 0.6),
+            "recipe": Recipe(lr=1.0, epochs=10, batch=50, optimizer="adadelta"),
+        }
+    }
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
         key_split, key_fit = jax.random.split(key)
         image, label = jnp.asarray(clean.image), jnp.asarray(clean.label)
         order, kept = jax.random.permutation(key_split, label.shape[0]), self.kept(label.shape[0])
@@ -89,9 +99,16 @@ class NNoculation(Defense):
             return tuned, judge(tuned), log._asdict()
 
         before = judge(variables)
-        nets, after, log = lane_map(train, (jax.random.split(key_fit, len(self.levels)), levels), self.lanes)
-        within = before - after <= jnp.asarray(self.max_drop, jnp.float32) + 1e-6  # shares of images in float32
-        best = jnp.argmax(jnp.where(within, jnp.arange(1.0, len(self.levels) + 1), jnp.where(within.any(), 0.0, after)))
+        nets, after, log = lane_map(
+            train, (jax.random.split(key_fit, len(self.levels)), levels), self.lanes
+        )
+        # shares of images in float32
+        within = before - after <= jnp.asarray(self.max_drop, jnp.float32) + 1e-6
+        best = jnp.argmax(
+            jnp.where(
+                within, jnp.arange(1.0, len(self.levels) + 1), jnp.where(within.any(), 0.0, after)
+            )
+        )
         info = {"level": levels[best], "before": before, "after": after, **log}
         return Repaired(jax.tree.map(lambda leaf: leaf[best], nets), info)
 
@@ -106,5 +123,7 @@ class NNoculation(Defense):
         between("max_drop", self.max_drop, 0, 1)
         between("holdout", self.holdout, 0, 0.9)
         if self.kept(len(clean.label)) < 1:
-            raise BadInput(f"holdout {self.holdout} of {len(clean.label)} clean images is none: raise it")
+            raise BadInput(
+                f"holdout {self.holdout} of {len(clean.label)} clean images is none: raise it"
+            )
         self.recipe.check(len(clean.label) - self.kept(len(clean.label)))

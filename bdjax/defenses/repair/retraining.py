@@ -12,8 +12,8 @@ from bdjax.types import Model, Repaired, Split, Variables
 class Retraining(Defense):
     """Continue training on the defender's clean images (Liu et al., 2017, arXiv:1710.00942).
 
-    All parameters are free; nothing is pruned. The paper has about a fifth of the size of the training set, and stops
-    94.1 % of its triggers on MNIST, drawn from other distributions.
+    All parameters are free; nothing is pruned. The paper has about a fifth of the size of the
+    training set, and stops 94.1 % of its triggers on MNIST, drawn from other distributions.
 
     `recipe`: the training; its rate and length are ours. Preset: `cpu`, 5 epochs.
 
@@ -24,7 +24,9 @@ class Retraining(Defense):
 
     presets = {"cpu": {"recipe": Recipe(lr=1e-3, epochs=5)}}
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
         tuned, log = fit(key, model, self.recipe, clean_set(clean), variables=variables)
         return Repaired(tuned, log._asdict())
 

@@ -1,4 +1,6 @@
-"""Activation clustering: a poisoned class falls into two clusters, what is what it says and what is stamped."""
+"""Activation clustering: a poisoned class falls into two clusters, what is what it says and what is
+stamped.
+"""
 
 from typing import Literal, get_args
 
@@ -17,8 +19,11 @@ Reduce = Literal["ica", "pca"]
 Rule = Literal["size", "distance", "silhouette", "exclusionary"]
 
 
-def unmix(key: jax.Array, z: jax.Array, weight: jax.Array, steps: int = 200, tolerance: float = 1e-4) -> jax.Array:
-    """The rotation `[k, k]` of whitened rows `z: [M, k]` to independent components: FastICA, tanh, all at once.
+def unmix(
+    key: jax.Array, z: jax.Array, weight: jax.Array, steps: int = 200, tolerance: float = 1e-4
+) -> jax.Array:
+    """The rotation `[k, k]` of whitened rows `z: [M, k]` to independent components: FastICA, tanh,
+    all at once.
 
     Rows with `weight: [M]` 0 do not count.
     """
@@ -31,23 +36,32 @@ def unmix(key: jax.Array, z: jax.Array, weight: jax.Array, steps: int = 200, tol
     def step(carry):
         old, _, count = carry
         s = jnp.tanh(z @ old.T)
-        new = decorrelate((weight * s).T @ z / n - ((weight * (1 - s**2)).sum(0) / n)[:, None] * old)
+        new = decorrelate(
+            (weight * s).T @ z / n - ((weight * (1 - s**2)).sum(0) / n)[:, None] * old
+        )
         return new, jnp.abs(jnp.abs((new * old).sum(1)) - 1).max(), count + 1
 
     start = decorrelate(jax.random.normal(key, (z.shape[1], z.shape[1])))
     begin = (start, jnp.asarray(jnp.inf), jnp.asarray(0))
-    return jax.lax.while_loop(lambda carry: (carry[1] > tolerance) & (carry[2] < steps), step, begin)[0]
+    return jax.lax.while_loop(
+        lambda carry: (carry[1] > tolerance) & (carry[2] < steps), step, begin
+    )[0]
 
 
 def halfway(centres: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The border between `centres: [2, k]`: z is nearer to the second one where z·`toward: [k]` > `border: []`."""
+    """The border between `centres: [2, k]`: z is nearer to the second one where z·`toward: [k]` >
+    `border: []`.
+    """
     a, b = centres
     return b - a, (b @ b - a @ a) / 2
 
 
-def two_means(key: jax.Array, z: jax.Array, weight: jax.Array, starts: int, steps: int = 50) -> jax.Array:
-    """The centres `[2, k]` of two clusters of the rows `z: [M, k]` that count (`weight: [M]`): the best of `starts`
-    runs of Lloyd's algorithm, each from a random row and another one, drawn by its squared distance (k-means++).
+def two_means(
+    key: jax.Array, z: jax.Array, weight: jax.Array, starts: int, steps: int = 50
+) -> jax.Array:
+    """The centres `[2, k]` of two clusters of the rows `z: [M, k]` that count (`weight: [M]`): the
+    best of `starts` runs of Lloyd's algorithm, each from a random row and another one, drawn by its
+    squared distance (k-means++).
     """
 
     def step(centres, _):
@@ -69,7 +83,8 @@ def two_means(key: jax.Array, z: jax.Array, weight: jax.Array, starts: int, step
 
 
 def silhouettes(z: jax.Array, group: jax.Array, *, batch: int = 250) -> jax.Array:
-    """(b − a) / max(a, b) of each row of `z: [M, k]`: a, b its mean distance to its own cluster and to its class's other.
+    """(b − a) / max(a, b) of each row of `z: [M, k]`: a, b its mean distance to its own cluster and
+    to its class's other.
 
     `group: [M]` = 2·label + cluster; -1 = does not count. 0 where either cluster has no other rows.
     """
@@ -79,7 +94,8 @@ def silhouettes(z: jax.Array, group: jax.Array, *, batch: int = 250) -> jax.Arra
         gap = jnp.sqrt(jnp.maximum(square[i][:, None] + square[None] - 2 * z[i] @ z.T, 0.0))
         own = (group[i][:, None] == group[None]) & (i[:, None] != jnp.arange(z.shape[0])[None])
         other = (group[i] ^ 1)[:, None] == group[None]
-        a, b = jnp.mean(gap, 1, where=own), jnp.mean(gap, 1, where=other)  # NaN where there are none
+        # NaN where there are none
+        a, b = jnp.mean(gap, 1, where=own), jnp.mean(gap, 1, where=other)
         counts = (group[i] >= 0) & own.any(1) & other.any(1)
         return jnp.where(counts, (b - a) / jnp.maximum(jnp.maximum(a, b), 1e-12), 0.0)
 
@@ -88,31 +104,38 @@ def silhouettes(z: jax.Array, group: jax.Array, *, batch: int = 250) -> jax.Arra
 
 @defense("activation-clustering")
 class ActivationClustering(Defense):
-    """Split each class into two clusters of activations, suspect one of them (Chen et al., 2018, arXiv:1811.03728).
+    """Split each class into two clusters of activations, suspect one of them (Chen et al., 2018,
+    arXiv:1811.03728).
 
-    Each label's rows, poisoned ones among them, are reduced to `dims` principal ("pca") or independent ("ica")
-    components of their activations at `site`, and clustered by 2-means, the best of `starts`. Suspect is, by `rule`:
+    Each label's rows, poisoned ones among them, are reduced to `dims` principal ("pca") or
+    independent ("ica") components of their activations at `site`, and clustered by 2-means, the
+    best of `starts`. Suspect is, by `rule`:
 
-    - "size": the smaller cluster, if its share of the class is below `size` (0.5: always the smaller one);
+    - "size": the smaller cluster, if its share of the class is below `size` (0.5: always the
+      smaller one);
     - "silhouette": the same, if the class's mean silhouette is above `silhouette` as well;
-    - "distance": a cluster whose centre is nearer to that of another class than to its own class's, if this does not
-      hold for the cluster beside it (activations as they are);
-    - "exclusionary": the clusters that "size" suspects are left out, a fresh net is trained by `recipe` on the others
-      and classifies them; one is poison if its own label gets fewer than `ratio` times as many votes as the best other.
+    - "distance": a cluster whose centre is nearer to that of another class than to its own class's,
+      if this does not hold for the cluster beside it (activations as they are);
+    - "exclusionary": the clusters that "size" suspects are left out, a fresh net is trained by
+      `recipe` on the others and classifies them; one is poison if its own label gets fewer than
+      `ratio` times as many votes as the best other.
 
-    `lanes`: classes side by side (None: the device's default). `score`: the row's silhouette, negative in the larger
-    cluster. `info`: `share`, `silhouette: [K]` of the smaller cluster and of the class, `suspicious: [K, 2]` (larger,
-    smaller), `cluster: [M]` (1: the smaller), and for "exclusionary" `own`, `other: [K]`, the votes. A cluster is
-    only suspected where both have rows: never in a class of one row, or of equal activations. Rows whose activations
-    are not numbers have no score and are not suspects. Train again on `train.without(data, suspects.removed)`.
+    `lanes`: classes side by side (None: the device's default). `score`: the row's silhouette,
+    negative in the larger cluster. `info`: `share`, `silhouette: [K]` of the smaller cluster and of
+    the class, `suspicious: [K, 2]` (larger, smaller), `cluster: [M]` (1: the smaller), and for
+    "exclusionary" `own`, `other: [K]`, the votes. A cluster is only suspected where both have rows:
+    never in a class of one row, or of equal activations. Rows whose activations are not numbers
+    have no score and are not suspects. Train again on `train.without(data, suspects.removed)`.
 
-    Presets: `paper`, independent components; `backdoorbench` and `art`, always the smaller cluster; `trojanzoo`, by
-    size and silhouette of independent components; `exclusionary`; `cpu`, fewer starts.
+    Presets: `paper`, independent components; `backdoorbench` and `art`, always the smaller cluster;
+    `trojanzoo`, by size and silhouette of independent components; `exclusionary`; `cpu`, fewer
+    starts.
 
-    Differs from the paper: principal components are the default, as in later libraries: whitening, which independent
-    components need, makes 2-means miss larger clusters of poison; clusters are left out of one retraining together,
-    not of one each. Fails by design where poison is no minority of its class: an all-to-one attack on 10 classes at a
-    rate of 10 % makes half of the class.
+    Differs from the paper: principal components are the default, as in later libraries: whitening,
+    which independent components need, makes 2-means miss larger clusters of poison; clusters are
+    left out of one retraining together, not of one each. Fails by design where poison is no
+    minority of its class: an all-to-one attack on 10 classes at a rate of 10 % makes half of the
+    class.
     """
 
     size: Array | float = 0.35
@@ -135,7 +158,9 @@ class ActivationClustering(Defense):
         "cpu": {"starts": 3, "recipe": Recipe(epochs=4)},
     }
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, data: TrainSet) -> Suspects:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, data: TrainSet
+    ) -> Suspects:
         key_rows, key_classes, key_votes = jax.random.split(key, 3)
         x, seen = activations(key_rows, model, variables, data, self.site)
         label, labels = data.plan.label, jnp.arange(model.classes)
@@ -147,14 +172,19 @@ class ActivationClustering(Defense):
             if self.reduce == "ica":
                 axes = axes * jax.lax.rsqrt(jnp.where(variance > 0, variance, 1.0))[None]
                 axes = axes @ unmix(key_unmix, x @ axes - (mean @ axes)[None], weight).T
-            return mean, axes, *halfway(two_means(key_means, x @ axes - (mean @ axes)[None], weight, self.starts))
+            return (
+                mean,
+                axes,
+                *halfway(two_means(key_means, x @ axes - (mean @ axes)[None], weight, self.starts)),
+            )
 
         mean, axes, toward, border = mesh.lane_map(one, labels, self.lanes)
         z = along_own(x, label, mean, axes)
         cluster = ((z * toward[label]).sum(1) > border[label]).astype(jnp.int32)
         first = count(seen & (cluster == 0), label, model.classes)
         total = count(seen, label, model.classes)
-        cluster = jnp.where((first < total - first)[label], 1 - cluster, cluster)  # 1 is the smaller one
+        # 1 is the smaller one
+        cluster = jnp.where((first < total - first)[label], 1 - cluster, cluster)
         smaller = count(seen & (cluster == 1), label, model.classes)
         share = smaller / jnp.maximum(total, 1.0)
         row = silhouettes(z, jnp.where(seen, 2 * label + cluster, -1))
@@ -176,24 +206,31 @@ class ActivationClustering(Defense):
         score = jnp.where(seen, jnp.where(cluster == 1, row, -row), jnp.nan)
         return Suspects(score, seen & info["suspicious"][label, cluster], info)
 
-    def elsewhere(self, x: jax.Array, label: jax.Array, cluster: jax.Array, seen: jax.Array, classes: int) -> jax.Array:
-        """Which clusters `[K, 2]` lie nearer to the centre of another class than to that of their own, unlike the one
-        beside them.
+    def elsewhere(
+        self, x: jax.Array, label: jax.Array, cluster: jax.Array, seen: jax.Array, classes: int
+    ) -> jax.Array:
+        """Which clusters `[K, 2]` lie nearer to the centre of another class than to that of their
+        own, unlike the one beside them.
         """
-        sums = jax.ops.segment_sum(x, jnp.where(seen, 2 * label + cluster, -1), 2 * classes).reshape(classes, 2, -1)
+        sums = jax.ops.segment_sum(
+            x, jnp.where(seen, 2 * label + cluster, -1), 2 * classes
+        ).reshape(classes, 2, -1)
         n = count(seen, 2 * label + cluster, 2 * classes).reshape(classes, 2, 1)
         centres = sums / jnp.maximum(n, 1.0)
         own = sums.sum(1) / jnp.maximum(n.sum(1), 1.0)
         # From the mean of all, so that little is lost in float32.
         centres, own = centres - own.mean(0)[None, None], own - own.mean(0)[None]
-        gap = (own**2).sum(1)[None, None] - 2 * centres @ own.T  # [K, 2, K]: squared distances less |centre|²
+        # [K, 2, K]: squared distances less |centre|²
+        gap = (own**2).sum(1)[None, None] - 2 * centres @ own.T
         home = jnp.take_along_axis(gap, jnp.arange(classes)[:, None, None], 2)
         away = (gap < home) & (gap[:, ::-1] > home[:, ::-1]) & (n.sum(1) > 0)[None, None, :, 0]
         return away.any(2)
 
-    def votes(self, key: jax.Array, model: Model, data: TrainSet, held: jax.Array) -> dict[str, jax.Array]:
-        """How a net that was trained without the rows `held: [M]` classifies them: by class, votes for the `own` label
-        and for the best `other`: `[K]`.
+    def votes(
+        self, key: jax.Array, model: Model, data: TrainSet, held: jax.Array
+    ) -> dict[str, jax.Array]:
+        """How a net that was trained without the rows `held: [M]` classifies them: by class, votes
+        for the `own` label and for the best `other`: `[K]`.
         """
         key_fit, key_rows = jax.random.split(key)
         fresh, _ = fit(key_fit, model, self.recipe, without(data, held))
@@ -205,7 +242,10 @@ class ActivationClustering(Defense):
         label = data.plan.label
         found = jnp.where(held[:, None], batched(piece, label.shape[0], 250), 0.0)
         found = jax.ops.segment_sum(found, label, model.classes)
-        return {"own": jnp.diag(found), "other": jnp.where(jnp.eye(model.classes, dtype=bool), 0.0, found).max(1)}
+        return {
+            "own": jnp.diag(found),
+            "other": jnp.where(jnp.eye(model.classes, dtype=bool), 0.0, found).max(1),
+        }
 
     def check(self, model: Model, clean: Split) -> None:
         between("share of the smaller cluster", self.size, 0, 1)
@@ -217,7 +257,9 @@ class ActivationClustering(Defense):
         self.recipe.check(max(len(clean.label), 1))
         for name, kinds in (("reduce", Reduce), ("rule", Rule)):
             if getattr(self, name) not in get_args(kinds):
-                raise BadInput(f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}")
+                raise BadInput(
+                    f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}"
+                )
 
 
 def count(rows: jax.Array, group: jax.Array, groups: int) -> jax.Array:

@@ -1,5 +1,5 @@
-"""What the defenses of a training set share: the victim's view of each row, the principal axes of each class, and the
-training set without its suspects.
+"""What the defenses of a training set share: the victim's view of each row, the principal axes of
+each class, and the training set without its suspects.
 
 Rows of a class are picked by weights, so that shapes do not depend on the labels.
 """
@@ -17,7 +17,9 @@ MORE, ITERATIONS = 10, 20
 
 
 class Axes(NamedTuple):
-    """Of rows `[M, D]`: their `mean: [D]`, `axes: [D, k]`, orthonormal, and the `variance: [k]` along them, falling."""
+    """Of rows `[M, D]`: their `mean: [D]`, `axes: [D, k]`, orthonormal, and the `variance: [k]`
+    along them, falling.
+    """
 
     mean: jax.Array
     axes: jax.Array
@@ -25,9 +27,16 @@ class Axes(NamedTuple):
 
 
 def activations(
-    key: jax.Array, model: Model, variables: Variables, data: TrainSet, site: str, *, batch: int = 250
+    key: jax.Array,
+    model: Model,
+    variables: Variables,
+    data: TrainSet,
+    site: str,
+    *,
+    batch: int = 250,
 ) -> tuple[jax.Array, jax.Array]:
-    """What each training row looks like at `site`, flat: `[M, D]`, and which rows exist and have finite values: `[M]`.
+    """What each training row looks like at `site`, flat: `[M, D]`, and which rows exist and have
+    finite values: `[M]`.
 
     All other rows are 0.
     """
@@ -43,7 +52,8 @@ def activations(
 
 
 def principal(key: jax.Array, x: jax.Array, weight: jax.Array, count: int) -> Axes:
-    """The leading principal axes of those rows of `x: [M, D]` with `weight: [M]` 1, not 0, by subspace iteration.
+    """The leading principal axes of those rows of `x: [M, D]` with `weight: [M]` 1, not 0, by
+    subspace iteration.
 
     At most D axes; one without variance is 0.
     """
@@ -68,8 +78,12 @@ def principal(key: jax.Array, x: jax.Array, weight: jax.Array, count: int) -> Ax
     return Axes(mean, jnp.where(real[None], axes, 0.0), jnp.where(real, variance, 0.0))
 
 
-def along_own(x: jax.Array, label: jax.Array, mean: jax.Array, axes: jax.Array, *, batch: int = 250) -> jax.Array:
-    """Coordinates `[M, k]` of each row of `x: [M, D]` on the axes of its class: `mean: [K, D]`, `axes: [K, D, k]`."""
+def along_own(
+    x: jax.Array, label: jax.Array, mean: jax.Array, axes: jax.Array, *, batch: int = 250
+) -> jax.Array:
+    """Coordinates `[M, k]` of each row of `x: [M, D]` on the axes of its class: `mean: [K, D]`,
+    `axes: [K, D, k]`.
+    """
 
     def piece(i):
         return jnp.einsum("bd,bdk->bk", x[i] - mean[label[i]], axes[label[i]])

@@ -18,22 +18,26 @@ Projection = Literal["centred", "released"]
 
 @defense("spectral-signatures")
 class SpectralSignatures(Defense):
-    """Drop the rows that stand out along their class's top singular vector (Tran et al., 2018, arXiv:1811.00636).
+    """Drop the rows that stand out along their class's top singular vector (Tran et al., 2018,
+    arXiv:1811.00636).
 
-    For each label, R_i the activations of its rows, R̂ their mean, v the top right singular vector of the centred rows:
-    score_i = ⟨v, R_i − R̂⟩² ("centred", as in the paper) or |⟨v, R_i⟩| ("released", as in the released code, which does
-    not centre here). Of each class the rows whose score is above its quantile at 1 − `remove` are suspects.
+    For each label, R_i the activations of its rows, R̂ their mean, v the top right singular vector
+    of the centred rows: score_i = ⟨v, R_i − R̂⟩² ("centred", as in the paper) or |⟨v, R_i⟩|
+    ("released", as in the released code, which does not centre here). Of each class the rows whose
+    score is above its quantile at 1 − `remove` are suspects.
 
-    `remove`: share of each class to drop, in [0, 1]: 1.5·ε, where ε bounds the share of poison; `site`: which
-    activations, flattened; `lanes`: classes side by side (None: the device's default). `info`: `boundary: [K]` of each
-    class (NaN: no rows) and `variance: [K]` along v. Rows whose activations are not numbers have no score and are not
-    suspects; neither is any row of a class whose activations are all the same. Train again on
-    `train.without(data, suspects.removed)`.
+    `remove`: share of each class to drop, in [0, 1]: 1.5·ε, where ε bounds the share of poison;
+    `site`: which activations, flattened; `lanes`: classes side by side (None: the device's
+    default). `info`: `boundary: [K]` of each class (NaN: no rows) and `variance: [K]` along v. Rows
+    whose activations are not numbers have no score and are not suspects; neither is any row of a
+    class whose activations are all the same. Train again on `train.without(data,
+    suspects.removed)`.
 
-    Presets: `paper`, 1.5·ε for ε = 10 % in a class; `released`; `backdoorbench`, released at the last convolution;
-    `art`, released, half of each class; `cpu`, the paper's.
+    Presets: `paper`, 1.5·ε for ε = 10 % in a class; `released`; `backdoorbench`, released at the
+    last convolution; `art`, released, half of each class; `cpu`, the paper's.
 
-    Differs from the paper: all classes are examined; the released code is told which class is poisoned.
+    Differs from the paper: all classes are examined; the released code is told which class is
+    poisoned.
     """
 
     remove: Array | float = 0.15
@@ -49,7 +53,9 @@ class SpectralSignatures(Defense):
         "cpu": {},
     }
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, data: TrainSet) -> Suspects:
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, data: TrainSet
+    ) -> Suspects:
         key_rows, key_axes = jax.random.split(key)
         x, seen = activations(key_rows, model, variables, data, self.site)
         label, labels = data.plan.label, jnp.arange(model.classes)
@@ -57,16 +63,26 @@ class SpectralSignatures(Defense):
         def of(k):
             return seen & (label == k)
 
-        top = mesh.lane_map(lambda k: principal(key_axes, x, of(k).astype(jnp.float32), 1), labels, self.lanes)
+        top = mesh.lane_map(
+            lambda k: principal(key_axes, x, of(k).astype(jnp.float32), 1), labels, self.lanes
+        )
         mean = top.mean if self.projection == "centred" else jnp.zeros_like(top.mean)
         along = along_own(x, label, mean, top.axes)[:, 0]
-        score = jnp.where(seen, along**2 if self.projection == "centred" else jnp.abs(along), jnp.nan)
+        score = jnp.where(
+            seen, along**2 if self.projection == "centred" else jnp.abs(along), jnp.nan
+        )
         share = 1 - jnp.asarray(self.remove, jnp.float32)
-        boundary = mesh.lane_map(lambda k: jnp.nanquantile(jnp.where(of(k), score, jnp.nan), share), labels, self.lanes)
-        return Suspects(score, score > boundary[label], {"boundary": boundary, "variance": top.variance[:, 0]})
+        boundary = mesh.lane_map(
+            lambda k: jnp.nanquantile(jnp.where(of(k), score, jnp.nan), share), labels, self.lanes
+        )
+        return Suspects(
+            score, score > boundary[label], {"boundary": boundary, "variance": top.variance[:, 0]}
+        )
 
     def check(self, model: Model, clean: Split) -> None:
         between("share to remove", self.remove, 0, 1)
         check_site(model, self.site)
         if self.projection not in get_args(Projection):
-            raise BadInput(f"projection '{self.projection}' is not one of {', '.join(get_args(Projection))}")
+            raise BadInput(
+                f"projection '{self.projection}' is not one of {', '.join(get_args(Projection))}"
+            )

@@ -21,13 +21,17 @@ TIE = 1e-3
 """What the mean probabilities weigh in a majority vote: less than any one vote of up to 1000."""
 
 
-def blocks_of(key: jax.Array, shape: tuple[int, int, int], grid: tuple[int, int], partition: str) -> jax.Array:
-    """The block `[H, W]` in 0 … rows·columns − 1 that each pixel belongs to; under "random", blocks of scattered
-    pixels.
+def blocks_of(
+    key: jax.Array, shape: tuple[int, int, int], grid: tuple[int, int], partition: str
+) -> jax.Array:
+    """The block `[H, W]` in 0 … rows·columns − 1 that each pixel belongs to; under "random", blocks
+    of scattered pixels.
     """
     height, width, _ = shape
     rows, columns = grid
-    block = np.add.outer(np.arange(height) * rows // height * columns, np.arange(width) * columns // width)
+    block = np.add.outer(
+        np.arange(height) * rows // height * columns, np.arange(width) * columns // width
+    )
     return (
         jax.random.permutation(key, block.reshape(-1)).reshape(block.shape)
         if partition == "random"
@@ -35,11 +39,14 @@ def blocks_of(key: jax.Array, shape: tuple[int, int, int], grid: tuple[int, int]
     )
 
 
-def assign(key: jax.Array, members: int, blocks: int, keep: Array | int, *, balanced: bool = True) -> jax.Array:
+def assign(
+    key: jax.Array, members: int, blocks: int, keep: Array | int, *, balanced: bool = True
+) -> jax.Array:
     """Which `keep` of the blocks each member sees: `[members, blocks]` bool.
 
-    Balanced: a member takes the blocks that the fewest members before it have taken, ties at random, so that no block
-    is seen by more than ⌈members · keep / blocks⌉. Otherwise each draws evenly.
+    Balanced: a member takes the blocks that the fewest members before it have taken, ties at
+    random, so that no block is seen by more than ⌈members · keep / blocks⌉. Otherwise each draws
+    evenly.
     """
 
     def member(seen, key):
@@ -53,8 +60,8 @@ def assign(key: jax.Array, members: int, blocks: int, keep: Array | int, *, bala
 def combine(probabilities: jax.Array, vote: str) -> jax.Array:
     """The vote's distribution `[B, K]` from `probabilities: [members, B, K]`.
 
-    "majority": shares of the members' labels, ties broken by the mean; "median" and "trimmed" (the mean without the
-    highest and lowest third) are taken class by class and rescaled to sum to 1.
+    "majority": shares of the members' labels, ties broken by the mean; "median" and "trimmed" (the
+    mean without the highest and lowest third) are taken class by class and rescaled to sum to 1.
     """
     members, _, classes = probabilities.shape
     mean = probabilities.mean(0)
@@ -70,8 +77,8 @@ def combine(probabilities: jax.Array, vote: str) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def ensemble(model: Model, members: int, vote: Vote, lanes: int | None = None) -> Model:
-    """`members` of `model` that vote: the variables are the members', stacked; softmax(logits) is the vote's
-    distribution.
+    """`members` of `model` that vote: the variables are the members', stacked; softmax(logits) is
+    the vote's distribution.
 
     The one site is `votes: [B, members]`, the members' labels: to look at, not to cut or push.
     """
@@ -81,11 +88,15 @@ def ensemble(model: Model, members: int, vote: Vote, lanes: int | None = None) -
 
     def apply(variables, x, *, train=False, edits=None, key=None):
         if edits or "masks" in variables:
-            raise BadInput("an ensemble has no site to edit or mask: run this defense on its members")
+            raise BadInput(
+                "an ensemble has no site to edit or mask: run this defense on its members"
+            )
 
         def member(item):
             number, mine = item
-            out = model.apply(mine, x, train=train, key=None if key is None else jax.random.fold_in(key, number))
+            out = model.apply(
+                mine, x, train=train, key=None if key is None else jax.random.fold_in(key, number)
+            )
             return jax.nn.softmax(out.logits), out.variables
 
         probabilities, variables = lane_map(member, (jnp.arange(members), variables), lanes)
@@ -105,22 +116,24 @@ def resample(key: jax.Array, plan: Plan) -> Plan:
 class DbCovidNet(Defense):
     """Bagging of nets that each see a few blocks of the image, and vote (Shamshiri et al., 2023).
 
-    A reconstruction: the paper's text could not be obtained. Known: dropped features, or pixels, that form a partition;
-    a bagging ensemble; a vote; several triggers in different parts defeat it. Ours: the pixels are divided into blocks;
-    member k is trained on a bootstrap sample of the (poisoned) data, and later asked, with all but `keep` blocks at
-    zero: x ⊙ (1 − d_k). It works where few members see the trigger: the default design lets fewer than half of them see
-    any one block. That is what a median bears; a majority vote, in truth a plurality, is swung by less where the others
-    disagree. More members see a trigger that lies across blocks.
+    A reconstruction: the paper's text could not be obtained. Known: dropped features, or pixels,
+    that form a partition; a bagging ensemble; a vote; several triggers in different parts defeat
+    it. Ours: the pixels are divided into blocks; member k is trained on a bootstrap sample of the
+    (poisoned) data, and later asked, with all but `keep` blocks at zero: x ⊙ (1 − d_k). It works
+    where few members see the trigger: the default design lets fewer than half of them see any one
+    block. That is what a median bears; a majority vote, in truth a plurality, is swung by less
+    where the others disagree. More members see a trigger that lies across blocks.
 
-    `keep`: blocks that a member sees. `grid`: (rows, columns) of blocks; stripes are (k, 1) or (1, k). `partition`:
-    "random" scatters the pixels of a block. `design`: "random" draws each member's blocks evenly, with no guarantee.
-    `scale`: multiply what is seen by blocks / keep, as dropout does. `vote`: see `combine`. `lanes`: members trained
-    side by side. Where members · keep is a multiple of the number of blocks, every block is seen by equally many.
+    `keep`: blocks that a member sees. `grid`: (rows, columns) of blocks; stripes are (k, 1) or (1,
+    k). `partition`: "random" scatters the pixels of a block. `design`: "random" draws each member's
+    blocks evenly, with no guarantee. `scale`: multiply what is seen by blocks / keep, as dropout
+    does. `vote`: see `combine`. `lanes`: members trained side by side. Where members · keep is a
+    multiple of the number of blocks, every block is seen by equally many.
 
     Presets: `cpu`, four members: each block is seen by one.
 
-    The result runs on `ensemble(...)`. `info`: `blocks: [members, blocks]` bool, what each sees; `seen: [blocks]` by
-    how many; `loss`, `acc: [members, epochs]`.
+    The result runs on `ensemble(...)`. `info`: `blocks: [members, blocks]` bool, what each sees;
+    `seen: [blocks]` by how many; `loss`, `acc: [members, epochs]`.
     """
 
     keep: Array | int = 4
@@ -135,22 +148,32 @@ class DbCovidNet(Defense):
 
     presets = {"cpu": {"members": 4}}
 
-    def __call__(self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split) -> Repaired:
+    def __call__(
+        self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split
+    ) -> Repaired:
         key_blocks, key_assign, key_fit = jax.random.split(key, 3)
         count = self.grid[0] * self.grid[1]
         block = blocks_of(key_blocks, model.shape, self.grid, self.partition)
-        kept = assign(key_assign, self.members, count, self.keep, balanced=self.design == "guaranteed")
+        kept = assign(
+            key_assign, self.members, count, self.keep, balanced=self.design == "guaranteed"
+        )
         factor = count / jnp.asarray(self.keep, jnp.float32) if self.scale else 1.0
         member = viewed(model)
 
         def train(item):
             key, kept = item
             key_init, key_rows, key_fit = jax.random.split(key, 3)
-            view = jnp.broadcast_to(kept[block][..., None].astype(jnp.float32) * factor, model.shape)
+            view = jnp.broadcast_to(
+                kept[block][..., None].astype(jnp.float32) * factor, model.shape
+            )
             rows = data._replace(plan=resample(key_rows, data.plan)) if self.bootstrap else data
-            return fit(key_fit, member, recipe, rows, variables={**member.init(key_init), "view": view})
+            return fit(
+                key_fit, member, recipe, rows, variables={**member.init(key_init), "view": view}
+            )
 
-        variables, log = lane_map(train, (jax.random.split(key_fit, self.members), kept), self.lanes)
+        variables, log = lane_map(
+            train, (jax.random.split(key_fit, self.members), kept), self.lanes
+        )
         info = {"blocks": kept, "seen": kept.sum(0)} | log._asdict()
         return Repaired(variables, info)
 
@@ -158,11 +181,17 @@ class DbCovidNet(Defense):
         return ensemble(viewed(model), self.members, self.vote, self.lanes)
 
     def report(
-        self, key: jax.Array, model: Model, variables: Variables, test: Split, attack: Any, result: Repaired
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        test: Split,
+        attack: Any,
+        result: Repaired,
     ) -> dict[str, jax.Array]:
-        """Of each member: `votes_clean`, `votes_stamped`, its share of votes for the label aimed at by the first
-        trigger, among images that are not of it; `sees_trigger`, whether its blocks show a pixel that the trigger
-        changes. `[members]` each.
+        """Of each member: `votes_clean`, `votes_stamped`, its share of votes for the label aimed at
+        by the first trigger, among images that are not of it; `sees_trigger`, whether its blocks
+        show a pixel that the trigger changes. `[members]` each.
         """
         if attack is None:
             return {}
@@ -184,7 +213,9 @@ class DbCovidNet(Defense):
         if self.members < 1:
             raise BadInput(f"members {self.members}: an ensemble needs at least one")
         if min(self.grid) < 1 or self.grid[0] > model.shape[0] or self.grid[1] > model.shape[1]:
-            raise BadInput(f"grid {self.grid} does not divide images of {model.shape[0]}×{model.shape[1]}")
+            raise BadInput(
+                f"grid {self.grid} does not divide images of {model.shape[0]}×{model.shape[1]}"
+            )
         between("keep", self.keep, 1, count)
         known = {"partition": Partition, "design": Design, "vote": Vote}
         for name, kind in known.items():
@@ -193,5 +224,6 @@ class DbCovidNet(Defense):
         most = int(-(-self.members * np.max(np.asarray(self.keep)) // count))
         if self.design == "guaranteed" and 2 * most >= self.members:
             raise BadInput(
-                f"{most} of {self.members} members would see one block, not fewer than half: lower keep or take design='random'"
+                f"{most} of {self.members} members would see one block, not fewer than half: lower "
+                "keep or take design='random'"
             )

@@ -1,5 +1,5 @@
-"""A net that is shown a part of each image only: `variables["view"]: [H, W, C]` multiplies the pixels, in training and
-at test.
+"""A net that is shown a part of each image only: `variables["view"]: [H, W, C]` multiplies the
+pixels, in training and at test.
 """
 
 import functools
@@ -11,7 +11,9 @@ from bdjax.types import Model
 
 @functools.lru_cache(maxsize=64)
 def viewed(model: Model) -> Model:
-    """`model` behind a view; the view is a variable, so that it can be traced, vmapped and saved. It is never trained."""
+    """`model` behind a view; the view is a variable, so that it can be traced, vmapped and saved.
+    It is never trained.
+    """
 
     def init(key):
         return {**model.init(key), "view": jnp.ones(model.shape)}
