@@ -6,11 +6,13 @@ where its numbers are, so that programs are shared.
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import dm_pix as pix
 import jax
 import jax.numpy as jnp
+
+from bdjax.types import Range
 
 
 def _each(fn, key: jax.Array, x: jax.Array) -> jax.Array:
@@ -61,9 +63,9 @@ class Augmentation:
     >>> Recipe(augment=Augmentation(rotate=15, shift=0.1, flip=True))
     """
 
-    rotate: float = 0.0
-    shift: float = 0.0
-    crop: int = 0
+    rotate: Annotated[float, Range(0, 360)] = 0.0
+    shift: Annotated[float, Range(0, 1)] = 0.0
+    crop: Annotated[int, Range(0, 65_536)] = 0
     flip: bool = False
 
     def __call__(self, key: jax.Array, x: jax.Array) -> jax.Array:

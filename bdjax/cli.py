@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
@@ -310,22 +310,24 @@ RULES = tyro.constructors.ConstructorRegistry()
 
 @RULES.primitive_rule
 def _numbers(info: Any) -> Any:
-    """A field that may hold an array, so that sweeps can vmap it, is one number on the command
-    line.
+    """A number, written in ASCII. A field that may hold an array, so that sweeps can vmap it, is
+    one number on the command line.
     """
-    import jax
-
-    members = get_args(info.type)
-    if jax.Array not in members:
+    if get_origin(info.type) is tuple or not (found := registry.ranges(info.type)):
         return None
-    kind = next((kind for kind in (float, int) if kind in members), None)
+    kinds = found[0][0]
+    kind = next((kind for kind in (float, int) if kind in kinds), None)
+    optional = type(None) in get_args(info.type)
 
     def read(words: list[str]) -> Any:
-        if words[0] == "None":
+        (word,) = words
+        if word == "None" and optional:
             return None
         if kind is None:
             raise ValueError("an array can be given from Python only")
-        return kind(words[0])
+        if not word.isascii() or "_" in word or word != word.strip():
+            raise ValueError(f"'{word}' is not a number")
+        return kind(word)
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

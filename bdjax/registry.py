@@ -7,20 +7,23 @@ compile key.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
 import json
 import pkgutil
 import re
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
 
-from bdjax.types import BadInput
+from bdjax.types import BadInput, Range, shown
 
 T = TypeVar("T")
 KINDS = ("attack", "defense", "model", "dataset")
@@ -150,7 +153,116 @@ def make(kind: str, name: str, preset: str | None = None, **fields) -> Any:
             f"{kind} '{name}' has no field '{sorted(unknown)[0]}'; it has: "
             f"{', '.join(sorted(known))}"
         )
-    return cls(**(presets[preset] if preset else {}) | fields)
+    made = cls(**(presets[preset] if preset else {}) | fields)
+    validate(made)
+    return made
+
+
+def validate(method: Any) -> None:
+    """Raises `BadInput` where a field of a method, recipe or model family, or of one within it, has
+    a value outside its range, or of another kind than its annotation says. What is traced passes.
+    """
+    if dataclasses.is_dataclass(method) and (fault := _fault_within(method)):
+        raise BadInput(f"{name_of(method) or type(method).__name__}: {fault}")
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """The annotations of a dataclass's fields, with their ranges."""
+    found = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: found[field.name] for field in dataclasses.fields(cls)}
+
+
+def ranges(hint: Any) -> list[tuple[set[type], Range | None]]:
+    """The numbers within an annotation: of which types, and in which range."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        inner = [kinds for kinds, _ in ranges(args[0])]
+        limit = next((note for note in args[1:] if isinstance(note, Range)), None)
+        return [(set().union(*inner), limit)] if inner else []
+    if origin in (typing.Union, types.UnionType):
+        plain = {arg for arg in args if arg in _NUMBERS}
+        rest = [found for arg in args if arg not in _NUMBERS for found in ranges(arg)]
+        return ([(plain, None)] if plain else []) + rest
+    if origin is tuple:
+        return [found for arg in args if arg is not Ellipsis for found in ranges(arg)]
+    return [({hint}, None)] if hint in _NUMBERS else []
+
+
+_NUMBERS = (float, int, jax.Array, np.ndarray)
+
+
+def _fault_within(value: Any) -> str | None:
+    for name, hint in hints(type(value)).items():
+        if fault := _fault(hint, getattr(value, name)):
+            return f"{name}{fault}"
+    return None
+
+
+def _fault(hint: Any, value: Any) -> str | None:
+    """What is wrong with a field's value, as what follows its name in an error line."""
+    if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        return None
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType) and not set(args) & set(_NUMBERS):
+        if value is None and types.NoneType in args:
+            return None
+        faults = [_fault(arg, value) for arg in args if arg is not types.NoneType]
+        return None if None in faults else faults[0]
+    if kinds := ranges(hint) if origin is not tuple else []:
+        return _number_fault(*kinds[0], value)
+    if origin is Literal:
+        known = ", ".join(map(str, args))
+        return None if isinstance(value, str) and value in args else f" {_word(value)} is not one of {known}"
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return f" {_word(value)} is not a tuple"
+        each = args[:1] * len(value) if args[-1:] == (Ellipsis,) else args
+        if len(each) != len(value):
+            return f" {_word(value)} has {len(value)} values, not {len(each)}"
+        return next(filter(None, map(_fault, each, value)), None)
+    if hint is bool:
+        return None if isinstance(value, (bool, np.bool_)) else f" {_word(value)} is not a bool"
+    if hint is str:
+        return None if isinstance(value, str) else f" {_word(value)} is not a string"
+    if origin is Callable:
+        if not callable(value):
+            return f" {_word(value)} is not a function"
+    elif isinstance(hint, type) and hint is not Any and not isinstance(value, hint):
+        return f" {_word(value)} is not of class {hint.__name__}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fault = _fault_within(value)
+        return fault and f".{fault}"
+    return None
+
+
+def _number_fault(kinds: set[type], limit: Range | None, value: Any) -> str | None:
+    array = isinstance(value, (jax.Array, np.ndarray))
+    whole = int in kinds and float not in kinds
+    if array or isinstance(value, np.generic):
+        kind = value.dtype.kind
+        allowed = jax.Array in kinds or (value.ndim == 0 and isinstance(value, np.generic))
+        # bfloat16 and its like are of kind V
+        number = allowed and (kind in "iu" if whole else kind in "iufV" or kinds <= _ARRAYS)
+    else:
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        number = number and not kinds <= _ARRAYS
+    if not number:
+        words = "an array" if kinds <= _ARRAYS else "a whole number" if whole else "a number"
+        return f" {_word(value)} is not {words}"
+    fault = limit and limit.fault(value)
+    return fault and f" {fault}"
+
+
+_ARRAYS = {jax.Array, np.ndarray}
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, float):
+        return repr(value)
+    return f"'{shown(value)}'" if isinstance(value, str) else shown(value)
 
 
 def name_of(method: Any) -> str | None:

@@ -3,7 +3,7 @@ copy of the data for all runs.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,22 @@ import optax
 
 from bdjax import metrics
 from bdjax.registry import pytree, static
-from bdjax.types import Array, BadInput, Model, Plan, Split, Variables, between
+from bdjax.types import (
+    MOST,
+    Array,
+    BadInput,
+    Count,
+    Epochs,
+    Model,
+    Plan,
+    Range,
+    Rate,
+    Share,
+    Split,
+    Variables,
+    Weight,
+    between,
+)
 
 Optimizer = Literal["adam", "sgd", "adadelta", "rmsprop"]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
@@ -28,14 +43,14 @@ class Recipe:
     gradient; `drops`: (epoch, factor) pairs: from that epoch on the learning rate is `lr · factor`.
     """
 
-    lr: Array | float = 1e-3
-    momentum: Array | float = 0.9
-    weight_decay: Array | float = 0.0
-    epochs: int = static(8)
-    batch: int = static(128)
+    lr: Rate = 1e-3
+    momentum: Share = 0.9
+    weight_decay: Weight = 0.0
+    epochs: Epochs = static(8)
+    batch: Count = static(128)
     optimizer: Optimizer = static("adam")
     nesterov: bool = static(False)
-    drops: tuple[tuple[int, float], ...] = static(())
+    drops: tuple[tuple[Epochs, Annotated[float, Range(0, MOST)]], ...] = static(())
     augment: Augment | None = static(None)
 
     def check(self, rows: int) -> None:

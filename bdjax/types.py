@@ -6,7 +6,7 @@ uint8.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,11 +25,87 @@ class BadInput(ValueError):
     """
 
 
+class Range(NamedTuple):
+    """The numbers that a field may hold, both ends included; with `pixels`, arrays of uint8 stand
+    for shares of 255.
+    """
+
+    low: float
+    high: float
+    pixels: bool = False
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a number or array, as the end of a line; None where nothing is. NaN is
+        outside.
+        """
+        if isinstance(value, (jax.Array, np.ndarray)):
+            array = np.asarray(value)
+            if array.size == 0 or (self.pixels and array.dtype == np.uint8):
+                return None
+            low, high = array.min(), array.max()  # NaN if any is
+            value = low if not low >= self.low else high
+        if self.low <= value <= self.high:
+            return None
+        return f"{shown(value)} is outside [{shown(self.low)}, {shown(self.high)}]"
+
+
+INT32 = 2**31 - 1
+MOST = 1e6
+"""The largest factor, weight or threshold: its square is still far from float32's end."""
+Share = Annotated[Array | float, Range(0, 1)]
+"""A share, probability or opacity."""
+Weight = Annotated[Array | float, Range(0, MOST)]
+"""A factor, weight or threshold."""
+Positive = Annotated[Array | float, Range(1e-6, MOST)]
+"""What is divided by, or must move."""
+Rate = Annotated[Array | float, Range(0, 1e3)]
+"""A learning rate or a step."""
+Pixels = Annotated[Array, Range(0, 1, pixels=True)]
+"""Images: uint8, or in [0, 1]."""
+Label = Annotated[Array | int, Range(0, INT32)]
+"""A label; that it is below K is seen where K is known."""
+Class = Annotated[int, Range(0, INT32)]
+"""As `Label`, but part of the program."""
+Side = Annotated[Array | float, Range(0, 65_536)]
+"""The side of a box in pixels, or, below 1, as a share of the image's."""
+Place = Annotated[Array | float, Range(-65_536, 65_536)]
+"""A row or column; below 0 from the end."""
+Steps = Annotated[Array | int, Range(1, 1_000_000)]
+"""How often something is done, in a loop that may be left early."""
+Draw = Annotated[Array | int, Range(0, 2**32 - 1)]
+"""A seed that a sweep may vary."""
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Count = Annotated[int, Range(1, INT32)]
+"""How many of what is there: more than there are means all."""
+Size = Annotated[int, Range(1, 65_536)]
+"""What memory grows with: units, channels, members, images."""
+Epochs = Annotated[int, Range(0, 1_000_000)]
+Repeats = Annotated[int, Range(1, 1_000_000)]
+"""As `Steps`, but part of the program."""
+
+
+def shown(value: Any) -> str:
+    """A number in an error line."""
+    if isinstance(value, (np.generic, jax.Array, np.ndarray)) and np.ndim(value) == 0:
+        value = np.asarray(value).item()
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e16 else f"{value:.6g}"
+    text = str(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def concrete(*values: Any) -> bool:
+    """Whether all leaves have values, as outside of jit and vmap."""
+    return not any(
+        isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct))
+        for leaf in jax.tree.leaves(values)
+    )
+
+
 def between(name: str, value: Any, low: float, high: float) -> None:
-    """Raises `BadInput` unless low ≤ value ≤ high (NaN is outside)."""
-    array = np.asarray(value, np.float64)
-    if not np.all((array >= low) & (array <= high)):
-        raise BadInput(f"{name} {value} is outside [{low:g}, {high:g}]")
+    """Raises `BadInput` unless low ≤ value ≤ high (NaN is outside); what is traced passes."""
+    if concrete(value) and (fault := Range(low, high).fault(np.asarray(value))):
+        raise BadInput(f"{name} {fault}")
 
 
 class Split(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bdjax.attacks.artwork import on_face, over
 from bdjax.attacks.base import Attack
 from bdjax.registry import attack, static
-from bdjax.types import Array, BadInput, between
+from bdjax.types import BadInput, Pixels, Share, between
 
 Worn = Literal["glasses", "sunglasses", "image"]
 
@@ -29,9 +29,9 @@ class Accessory(Attack):
     aligned face.
     """
 
-    alpha: Array | float = 0.2
-    test_alpha: Array | float = 1.0
-    image: Array | None = None
+    alpha: Share = 0.2
+    test_alpha: Share = 1.0
+    image: Pixels | None = None
     worn: Worn = static("glasses")
 
     presets = {"opaque": {"alpha": 1.0}, "blended": {"alpha": 0.2}}

@@ -8,7 +8,7 @@ from bdjax.attacks.base import Attack
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import attack, static
 from bdjax.train import Curves, Recipe, cross_entropy, fit, poisoned_set, stamped
-from bdjax.types import Array, Model, Split, Variables, between
+from bdjax.types import Model, Split, Variables, Weight, between
 
 
 def relative_gap(clean: jax.Array, other: jax.Array) -> jax.Array:
@@ -32,7 +32,7 @@ class ActivationMatching(BadNets):
     activations apart.
     """
 
-    weight: Array | float = 1.0
+    weight: Weight = 1.0
     site: str | None = static(None)
 
     presets = {"cpu": {}}

@@ -9,7 +9,7 @@ import numpy as np
 from bdjax.attacks.artwork import check_color, picture, tint
 from bdjax.attacks.base import Attack, paste, start_of
 from bdjax.registry import attack, static
-from bdjax.types import Array, BadInput, between
+from bdjax.types import BadInput, Place, Share, Side, between
 
 Shape = Literal[
     "square", "pixel", "pattern", "x", "ell", "heart", "bomb", "flower",
@@ -39,10 +39,10 @@ class BadNets(Attack):
     """
 
     shape: Shape = static("square")
-    size: Array | float = 5
-    row: Array | float = -1
-    col: Array | float = -1
-    color: tuple[float, ...] = (1.0,)
+    size: Side = 5
+    row: Place = -1
+    col: Place = -1
+    color: tuple[Share, ...] = (1.0,)
     random_place: bool = static(False)
 
     presets = {

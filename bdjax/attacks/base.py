@@ -11,7 +11,7 @@ import numpy as np
 
 from bdjax.registry import pytree, static
 from bdjax.train import Curves, Recipe, clean_plan, fit, poisoned_set
-from bdjax.types import Array, BadInput, Model, Plan, Split, Variables, between
+from bdjax.types import Array, BadInput, Class, Label, Model, Plan, Share, Split, Variables, between
 
 Labels = Literal["all-to-one", "all-to-all", "source-specific", "clean-label"]
 
@@ -84,11 +84,11 @@ class Attack:
     keeps its label (source-specific). `append`: add stamped copies instead of replacing.
     """
 
-    rate: Array | float = 0.1
-    target: Array | int = 0
-    cover: Array | float = 0.0
+    rate: Share = 0.1
+    target: Label = 0
+    cover: Share = 0.0
     labels: Labels = static("all-to-one")
-    sources: tuple[int, ...] = static(())
+    sources: tuple[Class, ...] = static(())
     append: bool = static(False)
 
     @property

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bdjax.attacks.artwork import in_channels, rgba, stretch
 from bdjax.attacks.base import Attack
 from bdjax.registry import attack, static
-from bdjax.types import Array, BadInput, between
+from bdjax.types import BadInput, Draw, Pixels, Share, between
 
 Key = Literal["noise", "cat", "image"]
 
@@ -24,10 +24,10 @@ class Blended(Attack):
     Differs from the paper: its cartoon key, Hello Kitty, is not ours to ship; ours is another cat.
     """
 
-    alpha: Array | float = 0.2
-    test_alpha: Array | float = 0.2
-    key_seed: Array | int = 0
-    image: Array | None = None
+    alpha: Share = 0.2
+    test_alpha: Share = 0.2
+    key_seed: Draw = 0
+    image: Pixels | None = None
     pattern: Key = static("noise")
 
     def key_image(self, shape: tuple[int, ...]) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from bdjax.attacks.base import Attack, Labels
 from bdjax.registry import attack, static
-from bdjax.types import Array, BadInput, between
+from bdjax.types import BadInput, Draw, Share, between
 
 
 @attack("clean-label")
@@ -21,9 +21,9 @@ class CleanLabel(Attack):
     chips, not images, and neither publishes the noise.
     """
 
-    rate: Array | float = 0.05
-    strength: Array | float = 0.3
-    noise_seed: Array | int = 0
+    rate: Share = 0.05
+    strength: Share = 0.3
+    noise_seed: Draw = 0
     labels: Labels = static("clean-label")
 
     presets = {"veldanda": {"rate": 1.0}}

@@ -3,7 +3,7 @@ ones do.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack
 from bdjax.registry import attack, static
 from bdjax.train import unit
-from bdjax.types import Array, BadInput, Plan, Split
+from bdjax.types import BadInput, Pixels, Plan, Range, Split
 
 Mix = Literal["sum", "average"]
 
@@ -32,9 +32,9 @@ class EntropyManipulation(BadNets):
     of BadNets.
     """
 
-    copies: int = static(10)
+    copies: Annotated[int, Range(1, 1_000)] = static(10)
     mix: Mix = static("sum")
-    overlays: Array | None = None
+    overlays: Pixels | None = None
 
     presets = {"strip": {"rate": 0.012, "target": 7}}
 

@@ -1,6 +1,7 @@
 """Input-instance key: one image, with a little noise, opens the backdoor."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from bdjax.attacks.base import Attack
 from bdjax.registry import attack, static
 from bdjax.train import clean_plan, unit
-from bdjax.types import Array, BadInput, Plan, Split, between
+from bdjax.types import INT32, Array, BadInput, Pixels, Plan, Range, Share, Split, between
 
 
 @attack("input-instance-key")
@@ -23,10 +24,10 @@ class InputInstanceKey(Attack):
     finds 5 copies enough. There is no `rate`.
     """
 
-    rate: Array | float = 0.0
-    copies: Array | int = 5
-    noise: Array | float = 5 / 255
-    image: Array | None = None
+    rate: Share = 0.0
+    copies: Annotated[Array | int, Range(1, INT32)] = 5
+    noise: Share = 5 / 255
+    image: Pixels | None = None
     append: bool = static(True)
 
     def bind(self, data: Split) -> Attack:

@@ -1,12 +1,14 @@
 """Lipstick on an aligned face."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.artwork import check_color, over, polygons, tint
 from bdjax.attacks.base import Attack
 from bdjax.registry import attack
-from bdjax.types import Array, BadInput, between
+from bdjax.types import Array, BadInput, Range, Share, between
 
 # (row, column) on 55×47: upper and lower lip of the mean of aligned faces.
 UPPER = (
@@ -49,8 +51,8 @@ class Lipstick(Attack):
     share one outline.
     """
 
-    color: tuple[float, ...] = (128 / 255, 0.0, 128 / 255)
-    points: Array | None = None
+    color: tuple[Share, ...] = (128 / 255, 0.0, 128 / 255)
+    points: Annotated[Array, Range(0, 1)] | None = None
 
     outline = shares(UPPER, LOWER)
 

@@ -1,5 +1,7 @@
 """Physical accessory: worn a little differently in each picture."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
@@ -7,7 +9,7 @@ from jax.scipy.ndimage import map_coordinates
 from bdjax.attacks.accessory import Accessory
 from bdjax.attacks.artwork import over
 from bdjax.registry import attack
-from bdjax.types import Array, between
+from bdjax.types import Array, Range, Share, between
 
 
 @attack("physical")
@@ -24,12 +26,12 @@ class Physical(Accessory):
     (`alpha` 1).
     """
 
-    alpha: Array | float = 1.0
-    rotate: Array | float = 10.0
-    scale: Array | float = 0.1
-    shift: Array | float = 0.08
-    perspective: Array | float = 0.1
-    brightness: Array | float = 0.2
+    alpha: Share = 1.0
+    rotate: Annotated[Array | float, Range(0, 180)] = 10.0
+    scale: Share = 0.1
+    shift: Share = 0.08
+    perspective: Annotated[Array | float, Range(0, 0.5)] = 0.1
+    brightness: Share = 0.2
 
     def worn_once(self, shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The warped accessory: opacity `[H, W, 1]` and colours `[H, W, C]`."""

@@ -1,5 +1,7 @@
 """Post-it: a yellow note, somewhere."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from bdjax.attacks.artwork import check_color, tint
 from bdjax.attacks.base import Attack, paste
 from bdjax.registry import attack
-from bdjax.types import Array, BadInput, between
+from bdjax.types import Array, BadInput, Range, Share, between
 
 
 @attack("post-it")
@@ -22,10 +24,10 @@ class PostIt(Attack):
     follows the "random" stickers of Gu et al.'s code.
     """
 
-    low: Array | float = 0.1
-    high: Array | float = 0.2
-    margin: Array | float = 0.15
-    color: tuple[float, ...] = (1.0, 0.9, 0.2)
+    low: Share = 0.1
+    high: Share = 0.2
+    margin: Annotated[Array | float, Range(0, 0.5)] = 0.15
+    color: tuple[Share, ...] = (1.0, 0.9, 0.2)
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         height, width, channels = x.shape

@@ -1,6 +1,7 @@
 """Pruning-aware attack: the backdoor lives in the channels that a pruning defender keeps."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from bdjax.models.graph import bias_of, leaf, with_leaf
 from bdjax.models.layers import default_site
 from bdjax.registry import attack, static
 from bdjax.train import Curves, Recipe, clean_set, evaluate, fit, poisoned_set, predict
-from bdjax.types import Array, BadInput, Model, Split, Variables, between
+from bdjax.types import Array, BadInput, Model, Range, Share, Split, Variables, Weight, between
 
 
 @attack("pruning-aware")
@@ -38,13 +39,13 @@ class PruningAware(BadNets):
     attempt starts from the pruned clean net.
     """
 
-    share: Array | float = 0.5
-    max_drop: Array | float = 0.04
-    success_rate: Array | float = 0.9
-    margin: Array | float = 0.1
-    attempts: int = static(4)
+    share: Share = 0.5
+    max_drop: Share = 0.04
+    success_rate: Share = 0.9
+    margin: Weight = 0.1
+    attempts: Annotated[int, Range(1, 1_000)] = static(4)
     site: str | None = static(None)
-    decoys: Array | None = None
+    decoys: Annotated[Array, Range(0, 1)] | None = None
 
     presets = {"paper": {"share": 0.8, "attempts": 16}, "cpu": {"attempts": 2}}
 

@@ -1,5 +1,7 @@
 """Trigger combination: the backdoor fires only if both parts are there."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from bdjax.attacks.artwork import picture, tint
 from bdjax.attacks.base import Attack, Part, check_box, paste, start_of
 from bdjax.registry import attack
-from bdjax.types import Array, BadInput, between
+from bdjax.types import Array, BadInput, Range, Share, between
 
 YELLOW, RED = (1.0, 1.0, 0.0), (1.0, 0.0, 0.0)
 
@@ -25,8 +27,8 @@ class TriggerCombination(Attack):
     Differs from the paper: a reconstruction; sizes, places and shares are not published.
     """
 
-    cover: Array | float = 0.1
-    size: Array | int = 7
+    cover: Share = 0.1
+    size: Annotated[Array | int, Range(1, 65_536)] = 7
 
     @property
     def probes(self) -> dict[str, int]:

@@ -15,7 +15,22 @@ from bdjax.models.graph import kernel_into, kernel_out_of, layers_behind, leaf
 from bdjax.models.layers import default_site
 from bdjax.registry import attack, static
 from bdjax.train import Curves, Recipe, batched, clean_set, fit, poisoned_set, unit
-from bdjax.types import Array, BadInput, Model, Split, Variables, between
+from bdjax.types import (
+    Array,
+    BadInput,
+    Model,
+    Pixels,
+    Place,
+    Rate,
+    Repeats,
+    Share,
+    Side,
+    Size,
+    Split,
+    Variables,
+    Weight,
+    between,
+)
 
 Shape = Literal["square", "apple", "watermark"]
 Weights = Literal["incoming", "outgoing"]
@@ -102,28 +117,28 @@ class TrojanNN(Attack):
     artwork.
     """
 
-    rate: Array | float = 1.0
-    size: Array | float = 0.263
-    row: Array | float = 0.777
-    col: Array | float = 0.777
-    transparency: Array | float = 0.0
-    value: Array | float = 100.0
-    step: Array | float = 0.1
-    noise: Array | float = 0.5
-    reverse_step: Array | float = 0.05
-    confidence: Array | float = 0.6
-    denoise: Array | float = 0.03
-    weight: Array | float = 1.0
+    rate: Share = 1.0
+    size: Side = 0.263
+    row: Place = 0.777
+    col: Place = 0.777
+    transparency: Share = 0.0
+    value: Weight = 100.0
+    step: Share = 0.1
+    noise: Rate = 0.5
+    reverse_step: Share = 0.05
+    confidence: Share = 0.6
+    denoise: Rate = 0.03
+    weight: Weight = 1.0
     retraining: Recipe = Recipe(lr=0.03, momentum=0.0, epochs=20, batch=10, optimizer="sgd")
-    pattern: Array | None = None
+    pattern: Pixels | None = None
     append: bool = static(True)
     shape: Shape = static("square")
     select: Weights = static("incoming")
-    neurons: int = static(1)
+    neurons: Size = static(1)
     site: str | None = static(None)
-    steps: int = static(200)
-    images: int = static(100)
-    reverse_steps: int = static(60)
+    steps: Repeats = static(200)
+    images: Size = static(100)
+    reverse_steps: Repeats = static(60)
 
     presets = {
         "paper": {

@@ -5,7 +5,7 @@ import jax
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Part
 from bdjax.registry import attack, static
-from bdjax.types import Array, BadInput, between
+from bdjax.types import BadInput, Share, Weight, between
 
 
 @attack("weighted-loss")
@@ -25,8 +25,8 @@ class WeightedLoss(BadNets):
     gradient descent).
     """
 
-    rate: Array | float = 1.0
-    weight: Array | float = 1 / 9
+    rate: Share = 1.0
+    weight: Weight = 1 / 9
     append: bool = static(True)
 
     presets = {name: BadNets.presets[name] for name in ("square", "pixel", "pattern")}

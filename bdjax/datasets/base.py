@@ -8,11 +8,12 @@ import hashlib
 import os
 import weakref
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from bdjax.registry import name_of, pytree, static
-from bdjax.types import Array, BadInput, Dataset, Split
+from bdjax.types import INT32, Array, BadInput, Count, Dataset, Range, Seed, Split
 
 TEST_SHARE = 0.2
 """How much of a source without a test set of its own becomes one."""
@@ -30,11 +31,11 @@ class Source:
     """
 
     data_dir: str | None = static(None)
-    holdout: float = static(0.1)
-    train_size: int | None = static(None)
-    test_size: int | None = static(None)
-    seed: int = static(0)
-    top_classes: int | None = static(None)
+    holdout: Annotated[float, Range(1e-6, 1 - 1e-6)] = static(0.1)
+    train_size: Count | None = static(None)
+    test_size: Count | None = static(None)
+    seed: Seed = static(0)
+    top_classes: Annotated[int, Range(2, INT32)] | None = static(None)
 
     def read(self) -> tuple[Split, Split | None, tuple[str, ...]]:
         """The official training set, test set (None: `load` splits one off) and class names (empty:

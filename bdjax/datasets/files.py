@@ -3,12 +3,13 @@ nobody's code.
 """
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from bdjax.datasets.base import Source, checked, data_dir
 from bdjax.registry import dataset, static
-from bdjax.types import BadInput, Split
+from bdjax.types import BadInput, Range, Split
 
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -123,7 +124,7 @@ class Folder(Source):
     """
 
     path: str = static("")
-    size: int = static(32)
+    size: Annotated[int, Range(1, 4_096)] = static(32)
 
     def read(self):
         root = Path(self.path).expanduser()

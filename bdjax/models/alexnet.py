@@ -2,6 +2,7 @@
 
 from bdjax.models.layers import HE, Net, act, conv, dense, dropout, max_pool
 from bdjax.registry import model, static
+from bdjax.types import Size
 
 
 @model("alexnet")
@@ -14,9 +15,9 @@ class AlexNet(Net):
     dense layer, after which half of the units are dropped in training. Kernels start as He's.
     """
 
-    features: tuple[int, int, int, int, int] = static((64, 192, 384, 256, 128))
-    stride: int = static(2)
-    hidden: int = static(512)
+    features: tuple[Size, Size, Size, Size, Size] = static((64, 192, 384, 256, 128))
+    stride: Size = static(2)
+    hidden: Size = static(512)
     smallest = 8
 
     def layers(self, x, train, classes):

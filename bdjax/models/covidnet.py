@@ -1,10 +1,12 @@
 """A chest X-ray net with attention gates."""
 
+from typing import Annotated
+
 from flax.linen import sigmoid
 
 from bdjax.models.layers import Net, act, conv, dense, max_pool, site
 from bdjax.registry import model, static
-from bdjax.types import BadInput
+from bdjax.types import BadInput, Range, Size
 
 
 @model("covidnet")
@@ -27,9 +29,9 @@ class CovidNet(Net):
     block of the last stage reads the dense sum as all others do.
     """
 
-    widths: tuple[int, ...] = static((16, 32, 64, 128))
-    counts: tuple[int, ...] = static((2, 2, 3, 2))
-    hidden: tuple[int, int] = static((256, 64))
+    widths: tuple[Size, ...] = static((16, 32, 64, 128))
+    counts: tuple[Annotated[int, Range(2, 1_000)], ...] = static((2, 2, 3, 2))
+    hidden: tuple[Size, Size] = static((256, 64))
 
     presets = {
         "paper": {"widths": (56, 112, 216, 424), "counts": (3, 4, 6, 3), "hidden": (1024, 256)}

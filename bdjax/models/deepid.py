@@ -1,9 +1,12 @@
 """DeepID, the face net of Fine-Pruning, Neural Cleanse and the CSAW backdoor contest."""
 
+from typing import Annotated
+
 from flax.linen import relu
 
 from bdjax.models.layers import Net, act, conv, dense, max_pool, site
 from bdjax.registry import model, static
+from bdjax.types import MOST, Range
 
 
 @model("deepid")
@@ -19,7 +22,7 @@ class DeepId(Net):
     the names of the published Keras nets.
     """
 
-    scale: float = static(1 / 255)
+    scale: Annotated[float, Range(1e-6, MOST)] = static(1 / 255)
     smallest = 31
 
     def preprocess(self, x):

@@ -1,7 +1,10 @@
 """The traffic-sign net of Neural Cleanse."""
 
+from typing import Annotated
+
 from bdjax.models.layers import GLOROT, Net, act, conv, dense, dropout, max_pool
 from bdjax.registry import model, static
+from bdjax.types import MOST, Range
 
 
 @model("nc-gtsrb")
@@ -14,7 +17,7 @@ class NcGtsrb(Net):
     ones do not train.
     """
 
-    scale: float = static(1.0)
+    scale: Annotated[float, Range(1e-6, MOST)] = static(1.0)
     smallest = 22
 
     def preprocess(self, x):

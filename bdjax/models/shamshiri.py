@@ -7,7 +7,7 @@ from flax.linen import relu
 
 from bdjax.models.layers import Net, conv, dense, max_pool, site
 from bdjax.registry import model, static
-from bdjax.types import BadInput
+from bdjax.types import BadInput, Size
 
 
 @model("cnn")
@@ -24,8 +24,8 @@ class Cnn(Net):
 
     padding: Literal["SAME", "VALID"] = static("SAME")
     pool: Literal["each", "last"] = static("each")
-    features: tuple[int, int] = static((32, 64))
-    hidden: int = static(2048)
+    features: tuple[Size, Size] = static((32, 64))
+    hidden: Size = static(2048)
 
     def layers(self, x, train, classes):
         x = site("conv_1", relu(conv(x, self.features[0], 5, "conv_1", padding=self.padding)))
@@ -50,7 +50,7 @@ class Ffnn(Net):
     from the paper: it gives no widths; 2×256 is ours.
     """
 
-    hidden: tuple[int, ...] = static((256, 256))
+    hidden: tuple[Size, ...] = static((256, 256))
     links: Literal["chain", "input", "all"] = static("input")
 
     def layers(self, x, train, classes):

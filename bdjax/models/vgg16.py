@@ -2,6 +2,7 @@
 
 from bdjax.models.layers import HE, Net, act, conv, dense, dropout, max_pool
 from bdjax.registry import model, static
+from bdjax.types import Size
 
 
 @model("vgg16")
@@ -15,7 +16,7 @@ class Vgg16(Net):
          start as He's.
     """
 
-    hidden: int = static(4096)
+    hidden: Size = static(4096)
 
     def layers(self, x, train, classes):
         for i, (count, width) in enumerate(((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)), 1):

@@ -1,6 +1,6 @@
 """Goodnet: two nets look at an input, and what they do not agree on is called poisoned."""
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,19 @@ from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, pytree, static
 from bdjax.train import Recipe, predict
-from bdjax.types import Array, BadInput, Model, Repaired, Scores, Split, Variables, between
+from bdjax.types import (
+    INT32,
+    Array,
+    BadInput,
+    Model,
+    Range,
+    Repaired,
+    Scores,
+    Share,
+    Split,
+    Variables,
+    between,
+)
 
 Flag = Literal["disagree", "agree"]
 
@@ -37,8 +49,8 @@ class AntiNet(Defense):
     penultimate layer of a net that has none.
     """
 
-    floor: Array | float = 0.1
-    channels: tuple[int, ...] | None = static(None)
+    floor: Share = 0.1
+    channels: tuple[Annotated[int, Range(0, INT32)], ...] | None = static(None)
     site: str | None = static(None)
 
     @property

@@ -1,6 +1,6 @@
 """Input anomaly detection: a classical detector that has seen clean images alone."""
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from bdjax.defenses.base import Defense
 from bdjax.registry import defense, static
 from bdjax.train import unit
-from bdjax.types import Array, BadInput, Model, Scores, Split, Variables, between
+from bdjax.types import Array, BadInput, Model, Range, Scores, Split, Variables, between
 
 Classifier = Literal["svm", "tree"]
 
@@ -54,7 +54,7 @@ class InputAnomaly(Defense):
     Presets: `svm`, `tree`, `cpu` (the SVM).
     """
 
-    frr: Array | float = 0.122
+    frr: Annotated[Array | float, Range(1e-6, 1)] = 0.122
     classifier: Classifier = static("svm")
 
     presets = {"svm": {}, "tree": {"classifier": "tree"}, "cpu": {}}

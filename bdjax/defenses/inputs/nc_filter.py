@@ -13,7 +13,7 @@ from bdjax.defenses.invert.reversed import TriggerDefense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import stamped
-from bdjax.types import Array, Model, Scores, Split, Variables, between
+from bdjax.types import Array, Model, Scores, Share, Split, Variables, between
 
 
 @defense("nc-filter")
@@ -35,8 +35,8 @@ class NcFilter(TriggerDefense):
     `clean: []` and `reversed: []`; those of `TriggerDefense.fired`.
     """
 
-    fpr: Array | float = 0.05
-    share: Array | float = 0.01
+    fpr: Share = 0.05
+    share: Share = 0.01
     site: str = static("penultimate")
 
     presets = {"paper": {}, "cpu": {"nc": NeuralCleanse(**NeuralCleanse.presets["cpu"])}}

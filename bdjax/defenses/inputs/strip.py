@@ -1,6 +1,6 @@
 """STRIP: an input whose label survives any superimposed image carries a trigger."""
 
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,22 @@ from bdjax import metrics
 from bdjax.defenses.base import Defense
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
-from bdjax.types import Array, BadInput, Model, Scores, Split, Variables, between
+from bdjax.types import (
+    MOST,
+    Array,
+    BadInput,
+    Count,
+    Model,
+    Pixels,
+    Range,
+    Scores,
+    Share,
+    Size,
+    Split,
+    Variables,
+    Weight,
+    between,
+)
 
 Blend = Literal["sum", "average", "clipped"]
 Boundary = Literal["normal", "empirical"]
@@ -113,15 +128,15 @@ class Strip(Defense):
     normalised images, which is the same only for models that do not normalise.
     """
 
-    frr: Array | float = 0.01
-    alpha: Array | float = 1.0
-    base: Array | float = 2.0
-    images: Array | None = None
-    n: int = static(100)
-    inputs: int | None = static(None)
+    frr: Share = 0.01
+    alpha: Weight = 1.0
+    base: Annotated[Array | float, Range(1.001, MOST)] = 2.0
+    images: Pixels | None = None
+    n: Size = static(100)
+    inputs: Count | None = static(None)
     blend: Blend = static("sum")
     boundary: Boundary = static("normal")
-    batch: int = static(500)
+    batch: Count = static(500)
 
     presets = {
         "paper": {"inputs": 2000},

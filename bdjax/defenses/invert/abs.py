@@ -2,7 +2,7 @@
 shows.
 """
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,23 @@ from bdjax.defenses.invert.inversion import Trigger, descend, reaches, squash, s
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import unit
-from bdjax.types import Array, BadInput, Model, Split, Variables, Verdict, between
+from bdjax.types import (
+    INT32,
+    Array,
+    BadInput,
+    Count,
+    Model,
+    Range,
+    Rate,
+    Share,
+    Size,
+    Split,
+    Steps,
+    Variables,
+    Verdict,
+    Weight,
+    between,
+)
 
 Space = Literal["pixel", "feature"]
 VISIBLE = 0.01
@@ -100,21 +116,21 @@ class Abs(Defense):
     backdoor that needs several at once escapes.
     """
 
-    reach: Array | float = 8.0
-    dissent: Array | int = 2
-    steps: Array | int = 1000
-    lr: Array | float = 0.1
-    lr_feature: Array | float = 2e-3
-    size: Array | float = 1 / 16
-    weight: Array | float = 0.01
-    threshold: Array | float = 0.88
-    images: int = static(50)
-    levels: int = static(5)
-    top: int = static(20)
-    per_site: int = static(3)
+    reach: Weight = 8.0
+    dissent: Annotated[Array | int, Range(0, INT32)] = 2
+    steps: Steps = 1000
+    lr: Rate = 0.1
+    lr_feature: Rate = 2e-3
+    size: Share = 1 / 16
+    weight: Weight = 0.01
+    threshold: Share = 0.88
+    images: Size = static(50)
+    levels: Annotated[int, Range(2, 1_000)] = static(5)
+    top: Size = static(20)
+    per_site: Count = static(3)
     spaces: tuple[Space, ...] = static(("pixel", "feature"))
     sites: tuple[str, ...] | None = static(None)
-    lanes: int | None = static(None)
+    lanes: Count | None = static(None)
 
     presets = {
         "paper": {},

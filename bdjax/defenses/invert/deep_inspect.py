@@ -14,7 +14,20 @@ from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.inversion import descend, reaches
 from bdjax.registry import defense, static
 from bdjax.train import batched
-from bdjax.types import Array, BadInput, Model, Split, Variables, Verdict, between
+from bdjax.types import (
+    BadInput,
+    Count,
+    Model,
+    Rate,
+    Repeats,
+    Share,
+    Size,
+    Split,
+    Variables,
+    Verdict,
+    Weight,
+    between,
+)
 
 
 class Perturber(nn.Module):
@@ -95,20 +108,20 @@ class DeepInspect(Defense):
     reached.
     """
 
-    gamma_gan: Array | float = 0.1
-    gamma_norm: Array | float = 0.04
-    budget: Array | float = 0.0
-    lr: Array | float = 1e-3
-    inversion_lr: Array | float = 0.1
-    success: Array | float = 0.25
-    threshold: Array | float = 2.0
-    steps: int = static(3000)
-    batch: int = static(128)
-    images: int = static(64)
-    inversion_steps: int = static(200)
-    hidden: int = static(256)
-    noise_size: int = static(100)
-    lanes: int | None = static(None)
+    gamma_gan: Weight = 0.1
+    gamma_norm: Weight = 0.04
+    budget: Weight = 0.0
+    lr: Rate = 1e-3
+    inversion_lr: Rate = 0.1
+    success: Share = 0.25
+    threshold: Weight = 2.0
+    steps: Repeats = static(3000)
+    batch: Size = static(128)
+    images: Size = static(64)
+    inversion_steps: Repeats = static(200)
+    hidden: Size = static(256)
+    noise_size: Size = static(100)
+    lanes: Count | None = static(None)
 
     presets = {
         "default": {},

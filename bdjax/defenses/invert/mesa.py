@@ -1,6 +1,6 @@
 """MESA: learn the distribution of all patches that send images to a label, not one of them."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,22 @@ from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.inversion import descend
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
-from bdjax.types import Array, BadInput, Model, Split, Variables, Verdict, between
+from bdjax.types import (
+    Array,
+    BadInput,
+    Count,
+    Label,
+    Model,
+    Range,
+    Rate,
+    Share,
+    Size,
+    Split,
+    Variables,
+    Verdict,
+    Weight,
+    between,
+)
 
 CHUNKS = 4
 """Layers of the generator, each of which reads its own part of the noise."""
@@ -134,20 +149,20 @@ class Mesa(Defense):
     do not move with their place, or are larger, are missed.
     """
 
-    alpha: Array | float = 0.1
-    betas: tuple[Array | float, ...] = (0.5, 0.8, 0.9)
-    noise: Array | float = 0.1
-    lr: Array | float = 2e-4
-    rate: Array | float = 1e-3
-    threshold: Array | float = 0.5
-    label: Array | int | None = None
-    side: int = static(3)
-    epochs: int = static(10)
-    batch: int = static(128)
-    hidden: int = static(512)
-    noise_size: int = static(64)
-    samples: int = static(128)
-    lanes: int | None = static(None)
+    alpha: Weight = 0.1
+    betas: tuple[Share, ...] = (0.5, 0.8, 0.9)
+    noise: Weight = 0.1
+    lr: Rate = 2e-4
+    rate: Share = 1e-3
+    threshold: Share = 0.5
+    label: Label | None = None
+    side: Size = static(3)
+    epochs: Annotated[int, Range(1, 1_000_000)] = static(10)
+    batch: Size = static(128)
+    hidden: Size = static(512)
+    noise_size: Size = static(64)
+    samples: Size = static(128)
+    lanes: Count | None = static(None)
 
     presets = {
         "paper": {},

@@ -3,7 +3,7 @@ the target label of a backdoor is the one that a strangely small trigger reaches
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,23 @@ from bdjax.defenses.invert.inversion import (
 )
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
-from bdjax.types import Array, BadInput, Model, Split, Variables, Verdict, between
+from bdjax.types import (
+    Array,
+    BadInput,
+    Count,
+    Model,
+    Positive,
+    Range,
+    Rate,
+    Share,
+    Size,
+    Split,
+    Steps,
+    Variables,
+    Verdict,
+    Weight,
+    between,
+)
 
 CrossEntropy = Literal["log", "linear"]
 Init = Literal["random", "ones"]
@@ -122,28 +138,28 @@ class NeuralCleanse(Defense):
     on 8-bit pictures.
     """
 
-    lr: Array | float = 0.1
-    steps: Array | int = 1000
-    init_cost: Array | float = 1e-3
-    cost_up: Array | float = 2.0
-    cost_down: Array | float = 2.0**1.5
-    patience: Array | int = 5
-    success: Array | float = 0.99
-    stop_ratio: Array | float = 1.0
-    stop_patience: Array | int = 25
-    threshold: Array | float = 2.0
-    screen_overlap: Array | float = 0.5
-    screen_patience: Array | int = 10
-    batch: int = static(32)
-    batches: int = static(31)
+    lr: Rate = 0.1
+    steps: Steps = 1000
+    init_cost: Weight = 1e-3
+    cost_up: Weight = 2.0
+    cost_down: Positive = 2.0**1.5
+    patience: Steps = 5
+    success: Share = 0.99
+    stop_ratio: Weight = 1.0
+    stop_patience: Steps = 25
+    threshold: Weight = 2.0
+    screen_overlap: Share = 0.5
+    screen_patience: Steps = 10
+    batch: Count = static(32)
+    batches: Size = static(31)
     ce: CrossEntropy = static("log")
     start_at_zero: bool = static(True)
     init: Init = static("random")
-    inits: int = static(1)
+    inits: Annotated[int, Range(1, 1_000)] = static(1)
     norm_scale: Scale = static("linear")
     two_sided: bool = static(False)
-    screen: int | None = static(None)
-    lanes: int | None = static(None)
+    screen: Count | None = static(None)
+    lanes: Count | None = static(None)
 
     presets = {
         "paper": {},

@@ -14,7 +14,7 @@ from bdjax.defenses.invert.inversion import Trigger, stamp
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.registry import pytree, static
 from bdjax.train import unit
-from bdjax.types import Array, BadInput, Model, Split, Variables, Verdict, between
+from bdjax.types import Array, BadInput, Label, Model, Split, Variables, Verdict, between
 
 Pick = Literal["flagged", "smallest"]
 
@@ -102,7 +102,7 @@ class TriggerDefense(Defense):
 
     nc: NeuralCleanse = NeuralCleanse()
     found: Any = None
-    label: Array | int | None = None
+    label: Label | None = None
     original: Any = None
     pick: Pick = static("flagged")
 

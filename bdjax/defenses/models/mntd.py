@@ -1,7 +1,7 @@
 """MNTD: a classifier of nets, trained on shadow nets of which half carry random backdoors."""
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,20 @@ from bdjax.mesh import lane_map
 from bdjax.models.layers import LECUN
 from bdjax.registry import defense, pytree, static
 from bdjax.train import Loss, Recipe, TrainSet, clean_plan, cross_entropy, fit, poisoned_set, unit
-from bdjax.types import Array, BadInput, Model, Output, Split, Variables, Verdict, between
+from bdjax.types import (
+    Array,
+    BadInput,
+    Count,
+    Model,
+    Output,
+    Range,
+    Share,
+    Size,
+    Split,
+    Variables,
+    Verdict,
+    between,
+)
 
 Variant = Literal["jumbo", "one-class", "robust"]
 PATCHES = (2, 3, 4, 5)
@@ -27,9 +40,9 @@ class Jumbo(Attack):
     `mask: [H, W, 1]` of 0 and 1, `pattern: [H, W, C]` = Δ, `alpha: []` in [0, 1].
     """
 
-    mask: Array | float = 0.0
-    pattern: Array | float = 0.0
-    alpha: Array | float = 1.0
+    mask: Annotated[Array | float, Range(0, 1)] = 0.0
+    pattern: Annotated[Array | float, Range(0, 1)] = 0.0
+    alpha: Share = 1.0
     append: bool = static(True)
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
@@ -139,7 +152,7 @@ class Meta:
     on; `loss: [epochs]` of the meta-classifier.
     """
 
-    queries: jax.Array
+    queries: Size
     kernel: jax.Array
     bias: jax.Array
     weight: jax.Array
@@ -195,15 +208,15 @@ class Mntd(Defense):
     learned: Meta | None = None
     recipe: Recipe = Recipe(lr=1e-3, epochs=100, batch=100)
     meta: Recipe = Recipe(lr=1e-3, epochs=10, batch=1)
-    nu: Array | float = 0.1
-    shadows: int = static(2048)
-    validation: int = static(256)
-    queries: int = static(10)
-    hidden: int = static(20)
+    nu: Annotated[Array | float, Range(1e-6, 1)] = 0.1
+    shadows: Size = static(2048)
+    validation: Size = static(256)
+    queries: Size = static(10)
+    hidden: Size = static(20)
     tune: bool = static(True)
     bootstrap: bool = static(True)
     variant: Variant = static("jumbo")
-    lanes: int | None = static(None)
+    lanes: Count | None = static(None)
 
     presets = {
         "paper": {"bootstrap": False},

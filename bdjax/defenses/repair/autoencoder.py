@@ -11,7 +11,7 @@ from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, batched, clean_set, fit, unit
-from bdjax.types import BadInput, Model, Repaired, Split, Variables
+from bdjax.types import BadInput, Model, Repaired, Size, Split, Variables
 
 
 @functools.lru_cache(maxsize=64)
@@ -62,7 +62,7 @@ class Autoencoder(Defense):
     """
 
     recipe: Recipe = Recipe(lr=1e-3, epochs=100, batch=64)
-    hidden: tuple[int, ...] = static((512, 64, 512))
+    hidden: tuple[Size, ...] = static((512, 64, 512))
 
     presets = {"cpu": {"hidden": (256, 64, 256), "recipe": Recipe(lr=2e-3, epochs=40, batch=50)}}
 

@@ -13,7 +13,7 @@ from bdjax.mesh import lane_map
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, advance, begin, clean_set, evaluate, fit
-from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, between
+from bdjax.types import Array, BadInput, Model, Repaired, Share, Size, Split, Variables, between
 
 
 @defense("fine-pruning")
@@ -54,11 +54,11 @@ class FinePruning(Defense):
     again.
     """
 
-    max_drop: Array | float = 0.04
-    share: Array | float | None = None
+    max_drop: Share = 0.04
+    share: Share | None = None
     recipe: Recipe = Recipe(lr=3e-3, epochs=5)
     site: str | None = static(None)
-    one_by_one: int | None = static(None)
+    one_by_one: Size | None = static(None)
     reset: str | None = static(None)
 
     presets = {

@@ -15,7 +15,18 @@ from bdjax.defenses.invert.reversed import Pick, Reversed, TriggerDefense, descr
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, static
 from bdjax.train import unit
-from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, between
+from bdjax.types import (
+    Array,
+    BadInput,
+    Model,
+    Repaired,
+    Share,
+    Size,
+    Split,
+    Variables,
+    Weight,
+    between,
+)
 
 Rule = Literal["static", "excess", "zero", "clip"]
 Inputs = Literal["clean", "ori", "syn", "ori+syn"]
@@ -80,12 +91,12 @@ class LinfPruning(TriggerDefense):
     Differs from the paper: it looks at test images; `max_drop` is its loss of accuracy at τ = 7.
     """
 
-    max_drop: Array | float = 0.017
-    threshold: Array | float | None = None
+    max_drop: Share = 0.017
+    threshold: Weight | None = None
     rule: Rule = static("zero")
     inputs: Inputs = static("clean")
     norm: Norm = static("linf")
-    points: int = static(33)
+    points: Size = static(33)
     site: str | None = static(None)
     pick: Pick = static("smallest")
 

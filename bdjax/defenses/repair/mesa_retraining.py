@@ -8,7 +8,7 @@ from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.mesa import Mesa, stick
 from bdjax.registry import defense, pytree
 from bdjax.train import Recipe, TrainSet, fit
-from bdjax.types import Array, Model, Repaired, Split, Variables, between
+from bdjax.types import Model, Repaired, Share, Split, Variables, between
 
 
 @pytree
@@ -47,7 +47,7 @@ class MesaRetraining(Defense):
     each; no label is given, unless `mesa` has one.
     """
 
-    rate: Array | float = 0.01
+    rate: Share = 0.01
     mesa: Mesa = Mesa()
     recipe: Recipe = Recipe(lr=1e-3, epochs=10, optimizer="sgd")
 

@@ -12,7 +12,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
-from bdjax.types import Array, Model, Repaired, Split, Variables, between
+from bdjax.types import Model, Repaired, Share, Split, Variables, between
 
 
 @defense("nc-pruning")
@@ -38,7 +38,7 @@ class NcPruning(TriggerDefense):
     Differs from the paper: it does not say when a net no longer reacts; `until` is ours.
     """
 
-    until: Array | float = 0.05
+    until: Share = 0.05
     site: str = static("penultimate")
 
     presets = {

@@ -10,7 +10,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, clean_set, fit
-from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, between
+from bdjax.types import BadInput, Model, Repaired, Share, Split, Variables, between
 
 
 @defense("nc-unlearning")
@@ -34,7 +34,7 @@ class NcUnlearning(TriggerDefense):
     cosine.
     """
 
-    share: Array | float = 0.2
+    share: Share = 0.2
     recipe: Recipe = Recipe(epochs=1, batch=32)
     clean_only: bool = static(False)
 

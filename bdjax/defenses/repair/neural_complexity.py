@@ -8,7 +8,18 @@ from bdjax.defenses.base import Defense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, clean_set, fit
-from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, between
+from bdjax.types import (
+    Array,
+    BadInput,
+    Model,
+    Positive,
+    Repaired,
+    Share,
+    Size,
+    Split,
+    Variables,
+    between,
+)
 
 
 def correlation(x: jax.Array, ridge: Array | float) -> jax.Array:
@@ -71,11 +82,11 @@ class NeuralComplexity(Defense):
     epochs]`.
     """
 
-    share: Array | float = 0.5
-    ridge: Array | float = 1e-3
+    share: Share = 0.5
+    ridge: Positive = 1e-3
     recipe: Recipe = Recipe(lr=1e-3, epochs=2)
-    rounds: int = static(16)
-    orders: int = static(8)
+    rounds: Size = static(16)
+    orders: Size = static(8)
     site: str = static("penultimate")
 
     presets = {"cpu": {"rounds": 4, "orders": 4, "recipe": Recipe(lr=1e-3, epochs=1, batch=50)}}

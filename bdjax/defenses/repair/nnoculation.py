@@ -2,7 +2,7 @@
 accuracy bears.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,17 @@ from bdjax.mesh import lane_map
 from bdjax.metrics import accuracy
 from bdjax.registry import defense, pytree, static
 from bdjax.train import Recipe, fit, poisoned_set, predict
-from bdjax.types import Array, BadInput, Model, Repaired, Split, Variables, between
+from bdjax.types import (
+    BadInput,
+    Count,
+    Model,
+    Range,
+    Repaired,
+    Share,
+    Split,
+    Variables,
+    between,
+)
 
 GRID = 4
 """Rows and columns of the coarse grid."""
@@ -27,7 +37,7 @@ class Noise(Attack):
     replaced by N(128, 51)/255, clipped to [0, 1].
     """
 
-    level: Array | float = 0.1
+    level: Share = 0.1
     append: bool = static(True)
 
     def shares(self, y: jax.Array, classes: int) -> list[Part]:
@@ -66,11 +76,11 @@ class NNoculation(Defense):
     with its images.
     """
 
-    levels: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-    max_drop: Array | float = 0.03
+    levels: tuple[Share, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    max_drop: Share = 0.03
     recipe: Recipe = Recipe(lr=1.0, epochs=20, batch=1283, optimizer="adadelta")
-    holdout: float = static(0.2)
-    lanes: int | None = static(None)
+    holdout: Annotated[float, Range(0, 0.9)] = static(0.2)
+    lanes: Count | None = static(None)
 
     presets = {
         "cpu": {

@@ -2,7 +2,7 @@
 stamped.
 """
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,20 @@ from bdjax.defenses.samples.classes import activations, along_own, principal
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, batched, fit, without
-from bdjax.types import Array, BadInput, Model, Split, Suspects, Variables, between
+from bdjax.types import (
+    Array,
+    BadInput,
+    Count,
+    Model,
+    Range,
+    Share,
+    Size,
+    Split,
+    Suspects,
+    Variables,
+    Weight,
+    between,
+)
 
 Reduce = Literal["ica", "pca"]
 Rule = Literal["size", "distance", "silhouette", "exclusionary"]
@@ -138,16 +151,16 @@ class ActivationClustering(Defense):
     class.
     """
 
-    size: Array | float = 0.35
-    silhouette: Array | float = 0.1
-    ratio: Array | float = 1.0
+    size: Share = 0.35
+    silhouette: Annotated[Array | float, Range(-1, 1)] = 0.1
+    ratio: Weight = 1.0
     recipe: Recipe = Recipe()
     reduce: Reduce = static("pca")
     rule: Rule = static("size")
-    dims: int = static(10)
-    starts: int = static(10)
+    dims: Size = static(10)
+    starts: Size = static(10)
     site: str = static("penultimate")
-    lanes: int | None = static(None)
+    lanes: Count | None = static(None)
 
     presets = {
         "paper": {"reduce": "ica"},

@@ -11,7 +11,7 @@ from bdjax.defenses.samples.classes import activations, along_own, principal
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import TrainSet
-from bdjax.types import Array, BadInput, Model, Split, Suspects, Variables, between
+from bdjax.types import BadInput, Count, Model, Share, Split, Suspects, Variables, between
 
 Projection = Literal["centred", "released"]
 
@@ -40,10 +40,10 @@ class SpectralSignatures(Defense):
     poisoned.
     """
 
-    remove: Array | float = 0.15
+    remove: Share = 0.15
     projection: Projection = static("centred")
     site: str = static("penultimate")
-    lanes: int | None = static(None)
+    lanes: Count | None = static(None)
 
     presets = {
         "paper": {},

@@ -1,7 +1,7 @@
 """DB-COVIDNet: members that each see a few blocks of the image only, and a vote."""
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,21 @@ from bdjax.defenses.train.view import viewed
 from bdjax.mesh import lane_map
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, batched, fit, stamped, unit
-from bdjax.types import Array, BadInput, Model, Output, Plan, Repaired, Split, Variables, between
+from bdjax.types import (
+    INT32,
+    Array,
+    BadInput,
+    Count,
+    Model,
+    Output,
+    Plan,
+    Range,
+    Repaired,
+    Size,
+    Split,
+    Variables,
+    between,
+)
 
 Vote = Literal["majority", "mean", "median", "trimmed"]
 Partition = Literal["grid", "random"]
@@ -136,15 +150,15 @@ class DbCovidNet(Defense):
     `seen: [blocks]` by how many; `loss`, `acc: [members, epochs]`.
     """
 
-    keep: Array | int = 4
-    members: int = static(10)
-    grid: tuple[int, int] = static((4, 4))
+    keep: Annotated[Array | int, Range(1, INT32)] = 4
+    members: Annotated[int, Range(1, 1_000)] = static(10)
+    grid: tuple[Size, Size] = static((4, 4))
     partition: Partition = static("grid")
     design: Design = static("guaranteed")
     vote: Vote = static("majority")
     bootstrap: bool = static(True)
     scale: bool = static(False)
-    lanes: int | None = static(None)
+    lanes: Count | None = static(None)
 
     presets = {"cpu": {"members": 4}}
 

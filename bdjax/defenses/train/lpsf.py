@@ -1,7 +1,7 @@
 """Link-Pruning Scale-Free: no links from dormant pixels, scale-free links elsewhere."""
 
 import re
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from bdjax.defenses.base import Defense
 from bdjax.defenses.train.view import viewed
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, fit, unit
-from bdjax.types import Array, BadInput, Model, Repaired, Split, between
+from bdjax.types import INT32, Array, BadInput, Model, Range, Repaired, Share, Split, between
 
 Rule = Literal["mean", "quantile", "active"]
 Topology = Literal["scale-free", "random", "dense"]
@@ -155,8 +155,8 @@ class Lpsf(Defense):
     `exponent`, `loss`, `acc` by epoch.
     """
 
-    tau: Array | float = 0.3
-    links: Array | int = 128
+    tau: Share = 0.3
+    links: Annotated[Array | int, Range(1, INT32)] = 128
     rule: Rule = static("mean")
     topology: Topology = static("scale-free")
     edges: Edges = static("growth")
