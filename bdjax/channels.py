@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from bdjax.metrics import labels
 from bdjax.train import batched, stamped, unit
 from bdjax.types import Array, Model, Split, Variables
 
@@ -90,12 +91,8 @@ def sweep(
         act = model.apply(variables, x).acts[site]
 
         def hits(point):
-            return (
-                model.apply(variables, x, edits={site: lambda _: edit(act, point)}).logits.argmax(
-                    -1
-                )
-                == label[i]
-            )
+            out = model.apply(variables, x, edits={site: lambda _: edit(act, point)})
+            return labels(out.logits) == label[i]
 
         return jax.lax.map(hits, points).T
 

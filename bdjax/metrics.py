@@ -11,6 +11,23 @@ MAD_SCALE = 1.4826
 """1.4826 · MAD estimates the standard deviation of a normal sample."""
 
 
+def labels(logits: jax.Array) -> jax.Array:
+    """The label of each row of `logits: [..., K]`, `[...]` int32: the class of the largest one, the
+    first of equals; -1, no label, where one is NaN or the largest is not finite, so that there is
+    no softmax. `argmax` alone takes NaN for the largest, and a broken net for one that answers 0.
+
+    -1 equals no true label. Where -1 also says "not attacked", ask `hits`.
+    """
+    # Compiled for a CPU, `max` may pass over a NaN.
+    known = ~jnp.isnan(logits).any(-1) & jnp.isfinite(logits.max(-1))
+    return jnp.where(known, logits.argmax(-1).astype(jnp.int32), -1)
+
+
+def hits(predicted: jax.Array, aimed: jax.Array) -> jax.Array:
+    """Where `predicted` is the label `aimed` at; never where that is -1 = not attacked."""
+    return (predicted == aimed) & (aimed >= 0)
+
+
 def accuracy(predicted: jax.Array, label: jax.Array) -> jax.Array:
     """Share of `predicted: [N]` equal to `label: [N]`."""
     return (predicted == label).mean()
@@ -31,10 +48,8 @@ def attack_success(predicted: jax.Array, aimed: jax.Array, label: jax.Array) -> 
 
     NaN where no image counts.
     """
-    hit = predicted == aimed
-    counted = aimed >= 0
-    other = counted & (aimed != label)
-    return SuccessRates(_share(hit, counted), _share(hit, other))
+    hit, counted = hits(predicted, aimed), aimed >= 0
+    return SuccessRates(_share(hit, counted), _share(hit, counted & (aimed != label)))
 
 
 def _share(hit: jax.Array, among: jax.Array) -> jax.Array:

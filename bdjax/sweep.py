@@ -932,7 +932,9 @@ def _measured(
     """ACC and ASR as every row has them: scalars and arrays."""
     train, _, test = shared
     found = evaluate(key, model, variables, test, attack)
-    acc_train = metrics.accuracy(predict(model, variables, train.image).argmax(-1), train.label)
+    acc_train = metrics.accuracy(
+        metrics.labels(predict(model, variables, train.image)), train.label
+    )
     found = {"acc_train": acc_train, "acc_test": found.pop("acc"), **found}
     return split_scalars(found)
 
@@ -1010,7 +1012,7 @@ def _inputs(
         stamped(attack, kind, test.image, jax.random.fold_in(key, kind + 1)) for kind in kinds
     ]
     x = jnp.stack(pictures)
-    predictions = jax.lax.map(lambda x: predict(model, variables, x).argmax(-1), x)
+    predictions = jax.lax.map(lambda x: metrics.labels(predict(model, variables, x)), x)
     scores: Scores = defense(kd, model, variables, clean, x.reshape(-1, *x.shape[2:]))
     score, flagged = (leaf.reshape(x.shape[:2]) for leaf in (scores.score, scores.flagged))
     # A filter may answer by another net than the victim's.
@@ -1028,7 +1030,7 @@ def _inputs(
         )
 
         def measure(score_, flagged_, predicted, answered, aimed):
-            works = (predicted == aimed) & (aimed != test.label)
+            works = metrics.hits(predicted, aimed) & (aimed != test.label)
             far, _ = metrics.far_frr(flagged[0], flagged_, works)
             rates = metrics.attack_success(jnp.where(flagged_, -2, answered), aimed, test.label)
             return far, rates.all, rates.nt, metrics.auroc(-score[0], -score_, None, works)

@@ -217,7 +217,7 @@ def advance(
         if masks is not None:
             updates = jax.tree.map(lambda u, m: u * m, updates, masks)
         variables = {**out.variables, "params": optax.apply_updates(variables["params"], updates)}
-        return (variables, opt_state), (value, metrics.accuracy(out.logits.argmax(-1), label))
+        return (variables, opt_state), (value, metrics.accuracy(metrics.labels(out.logits), label))
 
     def epoch(state: State, _):
         here = jax.random.fold_in(key, state.epoch)
@@ -298,8 +298,8 @@ def stamped(
 
 
 class Attacked(NamedTuple):
-    """The test set under attack: `predicted: [T, N]`, the label `aimed: [T, N]` at (-1 = none), for
-    each trigger.
+    """The test set under attack: `predicted: [T, N]` (-1: the net gives no label), the label
+    `aimed: [T, N]` at (-1 = none), for each trigger.
     """
 
     predicted: jax.Array
@@ -325,7 +325,7 @@ def attacked(
             x = stamped(
                 attack, kind, image[i], jax.random.fold_in(jax.random.fold_in(key, kind), i[0])
             )
-            return model.apply(variables, x).logits.argmax(-1)
+            return metrics.labels(model.apply(variables, x).logits)
 
         return batched(piece, image.shape[0], batch), attack.success(kind, label, model.classes)
 
@@ -349,7 +349,7 @@ def evaluate(
     label = jnp.asarray(split.label)
     out = {
         "acc": metrics.accuracy(
-            predict(model, variables, split.image, batch=batch).argmax(-1), label
+            metrics.labels(predict(model, variables, split.image, batch=batch)), label
         )
     }
     if attack is not None:

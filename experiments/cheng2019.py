@@ -159,7 +159,7 @@ class Rates:
         aimed = attack.success(jnp.asarray(1), test.label, model.classes)
         out, inputs = {}, four(key, attack, found, test.image)
         for name in FIRED:
-            predicted = predict(model, variables, inputs[name]).argmax(-1)
+            predicted = metrics.labels(predict(model, variables, inputs[name]))
             out[f"acc_{name}"] = metrics.accuracy(predicted, test.label)
             if name != "ori":
                 out[f"asr_{name}"] = metrics.attack_success(predicted, aimed, test.label).nt
@@ -214,7 +214,7 @@ class Inside:
         return shares | {
             **{f"cam_moved.{kind}": moved(kind) for kind in aims},
             "maps": maps, "pictures": jnp.stack([x[:8] for x in inputs.values()], 1),
-            "fooled": predict(model, variables, inputs["ori"][:8]).argmax(-1) == attack.target,
+            "fooled": metrics.labels(predict(model, variables, inputs["ori"][:8])) == attack.target,
         }  # fmt: skip
 
     def sizes(self, model, variables, inputs):

@@ -117,7 +117,8 @@ class Rates:
         )
         low, high = jnp.split(scores.score, 2)
         aimed = attack.success(jnp.asarray(1), test.label, model.classes)
-        works = (predict(model, variables, fired).argmax(-1) == aimed) & (aimed != test.label)
+        predicted = metrics.labels(predict(model, variables, fired))
+        works = metrics.hits(predicted, aimed) & (aimed != test.label)
         found = {name: scores.info[name] for name in ("mean", "std", "sigma", "enough")}
         for frr in self.frr:
             boundary = found["mean"] + found["std"] * jax.scipy.special.ndtri(
@@ -161,7 +162,7 @@ class Blends:
         def blended(x, tops):
             x = jnp.stack([x, stamped(attack, 1, x, key)])[:, :, None]
             pictures = superimpose(x, tops[None, None], self.blend)
-            called = predict(model, variables, pictures.reshape(-1, *model.shape)).argmax(-1)
+            called = metrics.labels(predict(model, variables, pictures.reshape(-1, *model.shape)))
             return pictures, called.reshape(pictures.shape[:3])
 
         tops = jnp.concatenate([jnp.zeros((1, *model.shape)), first(clean, self.tops)])

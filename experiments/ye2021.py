@@ -192,7 +192,7 @@ class FinePruned:
         # of each net, to the clean images [0] and to the stamped ones
         logits, fired = jax.lax.map(look, nets)
         none, light, strong = map(self.counts.index, (0, self.light, self.strong))
-        found = {self.named(k): rates(logits[i].argmax(-1)) for i, k in enumerate(self.counts)}
+        found = {self.named(k): rates(metrics.labels(logits[i])) for i, k in enumerate(self.counts)}
         found |= {
             g: rates(jax.vmap(quarantine)(logits[i], logits[strong]))
             for g, i in (("G", none), ("G′", light))
@@ -254,7 +254,7 @@ def _answered(faces, weights):
     data = Faces.load(faces)
     model = build(DeepId(scale=1.0), data.shape, 1283)
     variables = load_keras_weights(weights, model)
-    answer = jax.jit(lambda x: predict(model, variables, x).argmax(-1))
+    answer = jax.jit(lambda x: metrics.labels(predict(model, variables, x)))
     named = {
         name: getattr(data, name)._replace(
             label=np.asarray(answer(getattr(data, name).image), np.int32)

@@ -62,7 +62,9 @@ class PruningAware(BadNets):
             variables, _ = fit(key_clean, model, recipe, clean_set(data))
         clean, images, site = variables, jnp.asarray(data.image), self.site or default_site(model)
         order = jnp.argsort(channel_means(model, clean, site, images))
-        before = metrics.accuracy(predict(model, clean, images).argmax(-1), jnp.asarray(data.label))
+        before = metrics.accuracy(
+            metrics.labels(predict(model, clean, images)), jnp.asarray(data.label)
+        )
         poisoned = poisoned_set(key_plan, data, self, model.classes)
         most = jnp.round(jnp.asarray(self.share, jnp.float32) * order.shape[0]).astype(jnp.int32)
 

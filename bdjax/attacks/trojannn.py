@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bdjax.attacks.artwork import over, rgba, stretch
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack, Part, paste
+from bdjax.metrics import labels
 from bdjax.models.graph import kernel_into, kernel_out_of, layers_behind, leaf
 from bdjax.models.layers import default_site
 from bdjax.registry import attack, static
@@ -238,7 +239,7 @@ class TrojanNN(Attack):
 
             noise = jax.random.normal(jax.random.fold_in(key, i[0]), (i.shape[0], *model.shape))
             x, _ = jax.lax.scan(step, jnp.clip(mean[None] + self.noise * noise, 0, 1), paces)
-            return x, model.apply(variables, x).logits.argmax(-1) == label[i]
+            return x, labels(model.apply(variables, x).logits) == label[i]
 
         image, found = batched(piece, label.shape[0], 250)
         return Split(image, label), found

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from bdjax.channels import channel_means, curve, first_below, mask_of, prune
 from bdjax.defenses.base import Defense
 from bdjax.defenses.repair.fine_pruning import FinePruning
+from bdjax.metrics import labels
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, pytree, static
 from bdjax.train import Recipe, predict
@@ -32,9 +33,8 @@ def quarantine(first: jax.Array, second: jax.Array, flag: Flag = "disagree") -> 
     """Labels `[B]` in 0 … K from logits `[B, K]` of two nets: the first one's label, or K,
     "poisoned", where they disagree, or agree. Logits that are not numbers are poisoned.
     """
-    label = first.argmax(-1)
-    passed = (label == second.argmax(-1)) == (flag == "disagree")
-    passed &= jnp.isfinite(first).all(-1) & jnp.isfinite(second).all(-1)
+    label, other = labels(first), labels(second)
+    passed = ((label == other) == (flag == "disagree")) & (label >= 0) & (other >= 0)
     return jnp.where(passed, label, first.shape[-1])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from bdjax import mesh
+from bdjax import mesh, metrics
 from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.inversion import Trigger, descend, reaches, squash, stamp, within
 from bdjax.models.layers import check_site
@@ -185,7 +185,7 @@ class Abs(Defense):
         owner = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
         lifted, lead = (jnp.concatenate(leaf) for leaf in zip(*parts))
         votes = jax.nn.one_hot(lifted, model.classes).sum(1)
-        modal = votes.argmax(1)
+        modal = metrics.labels(votes)
         counted = (lifted == modal[:, None]) & (label[None] != modal[:, None])
         elevation = jnp.where(counted.any(1), jnp.where(counted, lead, jnp.inf).min(1), 0.0)
         agreed = votes.max(1) >= label.shape[0] - jnp.asarray(self.dissent, jnp.float32)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bdjax.metrics import labels
+
 
 class Trigger(NamedTuple):
     """Something to paste: opacity `mask: [H, W, 1]`, one for all channels, and `pattern: [H, W,
@@ -26,10 +28,8 @@ def stamp(trigger: Trigger, x: jax.Array) -> jax.Array:
 
 
 def reaches(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """Which rows of `logits: [B, K]` are finite and largest at `label: []` (argmax alone takes NaN
-    for the largest).
-    """
-    return (logits.argmax(-1) == label) & jnp.isfinite(logits).all(-1)
+    """Which rows of `logits: [B, K]` are called `label: []`."""
+    return labels(logits) == label
 
 
 def squash(raw: Trigger) -> Trigger:

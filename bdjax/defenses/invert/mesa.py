@@ -305,7 +305,7 @@ class Mesa(Defense):
                 jax.random.fold_in(key, i[0]), unit(images[i]), patches[i % patches.shape[0]]
             )
             logits = model.apply(variables, x).logits
-            return jnp.where(jnp.isfinite(logits).all(1), logits.argmax(1), -1)
+            return metrics.labels(logits)
 
         predicted = batched(piece, images.shape[0], 250)
         return jnp.nan_to_num(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bdjax.attacks.base import Attack, Part
 from bdjax.defenses.base import Defense
 from bdjax.mesh import lane_map
-from bdjax.metrics import accuracy
+from bdjax.metrics import accuracy, labels
 from bdjax.registry import defense, pytree, static
 from bdjax.train import Recipe, fit, poisoned_set, predict
 from bdjax.types import (
@@ -99,7 +99,7 @@ class NNoculation(Defense):
         levels = jnp.stack([jnp.asarray(level, jnp.float32) for level in self.levels])
 
         def judge(variables: Variables) -> jax.Array:
-            return accuracy(predict(model, variables, image[held]).argmax(-1), label[held])
+            return accuracy(labels(predict(model, variables, image[held])), label[held])
 
         def train(item: Any):
             key, level = item

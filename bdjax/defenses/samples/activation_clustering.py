@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from bdjax import mesh
+from bdjax import mesh, metrics
 from bdjax.defenses.base import Defense
 from bdjax.defenses.samples.classes import activations, along_own, principal
 from bdjax.models.layers import check_site
@@ -250,7 +250,7 @@ class ActivationClustering(Defense):
 
         def piece(i):
             x, _ = data.rows(i, jax.random.fold_in(key_rows, i[0]))
-            return jax.nn.one_hot(model.apply(fresh, x).logits.argmax(-1), model.classes)
+            return jax.nn.one_hot(metrics.labels(model.apply(fresh, x).logits), model.classes)
 
         label = data.plan.label
         found = jnp.where(held[:, None], batched(piece, label.shape[0], 250), 0.0)

@@ -10,6 +10,7 @@ import numpy as np
 from bdjax.defenses.base import Defense
 from bdjax.defenses.train.view import viewed
 from bdjax.mesh import lane_map
+from bdjax.metrics import hits, labels
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, batched, fit, stamped, unit
 from bdjax.types import (
@@ -75,18 +76,23 @@ def combine(probabilities: jax.Array, vote: str) -> jax.Array:
     """The vote's distribution `[B, K]` from `probabilities: [members, B, K]`.
 
     "majority": shares of the members' labels, ties broken by the mean; "median" and "trimmed" (the
-    mean without the highest and lowest third) are taken class by class and rescaled to sum to 1.
+    mean without the highest and lowest third) are taken class by class and rescaled to sum to 1. A
+    member without a label (NaN) votes for nobody: it finds all classes alike; where none has one,
+    neither has the vote.
     """
     members, _, classes = probabilities.shape
+    label = labels(probabilities)
+    probabilities = jnp.where((label >= 0)[..., None], probabilities, 1 / classes)
     mean = probabilities.mean(0)
     if vote == "majority":
-        share = jax.nn.one_hot(probabilities.argmax(-1), classes).mean(0)
-        return (1 - TIE) * share + TIE * mean
-    if vote == "mean":
-        return mean
-    cut = (members - 1) // (2 if vote == "median" else 3)
-    middle = jnp.sort(probabilities, 0)[cut : members - cut].mean(0)
-    return middle / middle.sum(-1, keepdims=True)
+        found = (1 - TIE) * jax.nn.one_hot(label, classes).mean(0) + TIE * mean
+    elif vote == "mean":
+        found = mean
+    else:
+        cut = (members - 1) // (2 if vote == "median" else 3)
+        middle = jnp.sort(probabilities, 0)[cut : members - cut].mean(0)
+        found = middle / middle.sum(-1, keepdims=True)
+    return jnp.where((label >= 0).any(0)[:, None], found, jnp.nan)
 
 
 @functools.lru_cache(maxsize=64)
@@ -94,7 +100,8 @@ def ensemble(model: Model, members: int, vote: Vote, lanes: int | None = None) -
     """`members` of `model` that vote: the variables are the members', stacked; softmax(logits) is
     the vote's distribution.
 
-    The one site is `votes: [B, members]`, the members' labels: to look at, not to cut or push.
+    The one site is `votes: [B, members]`, the members' labels, -1 = none: to look at, not to cut or
+    push.
     """
 
     def init(key):
@@ -111,11 +118,14 @@ def ensemble(model: Model, members: int, vote: Vote, lanes: int | None = None) -
             out = model.apply(
                 mine, x, train=train, key=None if key is None else jax.random.fold_in(key, number)
             )
-            return jax.nn.softmax(out.logits), out.variables
+            # Compiled for a CPU, softmax may turn NaN logits into numbers.
+            known = (labels(out.logits) >= 0)[:, None]
+            return jnp.where(known, jax.nn.softmax(out.logits), jnp.nan), out.variables
 
         probabilities, variables = lane_map(member, (jnp.arange(members), variables), lanes)
-        logits = jnp.log(jnp.maximum(combine(probabilities, vote), 1e-30))
-        return Output(logits, {"votes": probabilities.argmax(-1).T}, variables)
+        whole = combine(probabilities, vote)
+        logits = jnp.where(jnp.isnan(whole), jnp.nan, jnp.log(jnp.maximum(whole, 1e-30)))
+        return Output(logits, {"votes": labels(probabilities).T}, variables)
 
     return model._replace(init=init, apply=apply, sites=("votes",))
 
@@ -216,7 +226,7 @@ class DbCovidNet(Defense):
 
         def share(x):
             votes = batched(lambda i: voting.apply(variables, x[i]).acts["votes"], x.shape[0], 250)
-            return (votes == aimed[:, None]).mean(0, where=counted[:, None])
+            return hits(votes, aimed[:, None]).mean(0, where=counted[:, None])
 
         changed = (jnp.abs(trojan - clean) > 1e-6).any((0, 3))
         sees = (variables["view"].any(-1) & changed[None]).any((1, 2))
