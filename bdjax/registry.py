@@ -213,7 +213,11 @@ def _fault(hint: Any, value: Any) -> str | None:
         return _number_fault(*kinds[0], value)
     if origin is Literal:
         known = ", ".join(map(str, args))
-        return None if isinstance(value, str) and value in args else f" {_word(value)} is not one of {known}"
+        return (
+            None
+            if isinstance(value, str) and value in args
+            else f" {_word(value)} is not one of {known}"
+        )
     if origin is tuple:
         if not isinstance(value, tuple):
             return f" {_word(value)} is not a tuple"
