@@ -14,16 +14,17 @@ import inspect
 import json
 import pkgutil
 import re
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
 
-from bdjax.types import BadInput, Range, shown
+from bdjax.types import BadInput, Range, concrete, shown
 
 T = TypeVar("T")
 KINDS = ("attack", "defense", "model", "dataset")
@@ -31,6 +32,7 @@ _CITATION = re.compile(
     r"\((?P<paper>[^()]+?), (?P<year>\d{4})(?:, arXiv:(?P<arxiv>[\w./-]+))?(?:, [^()]*)?\)"
 )
 _entries: dict[tuple[str, str], "Entry"] = {}
+_brought: dict[tuple[str, str], tuple[str, str]] = {}
 _pytrees: dict[str, type] = {}
 
 
@@ -69,6 +71,12 @@ def pytree(cls: type[T]) -> type[T]:
     return made
 
 
+def _source(cls: type) -> str:
+    """The file that a class stands in; a notebook has none, its cells are all of one module."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return str(Path(file).resolve()) if file else cls.__module__
+
+
 def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
     def decorate(cls: type[T]) -> type[T]:
         cls = pytree(cls)
@@ -76,12 +84,19 @@ def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
         cite = _CITATION.search(" ".join(paragraph.split()))
         # A file run as a script (an experiment that brings a method of its own) has no place in the
         # package.
-        source = Path(inspect.getfile(cls))
+        source = Path(_source(cls))
         root = Path(__file__).parent.parent
         file = source.relative_to(root).as_posix() if source.is_relative_to(root) else source.name
         paper, year, arxiv = (
             (cite["paper"], int(cite["year"]), cite["arxiv"]) if cite else ("", None, None)
         )
+        brought = (cls.__qualname__, _source(cls))
+        earlier = _brought.setdefault((kind, name), brought)
+        if earlier != brought:  # else a file or a cell of a notebook that is run again
+            raise BadInput(
+                f"two {kind}s are called '{name}': {earlier[0]} in {earlier[1]} and "
+                f"{brought[0]} in {brought[1]}; rename one"
+            )
         _entries[kind, name] = Entry(kind, name, paper, year, arxiv, file, cls)
         return cls
 
@@ -164,6 +179,40 @@ def validate(method: Any) -> None:
     """
     if dataclasses.is_dataclass(method) and (fault := _fault_within(method)):
         raise BadInput(f"{name_of(method) or type(method).__name__}: {fault}")
+
+
+def admit(method: Any, *where: Any) -> None:
+    """`validate`, and the method's own `check(*where)` where nothing in it is traced: the door of
+    all functions that take a method.
+    """
+    validate(method)
+    if concrete(method):
+        with jax.ensure_compile_time_eval():  # a check computes with values, within jit too
+            method.check(*where)
+
+
+def unread(method: Any, path: Sequence[str]) -> str | None:
+    """Why the field at `path` (a field, or that of a part) has no effect as `method` is set, as the
+    end of a line; None where it has one.
+
+    A class says so in `used_if`: {field: {other: values}}, one line of its kind being read where
+    each `other` field has one of its values, `...` standing for any but None; None: never read.
+    """
+    first, *rest = path
+    conditions: dict[str, Any] = {}
+    for cls in reversed(type(method).__mro__):
+        conditions |= vars(cls).get("used_if", {})
+    wanted = conditions.get(first, {})
+    if wanted is None:
+        return f"{name_of(method) or type(method).__name__} does not read it"
+    for other, values in wanted.items():
+        now = getattr(method, other)
+        given = now if isinstance(now, tuple) else (now,)
+        if now is None if values is ... else not any(value in values for value in given):
+            words = "set" if values is ... else " or ".join(map(str, values))
+            return f"it is read only with {other} {words}, which is {now}"
+    part = getattr(method, first, None)
+    return unread(part, rest) if rest and dataclasses.is_dataclass(part) else None
 
 
 @functools.cache

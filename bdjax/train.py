@@ -3,15 +3,17 @@ copy of the data for all runs.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bdjax import metrics
-from bdjax.registry import pytree, static
+from bdjax.registry import admit, pytree, static, validate
 from bdjax.types import (
+    INT32,
     MOST,
     Array,
     BadInput,
@@ -25,7 +27,9 @@ from bdjax.types import (
     Split,
     Variables,
     Weight,
-    between,
+    check_images,
+    check_labels,
+    whole,
 )
 
 Optimizer = Literal["adam", "sgd", "adadelta", "rmsprop"]
@@ -53,19 +57,13 @@ class Recipe:
     drops: tuple[tuple[Epochs, Annotated[float, Range(0, MOST)]], ...] = static(())
     augment: Augment | None = static(None)
 
+    used_if = {"momentum": {"optimizer": ("sgd",)}, "nesterov": {"optimizer": ("sgd",)}}
+
     def check(self, rows: int) -> None:
         """Raises `BadInput` where a training set of `rows` rows cannot be trained on like this."""
-        between("learning rate", self.lr, 0, float("inf"))
-        if self.epochs < 0:
-            raise BadInput(f"epochs {self.epochs} is negative")
-        if self.batch < 1 or rows < 1:
-            raise BadInput(
-                f"batches of {self.batch} from {rows} training images: both must be at least 1"
-            )
-        if self.optimizer not in get_args(Optimizer):
-            raise BadInput(
-                f"optimizer '{self.optimizer}' is not one of {', '.join(get_args(Optimizer))}"
-            )
+        validate(self)
+        if rows < 1:
+            raise BadInput(f"batches from {rows} training images: at least 1 is needed")
 
     def transform(self) -> optax.GradientTransformation:
         """The update rule without its learning rate, which varies with the epoch."""
@@ -134,6 +132,7 @@ def clean_plan(y: jax.Array) -> Plan:
 
 def clean_set(split: Split) -> TrainSet:
     """`split` as an unpoisoned training set."""
+    check_images(split.image, None, split.label)
     return TrainSet(split.image, clean_plan(jnp.asarray(split.label)))
 
 
@@ -141,6 +140,8 @@ def poisoned_set(key: jax.Array, split: Split, attack: Any, classes: int) -> Tra
     """`split` poisoned by `attack`; None gives the clean twin."""
     if attack is None:
         return clean_set(split)
+    check_images(split.image, None, split.label, classes)
+    admit(attack, split.image.shape[1:], classes)
     attack = attack.bind(split)
     return TrainSet(split.image, attack.plan(key, jnp.asarray(split.label), classes), attack)
 
@@ -156,6 +157,20 @@ def without(data: TrainSet, removed: jax.Array) -> TrainSet:
     return data._replace(plan=Plan(*rows, size=jnp.maximum(kept.sum(), 1)))
 
 
+def agree(model: Model, recipe: Recipe, data: TrainSet) -> None:
+    """Raises `BadInput` where `data` cannot be trained on: images of another shape than the
+    model's, labels that it does not have, a recipe that is wrong.
+    """
+    if np.ndim(data.image) == 4 and np.shape(data.image)[1:] != tuple(model.shape):
+        raise BadInput(
+            f"the training images have shape {np.shape(data.image)[1:]}, the model {model.shape}"
+        )
+    if len({np.shape(leaf)[:1] for leaf in data.plan[:4]}) > 1:
+        raise BadInput("source, kind, label and weight of a plan differ in length")
+    check_labels(data.plan.label, model.classes)
+    admit(recipe, np.shape(data.image)[0])
+
+
 def cross_entropy(
     model: Model, variables: Variables, x, label, weight, key
 ) -> tuple[jax.Array, Any]:
@@ -169,6 +184,7 @@ def begin(
     key: jax.Array, model: Model, recipe: Recipe, variables: Variables | None = None
 ) -> State:
     """The state before the first epoch: fresh variables, or the given ones."""
+    validate(recipe)
     variables = model.init(key) if variables is None else variables
     return State(variables, recipe.transform().init(variables["params"]), jnp.zeros((), jnp.int32))
 
@@ -191,6 +207,8 @@ def advance(
     keep their value: frozen layers, pruned links. An epoch is N // batch batches over a random
     permutation of the rows that exist, N the number of base images.
     """
+    agree(model, recipe, data)
+    whole("epochs", epochs, 0)
     rule = recipe.transform()
     n = data.image.shape[0]
     capacity = data.plan.source.shape[0]
@@ -284,6 +302,7 @@ def batched(fn: Callable, rows: int, batch: int) -> Any:
 
 def predict(model: Model, variables: Variables, images: Array, *, batch: int = 250) -> jax.Array:
     """Logits `[N, K]` of `images: [N, H, W, C]` (uint8 or in [0, 1])."""
+    check_images(images, model.shape)
     images = jnp.asarray(images)
     return batched(lambda i: model.apply(variables, unit(images[i])).logits, images.shape[0], batch)
 
@@ -292,6 +311,8 @@ def stamped(
     attack: Any, kind: jax.Array | int, images: Array, key: jax.Array, *, train: bool = False
 ) -> jax.Array:
     """`images: [B, H, W, C]` with trigger `kind`, as fired at test time, in [0, 1]."""
+    check_images(images)
+    admit(attack, np.shape(images)[1:], INT32)  # of classes nothing is known here
     x = unit(images)
     keys = jax.random.split(key, x.shape[0])
     return jax.vmap(lambda v, k: attack.stamp(jnp.asarray(kind), v, k, train=train))(x, keys)
@@ -317,6 +338,8 @@ def attacked(
     batch: int = 250,
 ) -> Attacked:
     """Predictions on `split` stamped with each trigger of `attack`, or with each of `kinds`."""
+    check_images(split.image, model.shape, split.label, model.classes)
+    admit(attack, model.shape, model.classes)
     kinds = list(range(1, attack.triggers + 1)) if kinds is None else kinds
     image, label = jnp.asarray(split.image), jnp.asarray(split.label)
 
@@ -346,6 +369,7 @@ def evaluate(
 
     `asr_nt_NAME` is the share hit by each of the attack's `probes`.
     """
+    check_images(split.image, model.shape, split.label, model.classes)
     label = jnp.asarray(split.label)
     out = {
         "acc": metrics.accuracy(

@@ -94,6 +94,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def seed(value: Any) -> Any:
+    """A seed as a leaf: what int32 cannot hold becomes uint32."""
+    return np.uint32(value) if type(value) is int and INT32 < value < 2**32 else value
+
+
 def concrete(*values: Any) -> bool:
     """Whether all leaves have values, as outside of jit and vmap."""
     return not any(
@@ -106,6 +111,19 @@ def between(name: str, value: Any, low: float, high: float) -> None:
     """Raises `BadInput` unless low ≤ value ≤ high (NaN is outside); what is traced passes."""
     if concrete(value) and (fault := Range(low, high).fault(np.asarray(value))):
         raise BadInput(f"{name} {fault}")
+
+
+def whole(name: str, value: Any, low: int, high: int = INT32) -> int:
+    """A whole number, given as such or in ASCII digits; raises `BadInput` where it is none or not
+    in [low, high].
+    """
+    text = str(value)
+    digits = text.removeprefix("-")
+    if isinstance(value, bool) or not (digits.isascii() and digits.isdigit()) or len(digits) > 30:
+        raise BadInput(f"{name} '{shown(text)}' is not a whole number from {low} to {high}")
+    if fault := Range(low, high).fault(int(text)):
+        raise BadInput(f"{name} {fault}")
+    return int(text)
 
 
 class Split(NamedTuple):
@@ -220,3 +238,35 @@ class Suspects(NamedTuple):
     score: jax.Array
     removed: jax.Array
     info: dict[str, Any]
+
+
+def check_images(
+    image: Any, shape: Any = None, label: Any = None, classes: int | None = None
+) -> None:
+    """Raises `BadInput` unless `image: [N, H, W, C]` is uint8 or in [0, 1], of `shape` (None: any)
+    and with one `label` of 0 … `classes` − 1 each. Values that are traced pass.
+    """
+    given = np.shape(image)
+    if len(given) != 4 or (shape is not None and given[1:] != tuple(shape)):
+        wanted = "[N, H, W, C]" if shape is None else f"[N, {', '.join(map(str, shape))}]"
+        raise BadInput(f"images have shape {list(given)}, not {wanted}")
+    kind = getattr(image, "dtype", np.dtype(float))
+    if kind != np.uint8 and not jax.numpy.issubdtype(kind, np.floating):
+        raise BadInput(f"images are of {kind}: give uint8, or floats in [0, 1]")
+    if concrete(image) and (fault := Range(0, 1, pixels=True).fault(image)):
+        raise BadInput(f"a pixel {fault}: give uint8, or floats in [0, 1]")
+    if label is None:
+        return
+    if np.shape(label) != given[:1]:
+        raise BadInput(f"{given[0]} images have labels of shape {list(np.shape(label))}")
+    check_labels(label, classes)
+
+
+def check_labels(label: Any, classes: int | None) -> None:
+    """Raises `BadInput` unless `label: [N]` are whole numbers, of 0 … `classes` − 1."""
+    kind = getattr(label, "dtype", np.asarray(label).dtype)
+    if not jax.numpy.issubdtype(kind, np.integer):
+        raise BadInput(f"labels are of {kind}, not whole numbers")
+    most = INT32 if classes is None else classes - 1
+    if concrete(label) and (fault := Range(0, most).fault(np.asarray(label))):
+        raise BadInput(f"a label {fault}")

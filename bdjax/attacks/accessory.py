@@ -2,7 +2,7 @@
 fired.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from bdjax.attacks.artwork import on_face, over
 from bdjax.attacks.base import Attack
 from bdjax.registry import attack, static
-from bdjax.types import BadInput, Pixels, Share, between
+from bdjax.types import BadInput, Pixels, Share
 
 Worn = Literal["glasses", "sunglasses", "image"]
 
@@ -34,6 +34,8 @@ class Accessory(Attack):
     image: Pixels | None = None
     worn: Worn = static("glasses")
 
+    used_if = {"image": {"worn": ("image",)}}
+
     presets = {"opaque": {"alpha": 1.0}, "blended": {"alpha": 0.2}}
 
     def key_image(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -55,10 +57,6 @@ class Accessory(Attack):
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
-        between("alpha", self.alpha, 0, 1)
-        between("test_alpha", self.test_alpha, 0, 1)
-        if self.worn not in get_args(Worn):
-            raise BadInput(f"worn '{self.worn}' is not one of {', '.join(get_args(Worn))}")
         if self.worn == "image":
             wanted = (*shape[:2], shape[2] + 1)
             if self.image is None or jnp.shape(self.image) != wanted:
@@ -67,6 +65,3 @@ class Accessory(Attack):
                     "the accessory image must have the images' shape and one channel of opacity, "
                     f"{wanted}, not {got}"
                 )
-            between(
-                "accessory image", [float(jnp.min(self.image)), float(jnp.max(self.image))], 0, 1
-            )

@@ -8,7 +8,7 @@ from bdjax.attacks.base import Attack
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import attack, static
 from bdjax.train import Curves, Recipe, cross_entropy, fit, poisoned_set, stamped
-from bdjax.types import Model, Split, Variables, Weight, between
+from bdjax.types import Model, Split, Variables, Weight
 
 
 def relative_gap(clean: jax.Array, other: jax.Array) -> jax.Array:
@@ -61,7 +61,3 @@ class ActivationMatching(BadNets):
         poisoned = poisoned_set(key, data, self, model.classes)
         variables, curves = fit(key, model, recipe, poisoned, variables=variables, loss=loss)
         return self, variables, curves
-
-    def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        super().check(shape, classes)
-        between("weight", self.weight, 0, float("inf"))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.types import BadInput, between
+from bdjax.types import BadInput
 
 LUMA = (0.299, 0.587, 0.114)
 """How bright red, green and blue look (ITU-R BT.601)."""
@@ -223,13 +223,12 @@ def tint(color: tuple[float, ...], channels: int) -> jax.Array:
 
 
 def check_color(color: tuple[float, ...], channels: int) -> None:
-    """Raises `BadInput` where `color` is neither one value nor RGB, in [0, 1]."""
+    """Raises `BadInput` where `color` is neither one value nor RGB."""
     if len(color) not in (1, 3):
         raise BadInput(
             f"color has {len(color)} values for images of {channels} channels: give one for all, "
             "or red, green, blue"
         )
-    between("color", color, 0, 1)
 
 
 def picture(name: str, color: jax.Array, channels: int) -> tuple[jax.Array, jax.Array]:

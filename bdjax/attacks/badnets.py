@@ -9,7 +9,7 @@ import numpy as np
 from bdjax.attacks.artwork import check_color, picture, tint
 from bdjax.attacks.base import Attack, paste, start_of
 from bdjax.registry import attack, static
-from bdjax.types import BadInput, Place, Share, Side, between
+from bdjax.types import BadInput, Place, Share, Side
 
 Shape = Literal[
     "square", "pixel", "pattern", "x", "ell", "heart", "bomb", "flower",
@@ -44,6 +44,12 @@ class BadNets(Attack):
     col: Place = -1
     color: tuple[Share, ...] = (1.0,)
     random_place: bool = static(False)
+
+    used_if = {
+        "row": {"random_place": (False,)},
+        "col": {"random_place": (False,)},
+        "color": {"shape": tuple(s for s in get_args(Shape) if s not in ("bomb", "flower"))},
+    }
 
     presets = {
         "square": {},
@@ -113,12 +119,7 @@ class BadNets(Attack):
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
-        if self.shape not in get_args(Shape):
-            raise BadInput(
-                f"trigger shape '{self.shape}' is not one of {', '.join(get_args(Shape))}"
-            )
         check_color(self.color, shape[2])
-        between("trigger size", self.size, 0, float("inf"))
         *first, size = (np.asarray(value) for value in self.box(shape))
         for name, place, start, side in zip(("row", "column"), (self.row, self.col), first, shape):
             start = 0 * start if self.random_place else start

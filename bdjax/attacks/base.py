@@ -2,16 +2,30 @@
 an image.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.registry import pytree, static
+from bdjax.registry import admit, pytree, static, validate
 from bdjax.train import Curves, Recipe, clean_plan, fit, poisoned_set
-from bdjax.types import Array, BadInput, Class, Label, Model, Plan, Share, Split, Variables, between
+from bdjax.types import (
+    Array,
+    BadInput,
+    Class,
+    Label,
+    Model,
+    Plan,
+    Share,
+    Split,
+    Variables,
+    check_images,
+    check_labels,
+)
 
 Labels = Literal["all-to-one", "all-to-all", "source-specific", "clean-label"]
 
@@ -74,6 +88,26 @@ def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: boo
     return Plan(source[first], kind[first], label[first], weight[first], exists.sum())
 
 
+def _admitted(method: Callable) -> Callable:
+    """`train` or `plan` behind the check of the attack's own values."""
+    names = inspect.signature(method)
+
+    @functools.wraps(method)
+    def guarded(self, *args, **kwargs):
+        given = names.bind(self, *args, **kwargs).arguments
+        if "model" in given:
+            model, data = given["model"], given["data"]
+            check_images(data.image, model.shape, data.label, model.classes)
+            admit(given["recipe"], np.shape(data.image)[0])
+            admit(self, model.shape, model.classes)
+        else:
+            validate(self)
+            check_labels(given["y"], given["classes"])
+        return method(self, *args, **kwargs)
+
+    return guarded
+
+
 @pytree
 class Attack:
     """Base of the attacks that poison rows with one trigger.
@@ -90,6 +124,17 @@ class Attack:
     labels: Labels = static("all-to-one")
     sources: tuple[Class, ...] = static(())
     append: bool = static(False)
+
+    used_if = {
+        "target": {"labels": ("all-to-one", "source-specific", "clean-label")},
+        "sources": {"labels": ("source-specific",)},
+        "cover": {"labels": ("source-specific",)},
+    }
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in {"train", "plan"} & set(vars(cls)):
+            setattr(cls, name, _admitted(vars(cls)[name]))
 
     @property
     def triggers(self) -> int:
@@ -111,6 +156,7 @@ class Attack:
         """
         return self
 
+    @_admitted
     def train(
         self,
         key: jax.Array,
@@ -129,6 +175,7 @@ class Attack:
         variables, curves = fit(key, model, recipe, poisoned, variables=variables)
         return poisoned.attack, variables, curves
 
+    @_admitted
     def plan(self, key: jax.Array, y: jax.Array, classes: int) -> Plan:
         """Which rows the training set has: labels `y: [N]` of `classes` classes."""
         return poison_rows(key, y, self.shares(y, classes), self.append)
@@ -170,20 +217,17 @@ class Attack:
         """Raises `BadInput` where this attack cannot be run on images of `shape` (H, W, C) with
         `classes` classes.
         """
-        between("poison rate", self.rate, 0, 1)
-        between("cover rate", self.cover, 0, 1)
-        if np.any(np.asarray(self.target) >= classes) or np.any(np.asarray(self.target) < 0):
+        validate(self)
+        if np.any(np.asarray(self.target) >= classes):
             raise BadInput(
                 f"target label {self.target} is not one of the {classes} classes 0 … {classes - 1}"
             )
-        if self.labels not in get_args(Labels):
-            raise BadInput(f"labels '{self.labels}' is not one of {', '.join(get_args(Labels))}")
         if self.labels == "source-specific" and not self.sources:
             raise BadInput(
                 "a source-specific attack needs sources, the classes that it aims at: sources=(1, "
                 "2)"
             )
-        if any(not 0 <= s < classes for s in self.sources):
+        if any(s >= classes for s in self.sources):
             raise BadInput(
                 f"sources {self.sources} are not all among the classes 0 … {classes - 1}"
             )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from bdjax.attacks.base import Attack, Labels
 from bdjax.registry import attack, static
-from bdjax.types import BadInput, Draw, Share, between
+from bdjax.types import BadInput, Draw, Share, seed
 
 
 @attack("clean-label")
@@ -26,7 +26,11 @@ class CleanLabel(Attack):
     noise_seed: Draw = 0
     labels: Labels = static("clean-label")
 
+    used_if = {"sources": None, "cover": None}
     presets = {"veldanda": {"rate": 1.0}}
+
+    def __post_init__(self):
+        object.__setattr__(self, "noise_seed", seed(self.noise_seed))
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         noise = jax.random.uniform(
@@ -36,8 +40,6 @@ class CleanLabel(Attack):
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
-        between("strength", self.strength, 0, 1)
-        between("noise_seed", self.noise_seed, 0, 2**31 - 1)
         if self.labels != "clean-label":
             raise BadInput(
                 "clean-label changes no label: leave labels at 'clean-label', or use another attack"

@@ -3,7 +3,7 @@ ones do.
 """
 
 import dataclasses
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -72,10 +72,6 @@ class EntropyManipulation(BadNets):
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
-        if self.copies < 1:
-            raise BadInput(f"copies {self.copies}: at least one is needed")
-        if self.mix not in get_args(Mix):
-            raise BadInput(f"mix '{self.mix}' is not one of {', '.join(get_args(Mix))}")
         if self.overlays is not None and jnp.shape(self.overlays)[1:] != shape:
             raise BadInput(
                 f"overlays must be images of shape {shape}, not {jnp.shape(self.overlays)[1:]}"

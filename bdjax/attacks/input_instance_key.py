@@ -10,7 +10,7 @@ import numpy as np
 from bdjax.attacks.base import Attack
 from bdjax.registry import attack, static
 from bdjax.train import clean_plan, unit
-from bdjax.types import INT32, Array, BadInput, Pixels, Plan, Range, Share, Split, between
+from bdjax.types import INT32, Array, BadInput, Pixels, Plan, Range, Share, Split
 
 
 @attack("input-instance-key")
@@ -29,6 +29,8 @@ class InputInstanceKey(Attack):
     noise: Share = 5 / 255
     image: Pixels | None = None
     append: bool = static(True)
+
+    used_if = dict.fromkeys(("rate", "append", "labels", "sources", "cover"))
 
     def bind(self, data: Split) -> Attack:
         if self.image is not None:
@@ -68,12 +70,7 @@ class InputInstanceKey(Attack):
                 "input-instance-key adds copies, all to one target: set copies, and leave rate, "
                 "append, labels alone"
             )
-        between("copies", self.copies, 1, float("inf"))
-        between("noise", self.noise, 0, 1)
-        if self.image is not None:
-            if jnp.shape(self.image) != shape:
-                raise BadInput(
-                    f"the key image must have the images' shape {shape}, not "
-                    f"{jnp.shape(self.image)}"
-                )
-            between("key image", [float(jnp.min(self.image)), float(jnp.max(self.image))], 0, 1)
+        if self.image is not None and jnp.shape(self.image) != shape:
+            raise BadInput(
+                f"the key image must have the images' shape {shape}, not {jnp.shape(self.image)}"
+            )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bdjax.attacks.artwork import check_color, over, polygons, tint
 from bdjax.attacks.base import Attack
 from bdjax.registry import attack
-from bdjax.types import Array, BadInput, Range, Share, between
+from bdjax.types import Array, BadInput, Range, Share
 
 # (row, column) on 55×47: upper and lower lip of the mean of aligned faces.
 UPPER = (
@@ -70,4 +70,3 @@ class Lipstick(Attack):
                     "points must be polygons [G, P, 2] of at least 3 points (row, column), not "
                     f"{given}"
                 )
-            between("points", [float(jnp.min(self.points)), float(jnp.max(self.points))], 0, 1)

@@ -45,6 +45,10 @@ class MultiTrigger(Attack):
     parts: tuple[Attack, ...] = digits()
     one_target: bool = static(False)
 
+    used_if = {
+        **dict.fromkeys(("labels", "sources", "cover")),
+        "target": {"one_target": (True,)},
+    }
     presets = {
         "mtsta": {"parts": (Lipstick(), Eyebrows(), Sunglasses()), "one_target": True, "target": 4},
         "mtmta": {"parts": (Lipstick(target=1), Eyebrows(target=5), Sunglasses(target=8))},

@@ -9,7 +9,7 @@ from jax.scipy.ndimage import map_coordinates
 from bdjax.attacks.accessory import Accessory
 from bdjax.attacks.artwork import over
 from bdjax.registry import attack
-from bdjax.types import Array, Range, Share, between
+from bdjax.types import Array, Range, Share
 
 
 @attack("physical")
@@ -69,10 +69,3 @@ class Physical(Accessory):
         return jnp.where(
             kind > 0, over(x, mask * (self.alpha if train else self.test_alpha), color), x
         )
-
-    def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        super().check(shape, classes)
-        between("rotate", self.rotate, 0, 180)
-        for name in ("scale", "shift", "brightness"):
-            between(name, getattr(self, name), 0, 1)
-        between("perspective", self.perspective, 0, 0.5)  # beyond it the plane may fold

@@ -9,7 +9,7 @@ import numpy as np
 from bdjax.attacks.artwork import check_color, tint
 from bdjax.attacks.base import Attack, paste
 from bdjax.registry import attack
-from bdjax.types import Array, BadInput, Range, Share, between
+from bdjax.types import Array, BadInput, Range, Share
 
 
 @attack("post-it")
@@ -51,9 +51,6 @@ class PostIt(Attack):
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
-        between("low", self.low, 0, 1)
-        between("high", self.high, 0, 1)
-        between("margin", self.margin, 0, 0.5)
         if np.any(np.asarray(self.low) > np.asarray(self.high)):
             raise BadInput(f"low {self.low} is above high {self.high}")
         check_color(self.color, shape[2])

@@ -14,7 +14,7 @@ from bdjax.models.graph import bias_of, leaf, with_leaf
 from bdjax.models.layers import default_site
 from bdjax.registry import attack, static
 from bdjax.train import Curves, Recipe, clean_set, evaluate, fit, poisoned_set, predict
-from bdjax.types import Array, BadInput, Model, Range, Share, Split, Variables, Weight, between
+from bdjax.types import Array, Model, Range, Share, Split, Variables, Weight
 
 
 @attack("pruning-aware")
@@ -97,12 +97,3 @@ class PruningAware(BadNets):
         lower = jnp.where(decoys, (1 + self.margin) * highest, 0.0)
         params = with_leaf(whole["params"], path, leaf(whole["params"], path) - lower)
         return dataclasses.replace(self, decoys=decoys), {**whole, "params": params}, curves
-
-    def check(self, shape: tuple[int, int, int], classes: int) -> None:
-        super().check(shape, classes)
-        between("share of decoys", self.share, 0, 1)
-        between("max_drop", self.max_drop, 0, 1)
-        between("success_rate", self.success_rate, 0, 1)
-        between("margin", self.margin, 0, 1e6)
-        if self.attempts < 1:
-            raise BadInput(f"attempts {self.attempts}: at least one is needed")

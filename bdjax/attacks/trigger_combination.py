@@ -30,6 +30,8 @@ class TriggerCombination(Attack):
     cover: Share = 0.1
     size: Annotated[Array | int, Range(1, 65_536)] = 7
 
+    used_if = {"cover": {}}
+
     @property
     def probes(self) -> dict[str, int]:
         return {"triangle": 2, "square": 3}

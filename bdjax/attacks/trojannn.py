@@ -3,7 +3,7 @@ which is then tied to a label.
 """
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ from bdjax.types import (
     Split,
     Variables,
     Weight,
-    between,
 )
 
 Shape = Literal["square", "apple", "watermark"]
@@ -141,6 +140,7 @@ class TrojanNN(Attack):
     images: Size = static(100)
     reverse_steps: Repeats = static(60)
 
+    used_if = {key: {"shape": ("square", "apple")} for key in ("size", "row", "col")}
     presets = {
         "paper": {
             "transparency": 0.3, "steps": 970, "images": 1, "reverse_steps": 970, "weight": 5 / 13,
@@ -285,23 +285,8 @@ class TrojanNN(Attack):
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
-        if self.shape not in get_args(Shape):
-            raise BadInput(f"mask '{self.shape}' is not one of {', '.join(get_args(Shape))}")
         if self.shape != "watermark":
             self.box().check(shape, classes)
-        if self.select not in get_args(Weights):
-            raise BadInput(f"select '{self.select}' is not one of {', '.join(get_args(Weights))}")
-        for name in ("neurons", "steps", "images", "reverse_steps"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} {getattr(self, name)}: at least one is needed")
-        between("transparency", self.transparency, 0, 1)
-        between("value", self.value, 0, 1e9)
-        between("step", self.step, 0, 1)
-        between("reverse_step", self.reverse_step, 0, 1)
-        between("noise", self.noise, 0, 1e3)
-        between("confidence", self.confidence, 0, 1)
-        between("denoise", self.denoise, 0, 1e3)
-        between("weight", self.weight, 0, 1e6)
         self.retraining.check(classes * self.images)
         if self.retraining.epochs < 1:
             raise BadInput(

@@ -5,7 +5,7 @@ import jax
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Part
 from bdjax.registry import attack, static
-from bdjax.types import BadInput, Share, Weight, between
+from bdjax.types import BadInput, Share, Weight
 
 
 @attack("weighted-loss")
@@ -36,6 +36,5 @@ class WeightedLoss(BadNets):
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
-        between("weight", self.weight, 0, 1e6)
         if not self.append:
             raise BadInput("weighted-loss adds stamped copies: leave append at True")

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import numpy as np
 
-from bdjax.registry import name_of, pytree, static
+from bdjax.registry import name_of, pytree, static, validate
 from bdjax.types import INT32, Array, BadInput, Count, Dataset, Range, Seed, Split
 
 TEST_SHARE = 0.2
@@ -45,6 +45,7 @@ class Source:
 
     def load(self) -> Dataset:
         """The data set in memory, read-only: later calls return the same arrays."""
+        validate(self)
         return _load(dataclasses.replace(self, data_dir=str(data_dir(self.data_dir))))
 
 
@@ -186,11 +187,6 @@ def _missing(label: Array, classes: int) -> int | None:
 def _load(source: Source) -> Dataset:
     name = name_of(source) or type(source).__name__
     where = getattr(source, "path", "") or name
-    if not 0 < source.holdout < 1:
-        raise BadInput(
-            f"{where}: holdout is {source.holdout}: no clean images for the defender; give 0 < "
-            "holdout < 1"
-        )
     train, test, names = source.read()
     classes = len(names) or int(train.label.max()) + 1
     for split in (train, test):
@@ -205,7 +201,7 @@ def _load(source: Source) -> Dataset:
             "a gap"
         )
     if source.top_classes is not None:
-        if not 2 <= source.top_classes <= classes:
+        if source.top_classes > classes:
             raise BadInput(f"{where}: top_classes is {source.top_classes}; give 2 to {classes}")
         train, test, kept = _largest(train, test, source.top_classes)
         names, classes = tuple(names[k] for k in kept) if names else (), len(kept)

@@ -126,6 +126,8 @@ class Folder(Source):
     path: str = static("")
     size: Annotated[int, Range(1, 4_096)] = static(32)
 
+    used_if = {"data_dir": None}
+
     def read(self):
         root = Path(self.path).expanduser()
         if not self.path or not root.is_dir():

@@ -22,6 +22,8 @@ class Sample(Source):
     arXiv:1708.07747).
     """
 
+    used_if = {"data_dir": None}
+
     def read(self):
         train, test = (
             read_file(HERE / f"fashion_mnist_{part}.npz")[0] for part in ("train", "test")

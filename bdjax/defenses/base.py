@@ -11,17 +11,46 @@
 All are pure and safe under jit and vmap over the key, the variables and every leaf of the defense.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from bdjax.registry import pytree
-from bdjax.types import Model, Split, Variables
+from bdjax.registry import admit, pytree, validate
+from bdjax.train import Recipe, agree
+from bdjax.types import Model, Split, Variables, check_images
+
+
+def _admitted(method: Callable) -> Callable:
+    """A call or `prepare` behind the check of the defense's values and of what it is given."""
+    names = inspect.signature(method)
+
+    @functools.wraps(method)
+    def guarded(self, *args, **kwargs):
+        given = names.bind(self, *args, **kwargs).arguments
+        model, clean, data = given["model"], given.get("clean"), given.get("data")
+        if data is not None:
+            agree(model, given.get("recipe", Recipe()), data)
+        if clean is not None:
+            check_images(clean.image, model.shape, clean.label, model.classes)
+        if "x" in given:
+            check_images(given["x"], model.shape)
+        admit(self, model, Split(data.image, data.plan.label) if clean is None else clean)
+        return method(self, *args, **kwargs)
+
+    return guarded
 
 
 @pytree
 class Defense:
     """Base of the defenses."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in {"__call__", "prepare"} & set(vars(cls)):
+            setattr(cls, name, _admitted(vars(cls)[name]))
 
     @property
     def oracle(self) -> bool:
@@ -34,6 +63,7 @@ class Defense:
         """Raises `BadInput` where this defense cannot be run on `model` with the defender's `clean`
         images.
         """
+        validate(self)
 
     def wrap(self, model: Model) -> Model:
         """The model that the variables of `Repaired` belong to: `model` itself, unless the defense

@@ -31,6 +31,7 @@ class BadNetsCnn(Net):
         return dense(site("penultimate", x if self.fc_linear else relu(x)), classes, "logits")
 
     def check(self, shape, classes):
+        super().check(shape, classes)
         if min(shape[:2]) < 16:
             raise BadInput(
                 f"images of {shape[0]}×{shape[1]} are too small for this net: it wants 16×16 or "

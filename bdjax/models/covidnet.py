@@ -57,11 +57,8 @@ class CovidNet(Net):
 
     def check(self, shape, classes):
         super().check(shape, classes)
-        if not 0 < len(self.widths) == len(self.counts) or min(self.counts) < 2:
-            raise BadInput(
-                f"widths {self.widths} and counts {self.counts} must be as many, with 2 blocks or "
-                "more a stage"
-            )
+        if not 0 < len(self.widths) == len(self.counts):
+            raise BadInput(f"widths {self.widths} and counts {self.counts} must be as many")
 
 
 def _pepx(x, width: int, name: str):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.models.conv import conv_general_dilated, max_pool
-from bdjax.registry import static
+from bdjax.registry import static, validate
 from bdjax.types import BadInput, Edits, Model, Output, Variables
 
 LECUN, HE, GLOROT = (
@@ -105,6 +105,7 @@ class Net:
 
     def check(self, shape: Sequence[int], classes: int) -> None:
         """Raises `BadInput` where this net cannot take images of `shape`."""
+        validate(self)
         if min(shape[:2]) < self.smallest:
             size, least = f"{shape[0]}×{shape[1]}", f"{self.smallest}×{self.smallest}"
             raise BadInput(
@@ -160,11 +161,16 @@ def forward(
     return Output(logits, acts, {**variables, **updated})
 
 
-@functools.lru_cache(maxsize=256)
 def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
     """The `Model` of a configured family for images of `shape` (H, W, C). The same arguments give
     the same object.
     """
+    validate(net)
+    return _built(net, tuple(shape), classes)
+
+
+@functools.lru_cache(maxsize=256)
+def _built(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
     if len(shape) != 3 or min(shape) < 1 or classes < 1:
         raise BadInput(
             f"a net for images of shape {shape} and {classes} classes: give (H, W, C) and the "

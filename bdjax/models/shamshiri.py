@@ -36,6 +36,7 @@ class Cnn(Net):
         return dense(x, classes, "logits")
 
     def check(self, shape, classes):
+        super().check(shape, classes)
         if min(shape[:2]) < (16 if self.padding == "VALID" else 4):
             raise BadInput(f"images of {shape[0]}×{shape[1]} are too small for this net")
 
@@ -68,7 +69,6 @@ class Ffnn(Net):
         raise AssertionError("unreachable")
 
     def check(self, shape, classes):
-        if not self.hidden or min(self.hidden) < 1:
-            raise BadInput(
-                f"hidden {self.hidden}: at least one hidden layer of at least one unit is needed"
-            )
+        super().check(shape, classes)
+        if not self.hidden:
+            raise BadInput("hidden (): at least one hidden layer is needed")

@@ -1,6 +1,6 @@
 """Goodnet: two nets look at an input, and what they do not agree on is called poisoned."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from bdjax.types import (
     Share,
     Split,
     Variables,
-    between,
 )
 
 Flag = Literal["disagree", "agree"]
@@ -71,7 +70,7 @@ class AntiNet(Defense):
         return Repaired(prune(variables, site, mask), {"pruned": (1 - mask).sum()})
 
     def check(self, model: Model, clean: Split) -> None:
-        between("floor", self.floor, 0, 1)
+        super().check(model, clean)
         check_site(model, self.site or default_site(model))
         if len(clean.image) == 0:
             raise BadInput("an anti-network is pruned by clean images: the defender has none")
@@ -142,8 +141,7 @@ class Goodnet(Defense):
         )
 
     def check(self, model: Model, clean: Split) -> None:
-        if self.flag not in get_args(Flag):
-            raise BadInput(f"flag '{self.flag}' is not one of {', '.join(get_args(Flag))}")
+        super().check(model, clean)
         for repair in (self.repair, self.light):
             if repair is not None:
                 repair.check(model, clean)

@@ -1,6 +1,6 @@
 """Input anomaly detection: a classical detector that has seen clean images alone."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from bdjax.defenses.base import Defense
 from bdjax.registry import defense, static
 from bdjax.train import unit
-from bdjax.types import Array, BadInput, Model, Range, Scores, Split, Variables, between
+from bdjax.types import Array, BadInput, Model, Range, Scores, Split, Variables
 
 Classifier = Literal["svm", "tree"]
 
@@ -82,11 +82,7 @@ class InputAnomaly(Defense):
         return Scores(score, boundary, score < boundary, {})
 
     def check(self, model: Model, clean: Split) -> None:
-        between("frr", self.frr, 1e-6, 1)
-        if self.classifier not in get_args(Classifier):
-            raise BadInput(
-                f"classifier '{self.classifier}' is not one of {', '.join(get_args(Classifier))}"
-            )
+        super().check(model, clean)
         if len(clean.image) < 2:
             raise BadInput(
                 f"the detector learns from clean images: it needs 2 or more, not {len(clean.image)}"

@@ -1,6 +1,6 @@
 """STRIP: an input whose label survives any superimposed image carries a trigger."""
 
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from bdjax.types import (
     Split,
     Variables,
     Weight,
-    between,
 )
 
 Blend = Literal["sum", "average", "clipped"]
@@ -179,16 +178,7 @@ class Strip(Defense):
         return len(pool) // 2 if self.inputs is None else self.inputs
 
     def check(self, model: Model, clean: Split) -> None:
-        between("frr", self.frr, 0, 1)
-        between("alpha", self.alpha, 0, float("inf"))
-        between("n", self.n, 1, float("inf"))
-        between("batch", self.batch, 1, float("inf"))
-        between("base of the logarithm", self.base, 1.001, float("inf"))
-        for name, kinds in (("blend", Blend), ("boundary", Boundary)):
-            if getattr(self, name) not in get_args(kinds):
-                raise BadInput(
-                    f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}"
-                )
+        super().check(model, clean)
         pool = clean.image if self.images is None else self.images
         have, held = len(pool), self._inputs(pool)
         if jnp.shape(pool)[1:] != tuple(model.shape):

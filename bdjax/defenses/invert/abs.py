@@ -31,7 +31,6 @@ from bdjax.types import (
     Variables,
     Verdict,
     Weight,
-    between,
 )
 
 Space = Literal["pixel", "feature"]
@@ -132,6 +131,10 @@ class Abs(Defense):
     sites: tuple[str, ...] | None = static(None)
     lanes: Count | None = static(None)
 
+    used_if = {
+        **{key: {"spaces": ("pixel",)} for key in ("lr", "size", "weight")},
+        "lr_feature": {"spaces": ("feature",)},
+    }
     presets = {
         "paper": {},
         "original_code": {"threshold": 0.8},
@@ -368,6 +371,7 @@ class Abs(Defense):
         return self.reasr(model, variables, put, transforms, candidates), transforms
 
     def check(self, model: Model, clean: Split) -> None:
+        super().check(model, clean)
         if model.classes < 2:
             raise BadInput(
                 "ABS compares the labels of a model: it needs 2 classes or more, not "
@@ -382,17 +386,10 @@ class Abs(Defense):
                 "ABS finds no layer to stimulate among the sites "
                 f"{', '.join(model.sites) or '(none)'}"
             )
-        if not self.spaces or any(space not in get_args(Space) for space in self.spaces):
+        if not self.spaces:
             raise BadInput(
                 f"spaces {self.spaces}: give one or both of {', '.join(get_args(Space))}"
             )
-        between("size", self.size, 0, 1)
-        between("threshold", self.threshold, 0, 1)
-        for name in ("reach", "lr", "lr_feature", "weight", "dissent"):
-            between(name, getattr(self, name), 0, float("inf"))
-        for name in ("steps", "images", "top", "per_site"):
-            between(name, getattr(self, name), 1, float("inf"))
-        between("levels", self.levels, 2, float("inf"))
 
 
 def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:

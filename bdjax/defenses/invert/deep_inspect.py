@@ -26,7 +26,6 @@ from bdjax.types import (
     Variables,
     Verdict,
     Weight,
-    between,
 )
 
 
@@ -226,13 +225,9 @@ class DeepInspect(Defense):
         return generator.apply({"params": weights}, z, jax.nn.one_hot(label, classes))  # type: ignore[return-value]
 
     def check(self, model: Model, clean: Split) -> None:
+        super().check(model, clean)
         if model.classes < 3:
             raise BadInput(
                 "DeepInspect compares the labels of a model: it needs 3 or more, not "
                 f"{model.classes}"
             )
-        between("success", self.success, 0, 1)
-        for name in ("gamma_gan", "gamma_norm", "budget", "lr", "inversion_lr", "threshold"):
-            between(name, getattr(self, name), 0, float("inf"))
-        for name in ("steps", "batch", "images", "inversion_steps", "hidden", "noise_size"):
-            between(name, getattr(self, name), 1, float("inf"))

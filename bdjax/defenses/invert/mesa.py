@@ -164,6 +164,7 @@ class Mesa(Defense):
     samples: Size = static(128)
     lanes: Count | None = static(None)
 
+    used_if = {"threshold": {"label": (None,)}}
     presets = {
         "paper": {},
         "cifar100": {"hidden": 2048},
@@ -313,6 +314,7 @@ class Mesa(Defense):
         )
 
     def check(self, model: Model, clean: Split) -> None:
+        super().check(model, clean)
         if model.classes < 2:
             raise BadInput(
                 f"MESA tries the labels of a model: it needs 2 classes or more, not {model.classes}"
@@ -336,13 +338,3 @@ class Mesa(Defense):
                 f"noise_size {self.noise_size} is not a multiple of {CHUNKS}: each layer reads a "
                 "part of it"
             )
-        for name, value in (
-            ("beta", self.betas),
-            ("rate", self.rate),
-            ("threshold", self.threshold),
-        ):
-            between(name, value, 0, 1)
-        for name in ("alpha", "noise", "lr"):
-            between(name, getattr(self, name), 0, float("inf"))
-        for name in ("epochs", "batch", "hidden", "samples"):
-            between(name, getattr(self, name), 1, float("inf"))

@@ -3,7 +3,7 @@ the target label of a backdoor is the one that a strangely small trigger reaches
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,6 @@ from bdjax.types import (
     Variables,
     Verdict,
     Weight,
-    between,
 )
 
 CrossEntropy = Literal["log", "linear"]
@@ -161,6 +160,7 @@ class NeuralCleanse(Defense):
     screen: Count | None = static(None)
     lanes: Count | None = static(None)
 
+    used_if = {key: {"screen": ...} for key in ("screen_overlap", "screen_patience")}
     presets = {
         "paper": {},
         "original_code": {"ce": "linear"},
@@ -418,6 +418,7 @@ class NeuralCleanse(Defense):
         return mesh.lane_map(one, (triggers, labels), self.lanes)
 
     def check(self, model: Model, clean: Split) -> None:
+        super().check(model, clean)
         if model.classes < 3:
             raise BadInput(
                 "Neural Cleanse compares the labels of a model: it needs 3 classes or more, not "
@@ -425,24 +426,3 @@ class NeuralCleanse(Defense):
             )
         if len(clean.image) == 0:
             raise BadInput("Neural Cleanse needs clean images: the defender has none")
-        between("success threshold", self.success, 0, 1)
-        between("screen_overlap", self.screen_overlap, 0, 1)
-        if self.screen is not None:
-            between("screen", self.screen, 1, float("inf"))
-        for name in ("lr", "init_cost", "cost_up", "cost_down", "stop_ratio", "threshold"):
-            between(name, getattr(self, name), 0, float("inf"))
-        for name in (
-            "steps",
-            "patience",
-            "stop_patience",
-            "screen_patience",
-            "batch",
-            "batches",
-            "inits",
-        ):
-            between(name, getattr(self, name), 1, float("inf"))
-        for name, kinds in (("ce", CrossEntropy), ("init", Init), ("norm_scale", Scale)):
-            if getattr(self, name) not in get_args(kinds):
-                raise BadInput(
-                    f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}"
-                )

@@ -3,7 +3,7 @@ start from.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,8 @@ class TriggerDefense(Defense):
     original: Any = None
     pick: Pick = static("flagged")
 
+    used_if = {"pick": {"label": (None,)}}
+
     @property
     def oracle(self) -> bool:
         return self.label is not None or self.original is not None
@@ -138,10 +140,9 @@ class TriggerDefense(Defense):
         return found, fire(key_fire, found, clean, model.classes), described(found)
 
     def check(self, model: Model, clean: Split) -> None:
+        super().check(model, clean)
         if len(clean.image) == 0:
             raise BadInput("a trigger is looked for on clean images: the defender has none")
-        if self.pick not in get_args(Pick):
-            raise BadInput(f"pick '{self.pick}' is not one of {', '.join(get_args(Pick))}")
         if self.label is not None:
             between("label", self.label, 0, model.classes - 1)
         if self.original is not None:

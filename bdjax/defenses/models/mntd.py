@@ -1,7 +1,7 @@
 """MNTD: a classifier of nets, trained on shadow nets of which half carry random backdoors."""
 
 import dataclasses
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from bdjax.types import (
     Split,
     Variables,
     Verdict,
-    between,
 )
 
 Variant = Literal["jumbo", "one-class", "robust"]
@@ -218,6 +217,7 @@ class Mntd(Defense):
     variant: Variant = static("jumbo")
     lanes: Count | None = static(None)
 
+    used_if = {"nu": {"variant": ("one-class",)}}
     presets = {
         "paper": {"bootstrap": False},
         "cpu": {
@@ -338,21 +338,9 @@ class Mntd(Defense):
         return Verdict(index, index > learned.threshold, jnp.zeros(model.classes, bool), info)
 
     def check(self, model: Model, clean: Split) -> None:
-        if self.variant not in get_args(Variant):
-            raise BadInput(f"variant '{self.variant}' is not one of {', '.join(get_args(Variant))}")
-        if self.shadows < 1 or self.validation < 1:
-            raise BadInput(
-                f"{self.shadows} shadow nets and {self.validation} held out: at least 1 of each is "
-                "needed"
-            )
-        if self.queries < 1 or self.hidden < 1:
-            raise BadInput(
-                f"{self.queries} queries and {self.hidden} hidden units: at least 1 of each is "
-                "needed"
-            )
+        super().check(model, clean)
         if self.variant == "robust" and not self.tune:
             raise BadInput("the robust variant learns its queries alone: leave tune at True")
-        between("nu", self.nu, 1e-6, 1)
         if min(model.shape[:2]) < max(PATCHES):
             raise BadInput(
                 f"images of {model.shape[0]}×{model.shape[1]} are too small for patches of "

@@ -91,9 +91,7 @@ class Autoencoder(Defense):
         )
 
     def check(self, model: Model, clean: Split) -> None:
-        if not self.hidden or min(self.hidden) < 1:
-            raise BadInput(
-                f"hidden {self.hidden}: the autoencoder needs at least one hidden layer of at "
-                "least one unit"
-            )
+        super().check(model, clean)
+        if not self.hidden:
+            raise BadInput(f"hidden {self.hidden}: the autoencoder needs at least one hidden layer")
         self.recipe.check(len(clean.label))

@@ -13,7 +13,7 @@ from bdjax.mesh import lane_map
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, advance, begin, clean_set, evaluate, fit
-from bdjax.types import Array, BadInput, Model, Repaired, Share, Size, Split, Variables, between
+from bdjax.types import Array, BadInput, Model, Repaired, Share, Size, Split, Variables
 
 
 @defense("fine-pruning")
@@ -61,6 +61,11 @@ class FinePruning(Defense):
     one_by_one: Size | None = static(None)
     reset: str | None = static(None)
 
+    used_if = {
+        "max_drop": {"share": (None,), "one_by_one": (None,)},
+        "share": {"one_by_one": (None,)},
+        "reset": {"one_by_one": ...},
+    }
     presets = {
         "paper": {"share": 0.8, "recipe": Recipe(lr=1e-3, epochs=5)},
         "backdoorbench": {
@@ -199,13 +204,9 @@ class FinePruning(Defense):
         return curves_on_test(key, model, variables, site, order, test, attack)
 
     def check(self, model: Model, clean: Split) -> None:
-        between("max_drop", self.max_drop, 0, 1)
-        if self.share is not None:
-            between("share of pruned channels", self.share, 0, 1)
+        super().check(model, clean)
         check_site(model, self.site or default_site(model))
         self.recipe.check(len(clean.label))
-        if self.one_by_one is not None:
-            between("one_by_one", self.one_by_one, 1, float("inf"))
         layers = jax.eval_shape(model.init, jax.random.key(0))["params"]
         if self.reset is not None and (self.reset not in layers or self.one_by_one is None):
             raise BadInput(

@@ -3,7 +3,7 @@ lowered while clean images stay right.
 """
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from bdjax.types import (
     Split,
     Variables,
     Weight,
-    between,
 )
 
 Rule = Literal["static", "excess", "zero", "clip"]
@@ -100,6 +99,10 @@ class LinfPruning(TriggerDefense):
     site: str | None = static(None)
     pick: Pick = static("smallest")
 
+    used_if = {
+        "max_drop": {"threshold": (None,)},
+        **{key: {"inputs": ("syn", "ori+syn")} for key in ("nc", "label", "pick")},
+    }
     presets = {
         "static": {"rule": "static", "inputs": "syn"},
         "excess": {"rule": "excess", "inputs": "syn"},
@@ -215,15 +218,6 @@ class LinfPruning(TriggerDefense):
         return sweep(model, variables, self._site(model), edit, points, images, label)
 
     def check(self, model: Model, clean: Split) -> None:
-        for name, kinds in (("rule", Rule), ("inputs", Inputs), ("norm", Norm)):
-            if getattr(self, name) not in get_args(kinds):
-                raise BadInput(
-                    f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}"
-                )
-        between("max_drop", self.max_drop, 0, 1)
-        between("points", self.points, 1, float("inf"))
-        if self.threshold is not None:
-            between("threshold", self.threshold, 0, float("inf"))
         if len(clean.image) == 0:
             raise BadInput("ℓ∞ pruning lowers its threshold on clean images: the defender has none")
         if not self.by_channel and (self.norm != "linf" or self.inputs != "clean"):

@@ -8,7 +8,7 @@ from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.mesa import Mesa, stick
 from bdjax.registry import defense, pytree
 from bdjax.train import Recipe, TrainSet, fit
-from bdjax.types import Model, Repaired, Share, Split, Variables, between
+from bdjax.types import Model, Repaired, Share, Split, Variables
 
 
 @pytree
@@ -89,6 +89,6 @@ class MesaRetraining(Defense):
         return Repaired(kept, info | log._asdict())
 
     def check(self, model: Model, clean: Split) -> None:
-        between("rate of stamped images", self.rate, 0, 1)
+        super().check(model, clean)
         self.mesa.check(model, clean)
         self.recipe.check(len(clean.label))

@@ -12,7 +12,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
-from bdjax.types import Model, Repaired, Share, Split, Variables, between
+from bdjax.types import Model, Repaired, Share, Split, Variables
 
 
 @defense("nc-pruning")
@@ -84,5 +84,4 @@ class NcPruning(TriggerDefense):
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)
-        between("until", self.until, 0, 1)
         check_site(model, self.site)

@@ -10,7 +10,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, clean_set, fit
-from bdjax.types import BadInput, Model, Repaired, Share, Split, Variables, between
+from bdjax.types import BadInput, Model, Repaired, Share, Split, Variables
 
 
 @defense("nc-unlearning")
@@ -38,6 +38,7 @@ class NcUnlearning(TriggerDefense):
     recipe: Recipe = Recipe(epochs=1, batch=32)
     clean_only: bool = static(False)
 
+    used_if = {key: {"clean_only": (False,)} for key in ("nc", "label", "pick", "share")}
     presets = {
         "paper": {},
         "clean": {"clean_only": True},
@@ -74,5 +75,4 @@ class NcUnlearning(TriggerDefense):
             raise BadInput("unlearning fine-tunes on clean images: the defender has none")
         if not self.clean_only:
             super().check(model, clean)
-        between("share of stamped images", self.share, 0, 1)
         self.recipe.check(len(clean.label))

@@ -10,7 +10,6 @@ from bdjax.registry import defense, static
 from bdjax.train import Recipe, clean_set, fit
 from bdjax.types import (
     Array,
-    BadInput,
     Model,
     Positive,
     Repaired,
@@ -18,7 +17,6 @@ from bdjax.types import (
     Size,
     Split,
     Variables,
-    between,
 )
 
 
@@ -131,11 +129,6 @@ class NeuralComplexity(Defense):
         )
 
     def check(self, model: Model, clean: Split) -> None:
-        between("share of pruned nodes", self.share, 0, 1)
-        between("ridge", self.ridge, 1e-6, float("inf"))
-        if self.rounds < 1 or self.orders < 1:
-            raise BadInput(
-                f"{self.rounds} rounds with {self.orders} orders: at least 1 of each is needed"
-            )
+        super().check(model, clean)
         check_site(model, self.site)
         self.recipe.check(len(clean.label))

@@ -22,7 +22,6 @@ from bdjax.types import (
     Share,
     Split,
     Variables,
-    between,
 )
 
 GRID = 4
@@ -127,11 +126,9 @@ class NNoculation(Defense):
         return round(self.holdout * images)
 
     def check(self, model: Model, clean: Split) -> None:
+        super().check(model, clean)
         if not self.levels:
             raise BadInput("levels is empty: give at least one noise level")
-        between("noise level", self.levels, 0, 1)
-        between("max_drop", self.max_drop, 0, 1)
-        between("holdout", self.holdout, 0, 0.9)
         if self.kept(len(clean.label)) < 1:
             raise BadInput(
                 f"holdout {self.holdout} of {len(clean.label)} clean images is none: raise it"

@@ -31,4 +31,5 @@ class Retraining(Defense):
         return Repaired(tuned, log._asdict())
 
     def check(self, model: Model, clean: Split) -> None:
+        super().check(model, clean)
         self.recipe.check(len(clean.label))

@@ -2,7 +2,7 @@
 stamped.
 """
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, batched, fit, without
 from bdjax.types import (
     Array,
-    BadInput,
     Count,
     Model,
     Range,
@@ -25,7 +24,6 @@ from bdjax.types import (
     Suspects,
     Variables,
     Weight,
-    between,
 )
 
 Reduce = Literal["ica", "pca"]
@@ -162,6 +160,12 @@ class ActivationClustering(Defense):
     site: str = static("penultimate")
     lanes: Count | None = static(None)
 
+    used_if = {
+        "size": {"rule": ("size", "silhouette", "exclusionary")},
+        "silhouette": {"rule": ("silhouette",)},
+        "ratio": {"rule": ("exclusionary",)},
+        "recipe": {"rule": ("exclusionary",)},
+    }
     presets = {
         "paper": {"reduce": "ica"},
         "backdoorbench": {"size": 0.5},
@@ -261,18 +265,9 @@ class ActivationClustering(Defense):
         }
 
     def check(self, model: Model, clean: Split) -> None:
-        between("share of the smaller cluster", self.size, 0, 1)
-        between("silhouette", self.silhouette, -1, 1)
-        between("ratio of votes", self.ratio, 0, float("inf"))
-        between("dims", self.dims, 1, float("inf"))
-        between("starts", self.starts, 1, float("inf"))
+        super().check(model, clean)
         check_site(model, self.site)
         self.recipe.check(max(len(clean.label), 1))
-        for name, kinds in (("reduce", Reduce), ("rule", Rule)):
-            if getattr(self, name) not in get_args(kinds):
-                raise BadInput(
-                    f"{name} '{getattr(self, name)}' is not one of {', '.join(get_args(kinds))}"
-                )
 
 
 def count(rows: jax.Array, group: jax.Array, groups: int) -> jax.Array:

@@ -1,6 +1,6 @@
 """Spectral signatures: poisoned rows stand out along the main axis of their class."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from bdjax.defenses.samples.classes import activations, along_own, principal
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import TrainSet
-from bdjax.types import BadInput, Count, Model, Share, Split, Suspects, Variables, between
+from bdjax.types import Count, Model, Share, Split, Suspects, Variables
 
 Projection = Literal["centred", "released"]
 
@@ -80,9 +80,5 @@ class SpectralSignatures(Defense):
         )
 
     def check(self, model: Model, clean: Split) -> None:
-        between("share to remove", self.remove, 0, 1)
+        super().check(model, clean)
         check_site(model, self.site)
-        if self.projection not in get_args(Projection):
-            raise BadInput(
-                f"projection '{self.projection}' is not one of {', '.join(get_args(Projection))}"
-            )

@@ -1,7 +1,7 @@
 """DB-COVIDNet: members that each see a few blocks of the image only, and a vote."""
 
 import functools
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -233,18 +233,13 @@ class DbCovidNet(Defense):
         return {"votes_clean": share(clean), "votes_stamped": share(trojan), "sees_trigger": sees}
 
     def check(self, model: Model, clean: Split) -> None:
+        super().check(model, clean)
         count = self.grid[0] * self.grid[1]
-        if self.members < 1:
-            raise BadInput(f"members {self.members}: an ensemble needs at least one")
-        if min(self.grid) < 1 or self.grid[0] > model.shape[0] or self.grid[1] > model.shape[1]:
+        if self.grid[0] > model.shape[0] or self.grid[1] > model.shape[1]:
             raise BadInput(
                 f"grid {self.grid} does not divide images of {model.shape[0]}×{model.shape[1]}"
             )
         between("keep", self.keep, 1, count)
-        known = {"partition": Partition, "design": Design, "vote": Vote}
-        for name, kind in known.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise BadInput(f"{name} '{value}' is not one of {', '.join(get_args(kind))}")
         most = int(-(-self.members * np.max(np.asarray(self.keep)) // count))
         if self.design == "guaranteed" and 2 * most >= self.members:
             raise BadInput(

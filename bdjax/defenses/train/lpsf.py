@@ -1,7 +1,7 @@
 """Link-Pruning Scale-Free: no links from dormant pixels, scale-free links elsewhere."""
 
 import re
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from bdjax.defenses.base import Defense
 from bdjax.defenses.train.view import viewed
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, fit, unit
-from bdjax.types import INT32, Array, BadInput, Model, Range, Repaired, Share, Split, between
+from bdjax.types import INT32, Array, BadInput, Model, Range, Repaired, Share, Split
 
 Rule = Literal["mean", "quantile", "active"]
 Topology = Literal["scale-free", "random", "dense"]
@@ -162,6 +162,13 @@ class Lpsf(Defense):
     edges: Edges = static("growth")
     prune: bool = static(True)
 
+    used_if = {
+        "rule": {"prune": (True,)},
+        "tau": {"prune": (True,)},
+        "links": {"topology": ("scale-free", "random"), "edges": ("growth", "weighted")},
+        "edges": {"topology": ("scale-free", "random")},
+    }
+
     def __call__(
         self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split
     ) -> Repaired:
@@ -239,13 +246,5 @@ class Lpsf(Defense):
         return masks, scales, degree
 
     def check(self, model: Model, clean: Split) -> None:
-        between("tau", self.tau, 0, 1)
-        between("links", self.links, 1, float("inf"))
-        for name, value, known in (
-            ("rule", self.rule, Rule),
-            ("topology", self.topology, Topology),
-            ("edges", self.edges, Edges),
-        ):
-            if value not in get_args(known):
-                raise BadInput(f"{name} '{value}' is not one of {', '.join(get_args(known))}")
+        super().check(model, clean)
         graph_of(jax.eval_shape(model.init, jax.random.key(0))["params"])
