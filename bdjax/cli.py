@@ -4,7 +4,11 @@
 
 import contextlib
 import dataclasses
+import functools
+import io
+import itertools
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 
 from bdjax import registry
-from bdjax.types import BadInput
+from bdjax.types import BadInput, Seed
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
 Words = tyro.conf.Positional
@@ -167,6 +171,10 @@ def report(
 
     if not folders:
         raise BadInput("report needs at least one results folder")
+    if y is not None and x is None:
+        raise BadInput("--y is the second axis of a pivot: give the first one, --x, too")
+    if x is not None and metric is None:
+        raise BadInput("--x is the axis of a pivot: give what it shows, --metric, too")
     print(f"page: {reports.merge(list(folders), out, x=x, y=y, metric=metric)}")
 
 
@@ -180,7 +188,7 @@ class Train:
 
     out: Path
     """Folder for the trained model."""
-    seed: int = 0
+    seed: Seed = 0
     quiet: bool = False
 
     def __call__(self) -> None:
@@ -219,7 +227,7 @@ class Defend:
     """Folder of a trained model."""
     out: Path | None = None
     """Folder for the repaired model; not saved if not given."""
-    seed: int = 0
+    seed: Seed = 0
     quiet: bool = False
 
     def __call__(self) -> None:
@@ -281,11 +289,11 @@ def chosen(kinds: dict[str, str], args: Sequence[str]) -> tuple[dict[str, Any], 
             left.append(word)
     made = {}
     for kind, named in names.items():
-        name, _, preset = named.partition(":")
+        name, colon, preset = named.partition(":")
         made[kind] = (
             None
-            if name == "none" and kind == "attack"
-            else registry.make(kind, name, preset or None)
+            if named == "none" and kind == "attack"
+            else registry.make(kind, name, preset if colon else None)
         )
     return made, left
 
@@ -325,9 +333,13 @@ def _numbers(info: Any) -> Any:
             return None
         if kind is None:
             raise ValueError("an array can be given from Python only")
-        if not word.isascii() or "_" in word or word != word.strip():
-            raise ValueError(f"'{word}' is not a number")
-        return kind(word)
+        try:
+            if not word.isascii() or "_" in word or word != word.strip():
+                raise ValueError
+            return kind(word)
+        except ValueError:
+            number = "a whole number" if kind is int else "a number"
+            raise ValueError(f"'{word}' is not {number}") from None
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -343,10 +355,15 @@ def _functions(info: Any) -> Any:
     """A field that holds a function is set from Python."""
     if not any("Callable" in str(member) for member in get_args(info.type)):
         return None
+
+    def read(words: list[str]) -> None:
+        if words != ["None"]:
+            raise ValueError("a function can be given from Python only")
+
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="FUNCTION",
-        instance_from_str=lambda words: None,
+        instance_from_str=read,
         is_instance=lambda value: True,
         str_from_instance=lambda value: [getattr(value, "__name__", "None")],
     )
@@ -380,6 +397,54 @@ def _bench() -> Callable:
     return bench
 
 
+def _later(fn: Callable) -> Callable:
+    """`fn` to be called when all flags are known to be good."""
+
+    @functools.wraps(fn)
+    def made(*args, **kwargs):
+        return functools.partial(fn, *args, **kwargs)
+
+    return made
+
+
+def _parsed(commands: dict[str, Callable], args: Sequence[str]) -> Any:
+    """What the arguments ask for, not yet begun; a mistake is one line."""
+    flags = [word.partition("=")[0] for word in args if word.startswith("--")]
+    if twice := next((flag for flag in flags if flags.count(flag) > 1), None):
+        raise BadInput(f"{twice} is given twice")
+    commands = {name: fn if isinstance(fn, type) else _later(fn) for name, fn in commands.items()}
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands, prog="bdjax", args=list(args), registry=RULES
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # A box, drawn or plain: its title, what is wrong, and, below a line, help.
+        text = re.sub(r"\x1b\[[0-9;]*m", "", boxed.getvalue())
+        rows = [row.strip(" │|") for row in text.splitlines()[1:]]
+        parts = [list(part) for line, part in itertools.groupby(rows, _is_line) if not line]
+        words = " ".join(" ".join(parts[0] if parts else []).split())
+        raise BadInput(f"{words.rstrip('.')}; see `bdjax {' '.join(args[:1])} --help`") from None
+
+
+def _is_line(row: str) -> bool:
+    return len(row) > 3 and not set(row) - set("─╰╯╭╮+-")
+
+
+def _all_read(made: Any, args: Sequence[str]) -> None:
+    """Raises `BadInput` where a flag was given that the chosen method does not read."""
+    for word in args[1:]:
+        flag = word.partition("=")[0]
+        part, *path = flag.removeprefix("--").replace("-", "_").split(".")
+        if flag.startswith("--") and path and (method := getattr(made, part, None)) is not None:
+            path[-1] = path[-1] if hasattr(method, path[-1]) else path[-1].removeprefix("no_")
+            if reason := registry.unread(method, path):
+                raise BadInput(f"{flag} has no effect: {reason}; leave it away")
+
+
 def command(args: Sequence[str]) -> None:
     """Parses and runs one command."""
     from bdjax.train import Recipe
@@ -400,17 +465,24 @@ def command(args: Sequence[str]) -> None:
         # Imported for itself alone: it needs all that draws and reports.
         "bench": _bench() if args and args[0] == "bench" else bench,
     }
+    if args and not args[0].startswith("-") and args[0] not in commands:
+        raise BadInput(
+            f"unknown command '{args[0]}'{registry.near(args[0], commands)} (`bdjax --help` shows "
+            "all)"
+        )
     if args and args[0] == "data":
         if list(args[1:2]) not in (["prepare"], ["--help"], ["-h"]):
             raise BadInput("`bdjax data prepare NAME` is the only command on data")
         args = ["data", *args[2:]] if args[1] == "prepare" else args
     if args and args[0] in ("run", "sweep", "train", "defend"):
         keep_compiled()
-    made = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="bdjax", args=list(args), registry=RULES
-    )
-    if made is not None:
-        made()
+    made = _parsed(commands, args)
+    if dataclasses.is_dataclass(made):
+        if fault := registry.fault_within(made):
+            name, _, rest = fault.partition(" ")
+            raise BadInput(f"--{name.replace('_', '-')} {rest}")
+        _all_read(made, args)
+    made()
 
 
 def main(args: Sequence[str] | None = None) -> None:

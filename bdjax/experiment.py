@@ -25,7 +25,7 @@ from bdjax import progress, report
 from bdjax.registry import name_of, near
 from bdjax.store import Store, read_rows, result_files
 from bdjax.sweep import Cell, Clock, Runner, footprint, groups, room, say
-from bdjax.types import BadInput
+from bdjax.types import BadInput, whole
 
 
 def load(path: str | Path) -> ModuleType:
@@ -72,7 +72,7 @@ def run(
     how many of this process's; `resume=False` refuses a folder that has rows; `dry_run` prints what
     would be done; `live`: a table instead of bars.
     """
-    width = lanes if lanes in (None, "auto") else number("lanes", lanes, 1)
+    width = lanes if lanes in (None, "auto") else whole("lanes", lanes, 1)
     part = None if shard is None else part_of(shard)
     if hosts != "off":
         if part is not None:
@@ -81,8 +81,8 @@ def run(
     module = load(path)
     if scale not in module.SCALES:
         raise BadInput(f"{path} has no scale '{scale}'; it has: {', '.join(module.SCALES)}")
-    if seeds is not None and seeds < 1:
-        raise BadInput(f"seeds {seeds}: at least one is needed")
+    if seeds is not None:
+        whole("seeds", seeds, 1, SEEDS)
     places = local_devices(devices)
     folder = Path(out or Path("results") / f"{Path(path).stem}-{scale}")
     earlier = read_rows(result_files(folder))
@@ -151,23 +151,12 @@ def notes(module: ModuleType) -> list[str]:
     return [" ".join(point.split()) for point in (module.__doc__ or "").split("\n- ")[1:]]
 
 
-def number(name: str, text: int | str | None, low: int) -> int:
-    """A whole number from the command line."""
-    try:
-        value = int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise BadInput(f"{name} '{text}' is not a whole number") from None
-    if value < low:
-        raise BadInput(f"{name} {value}: at least {low} is needed")
-    return value
-
-
 def part_of(shard: str) -> tuple[int, int]:
     """`i/n` as (i, n)."""
     i, slash, n = shard.partition("/")
     if not slash:
         raise BadInput(f"shard '{shard}' is not of the form i/n, such as 0/4")
-    index, count = number("shard", i, 0), number("shards", n, 1)
+    index, count = whole("shard", i, 0), whole("shards", n, 1)
     if index >= count:
         raise BadInput(f"shard {shard}: the {count} shards are 0/{count} to {count - 1}/{count}")
     return index, count
@@ -186,7 +175,7 @@ def join(hosts: str) -> tuple[int, int] | None:
             jax.distributed.initialize()
         else:
             count, _, index = rest.partition(",")
-            jax.distributed.initialize(address, number("hosts", count, 1), number("host", index, 0))
+            jax.distributed.initialize(address, whole("hosts", count, 1), whole("host", index, 0))
         jax.local_devices()
         jax.distributed.shutdown()
     except (RuntimeError, ValueError) as error:
@@ -202,7 +191,7 @@ def join(hosts: str) -> tuple[int, int] | None:
 def local_devices(count: int | None) -> Sequence[Any]:
     """The first `count` devices of this process; a CPU counts as that many."""
     if count is not None:
-        number("devices", count, 1)
+        whole("devices", count, 1, DEVICES)
         with contextlib.suppress(RuntimeError):  # too late: JAX has started
             jax.config.update("jax_num_cpu_devices", count)
     found = jax.local_devices()
@@ -267,6 +256,8 @@ def plan(
 
 
 PARTS = ("dataset", "model", "attack", "defense")
+SEEDS, DEVICES = 10_000, 1_024
+"""The most that one run takes: a list of cells, and a CPU that counts as many, grow with them."""
 
 
 def status(folder: str | Path) -> None:

@@ -6,6 +6,8 @@ one after another is fastest (a vmapped kernel becomes a slow grouped convolutio
 wants many. The numbers are the same.
 """
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from bdjax.types import BadInput
 
 
 def default_lanes(items: int) -> int:
@@ -28,6 +32,25 @@ def widest(seconds: Callable[[int], float], most: int) -> int:
     while lanes < most and (took := seconds(min(2 * lanes, most))) < 0.9 * best:
         lanes, best = min(2 * lanes, most), took
     return lanes
+
+
+def fits(what: str, size: int, device: Any = None) -> None:
+    """Raises `BadInput` where `what` takes more bytes than the device, the first one if None, has
+    at all: before any of them is taken.
+    """
+    device = device or jax.local_devices()[0]
+    room = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    if room is None and hasattr(os, "sysconf"):
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if room is not None and size > room:
+        raise BadInput(
+            f"{what} takes {size / 1e9:,.1f} GB, there are {room / 1e9:,.1f}: make it smaller"
+        )
+
+
+def bytes_of(tree: Any) -> int:
+    """The bytes of a pytree of arrays or of their shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _count(tree: Any) -> int:

@@ -177,7 +177,7 @@ def validate(method: Any) -> None:
     """Raises `BadInput` where a field of a method, recipe or model family, or of one within it, has
     a value outside its range, or of another kind than its annotation says. What is traced passes.
     """
-    if dataclasses.is_dataclass(method) and (fault := _fault_within(method)):
+    if dataclasses.is_dataclass(method) and (fault := fault_within(method)):
         raise BadInput(f"{name_of(method) or type(method).__name__}: {fault}")
 
 
@@ -241,7 +241,8 @@ def ranges(hint: Any) -> list[tuple[set[type], Range | None]]:
 _NUMBERS = (float, int, jax.Array, np.ndarray)
 
 
-def _fault_within(value: Any) -> str | None:
+def fault_within(value: Any) -> str | None:
+    """What is wrong with a field of a dataclass, its name first; None where nothing is."""
     for name, hint in hints(type(value)).items():
         if fault := _fault(hint, getattr(value, name)):
             return f"{name}{fault}"
@@ -258,6 +259,8 @@ def _fault(hint: Any, value: Any) -> str | None:
             return None
         faults = [_fault(arg, value) for arg in args if arg is not types.NoneType]
         return None if None in faults else faults[0]
+    if origin is Annotated and not ranges(hint):
+        return _fault(args[0], value)
     if kinds := ranges(hint) if origin is not tuple else []:
         return _number_fault(*kinds[0], value)
     if origin is Literal:
@@ -284,7 +287,7 @@ def _fault(hint: Any, value: Any) -> str | None:
     elif isinstance(hint, type) and hint is not Any and not isinstance(value, hint):
         return f" {_word(value)} is not of class {hint.__name__}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fault = _fault_within(value)
+        fault = fault_within(value)
         return fault and f".{fault}"
     return None
 

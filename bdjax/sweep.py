@@ -32,6 +32,7 @@ import numpy as np
 from bdjax import mesh, metrics, registry
 from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
+from bdjax.datasets.base import Source
 from bdjax.defenses.base import Defense
 from bdjax.models.layers import Net, build
 from bdjax.progress import Board, Progress, Stop
@@ -48,7 +49,7 @@ from bdjax.train import (
     unit,
     without,
 )
-from bdjax.types import BadInput, Model, Repaired, Scores, Split, Suspects, Verdict
+from bdjax.types import BadInput, Model, Repaired, Scores, Split, Suspects, Verdict, whole
 
 CHECKPOINT_EVERY = 30.0
 """Seconds of training between two checkpoints."""
@@ -90,6 +91,16 @@ class Cell:
     reported: Mapping[str, float] = dataclasses.field(default_factory=dict)
     substitute: str | None = None
     probe: "Probe | None" = None
+
+    def __post_init__(self) -> None:
+        whole("seed", self.seed, 0, 2**32 - 1)
+        kinds = {"dataset": Source, "model": Net, "recipe": Recipe}
+        for part, kind in (kinds | {"attack": Attack, "defense": Defense}).items():
+            value = getattr(self, part)
+            if not isinstance(value, kind) and (value is not None or part in kinds):
+                raise BadInput(f"a cell's {part} is {type(value).__name__}, not {kind.__name__}")
+            registry.validate(value)
+        registry.validate(self.probe)
 
     @property
     def stage(self) -> str | None:
@@ -270,9 +281,7 @@ def footprint(cells: Sequence[Cell], devices: Sequence[Any], lanes: int | str | 
     runs = -(-len({cell.victim for cell in cells}) // len(devices))
     lanes = min(runs, lanes if isinstance(lanes, int) else mesh.default_lanes(runs))
 
-    def size(tree: Any) -> int:
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
+    size = mesh.bytes_of
     return size((data.train, data.clean, data.test)) + runs * size(state) + lanes * size(acts)
 
 
@@ -340,6 +349,8 @@ class Runner:
     """What does not fit into the device's memory."""
 
     def __post_init__(self) -> None:
+        if self.lanes not in (None, "auto"):
+            self.lanes = whole("lanes", self.lanes, 1)
         self.places = list(self.devices or jax.local_devices()[:1])
         self.members: dict[str, tuple[Path, int]] | None = None
         self.last: tuple[Any, Any] = (None, None)
@@ -357,6 +368,9 @@ class Runner:
             ]
             for cell in itertools.chain(*pending):
                 check(cell)
+            for group in pending:
+                name = f"training {registry.name_of(group[0].model)}"
+                mesh.fits(name, footprint(group[:1], self.places, 1), self.places[0])
             total = sum(map(len, mine))
             finished = total - sum(map(len, pending))
             shard = "" if self.store.shard is None else "{}/{}".format(*self.store.shard)
@@ -877,11 +891,11 @@ def check(cell: Cell) -> None:
     """Raises `BadInput` where the cell cannot be run."""
     data = cell.dataset.load()
     model = build(cell.model, data.shape, data.classes)
-    cell.recipe.check(len(data.train.label))
+    registry.admit(cell.recipe, len(data.train.label))
     if cell.attack is not None:
-        cell.attack.check(data.shape, data.classes)
+        registry.admit(cell.attack, data.shape, data.classes)
     if cell.defense is not None:
-        cell.defense.check(model, data.clean)
+        registry.admit(cell.defense, model, data.clean)
 
 
 def bound(cell: Cell, shared: Any) -> Any:

@@ -370,6 +370,8 @@ def evaluate(
     `asr_nt_NAME` is the share hit by each of the attack's `probes`.
     """
     check_images(split.image, model.shape, split.label, model.classes)
+    if attack is not None:
+        admit(attack, model.shape, model.classes)
     label = jnp.asarray(split.label)
     out = {
         "acc": metrics.accuracy(

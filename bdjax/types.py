@@ -264,7 +264,7 @@ def check_images(
 
 def check_labels(label: Any, classes: int | None) -> None:
     """Raises `BadInput` unless `label: [N]` are whole numbers, of 0 … `classes` − 1."""
-    kind = getattr(label, "dtype", np.asarray(label).dtype)
+    kind = label.dtype if hasattr(label, "dtype") else np.asarray(label).dtype
     if not jax.numpy.issubdtype(kind, np.integer):
         raise BadInput(f"labels are of {kind}, not whole numbers")
     most = INT32 if classes is None else classes - 1

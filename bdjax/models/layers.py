@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bdjax import mesh
 from bdjax.models.conv import conv_general_dilated, max_pool
 from bdjax.registry import static, validate
 from bdjax.types import BadInput, Edits, Model, Output, Variables
@@ -196,6 +197,8 @@ def _built(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
     sites: list[str] = []  # eval_shape would return a dict in alphabetical order
     try:
         jax.eval_shape(lambda k, x: sites.extend(apply(init(k), x).acts), jax.random.key(0), probe)
+        size = mesh.bytes_of(jax.eval_shape(init, jax.random.key(0)))
+        mesh.fits(f"{type(net).__name__} with its gradient", 2 * size)
     except BadInput:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 made up.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -226,6 +227,9 @@ class DeepInspect(Defense):
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)
+        pixels = math.prod(model.shape)
+        size = 4 * pixels * (model.classes * self.images + self.hidden * 8)
+        mesh.fits("DeepInspect's surrogates and nets", size + 4 * self.hidden * self.noise_size)
         if model.classes < 3:
             raise BadInput(
                 "DeepInspect compares the labels of a model: it needs 3 or more, not "

@@ -3,7 +3,7 @@ start from.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,18 @@ from bdjax.defenses.invert.inversion import Trigger, stamp
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.registry import pytree, static
 from bdjax.train import unit
-from bdjax.types import Array, BadInput, Label, Model, Split, Variables, Verdict, between
+from bdjax.types import (
+    INT32,
+    Array,
+    BadInput,
+    Label,
+    Model,
+    Range,
+    Split,
+    Variables,
+    Verdict,
+    between,
+)
 
 Pick = Literal["flagged", "smallest"]
 
@@ -28,10 +39,10 @@ class Reversed:
     bool: which of them are taken for backdoors.
     """
 
-    mask: Array
-    pattern: Array
-    label: Array
-    suspect: Array
+    mask: Annotated[Array, Range(0, 1)]
+    pattern: Annotated[Array, Range(0, 1)]
+    label: Annotated[Array, Range(0, INT32)]
+    suspect: Annotated[Array, Range(0, 1)]
 
     @staticmethod
     def of(verdict: Verdict, pick: Pick = "flagged") -> "Reversed":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from bdjax import metrics
 from bdjax.attacks.base import Attack
 from bdjax.defenses.base import Defense
-from bdjax.mesh import lane_map
+from bdjax.mesh import bytes_of, fits, lane_map
 from bdjax.models.layers import LECUN
 from bdjax.registry import defense, pytree, static
 from bdjax.train import Loss, Recipe, TrainSet, clean_plan, cross_entropy, fit, poisoned_set, unit
@@ -339,6 +339,9 @@ class Mntd(Defense):
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)
+        each = bytes_of(jax.eval_shape(model.init, jax.random.key(0)))
+        nets = (self.shadows + self.validation) * (1 if self.variant == "one-class" else 2)
+        fits(f"MNTD with {nets} shadow nets", nets * each)
         if self.variant == "robust" and not self.tune:
             raise BadInput("the robust variant learns its queries alone: leave tune at True")
         if min(model.shape[:2]) < max(PATCHES):

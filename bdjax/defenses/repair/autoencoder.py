@@ -1,12 +1,14 @@
 """Input preprocessing: an autoencoder in front of the net redraws each image as a clean one."""
 
 import functools
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from bdjax.defenses.base import Defense
+from bdjax.mesh import fits
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import defense, static
@@ -92,6 +94,9 @@ class Autoencoder(Defense):
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)
+        widths = (math.prod(model.shape), *self.hidden, math.prod(model.shape))
+        links = sum(a * b for a, b in itertools.pairwise(widths))
+        fits("the autoencoder in training", 4 * 4 * links)
         if not self.hidden:
             raise BadInput(f"hidden {self.hidden}: the autoencoder needs at least one hidden layer")
         self.recipe.check(len(clean.label))

@@ -9,7 +9,7 @@ import numpy as np
 
 from bdjax.defenses.base import Defense
 from bdjax.defenses.train.view import viewed
-from bdjax.mesh import lane_map
+from bdjax.mesh import bytes_of, fits, lane_map
 from bdjax.metrics import hits, labels
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, batched, fit, stamped, unit
@@ -234,6 +234,8 @@ class DbCovidNet(Defense):
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)
+        each = bytes_of(jax.eval_shape(model.init, jax.random.key(0)))
+        fits(f"an ensemble of {self.members}", self.members * each)
         count = self.grid[0] * self.grid[1]
         if self.grid[0] > model.shape[0] or self.grid[1] > model.shape[1]:
             raise BadInput(
