@@ -276,7 +276,10 @@ def _fault(hint: Any, value: Any) -> str | None:
         each = args[:1] * len(value) if args[-1:] == (Ellipsis,) else args
         if len(each) != len(value):
             return f" {_word(value)} has {len(value)} values, not {len(each)}"
-        return next(filter(None, map(_fault, each, value)), None)
+        for i, fault in enumerate(map(_fault, each, value)):
+            if fault:
+                return f"[{i}]{fault}" if fault.startswith(".") else fault
+        return None
     if hint is bool:
         return None if isinstance(value, (bool, np.bool_)) else f" {_word(value)} is not a bool"
     if hint is str:
@@ -316,8 +319,6 @@ _ARRAYS = {jax.Array, np.ndarray}
 def _word(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray)):
         return f"{value.dtype}{list(value.shape)}"
-    if isinstance(value, float):
-        return repr(value)
     return f"'{shown(value)}'" if isinstance(value, str) else shown(value)
 
 

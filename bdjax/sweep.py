@@ -62,6 +62,10 @@ PROGRAMS = 64
 of which Linux allows a process 65,530.
 """
 
+ARCHITECTURES = 3
+"""Architectures whose programs are kept: a process that works through many does not grow with each.
+"""
+
 
 class Probe(Protocol):
     """A measurement of a net, a `pytree` class: `{name: array}`, pure and safe under jit and vmap.
@@ -353,6 +357,7 @@ class Runner:
             self.lanes = whole("lanes", self.lanes, 1)
         self.places = list(self.devices or jax.local_devices()[:1])
         self.members: dict[str, tuple[Path, int]] | None = None
+        self.models: list[Model] = []  # the last used at the end
         self.last: tuple[Any, Any] = (None, None)
 
     def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -448,7 +453,21 @@ class Runner:
             )
             self.last = cell.dataset, mesh.place(splits, jnp.zeros(1), self.places)[0]
         self.clock.add("data", start)
-        return build(cell.model, data.shape, data.classes), self.last[1]
+        model = build(cell.model, data.shape, data.classes)
+        self._at_hand(model)
+        return model, self.last[1]
+
+    def _at_hand(self, model: Model) -> None:
+        """Makes `model` the architecture at hand, and drops what an earlier one left behind: its
+        programs, and what JAX keeps of the small ones that ran beside them.
+        """
+        self.models = [*(m for m in self.models if m is not model), model]
+        if len(self.models) > ARCHITECTURES:
+            old = self.models.pop(0)
+            for kept in (self.programs, self.widths):
+                for key in [key for key in kept if key[-1] is old]:
+                    del kept[key]
+            jax.clear_caches()
 
     def _group(self, cells: list[Cell]) -> None:
         model, shared = self._data(cells[0])
@@ -634,7 +653,8 @@ class Runner:
         """`fn(model, shared, *item)` of all items, compiled once for all groups that it serves.
         Raises `Again` where it did not fit and has fewer lanes now.
         """
-        key = (fn, model, compile_key(shared, items))
+        # Last the architecture at hand, which a defense may have wrapped in another one.
+        key = (fn, model, compile_key(shared, items), *self.models[-1:])
         each = -(-len(jax.tree.leaves(items)[0]) // len(self.places))
         try:
             program = self.programs.pop(key, None)

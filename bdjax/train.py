@@ -274,6 +274,7 @@ def fit(
     >>> train = poisoned_set(key, split, BadNets(rate=0.1), 10)
     >>> variables, curves = fit(key, model, Recipe(epochs=5), train)
     """
+    agree(model, recipe, data)
     key_init, key_run = jax.random.split(key)
     state = begin(key_init, model, recipe, variables)
     state, curves = advance(

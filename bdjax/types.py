@@ -46,7 +46,8 @@ class Range(NamedTuple):
             value = low if not low >= self.low else high
         if self.low <= value <= self.high:
             return None
-        return f"{shown(value)} is outside [{shown(self.low)}, {shown(self.high)}]"
+        low, high = (str(int(x)) if x == int(x) else f"{x:g}" for x in (self.low, self.high))
+        return f"{shown(value)} is outside [{low}, {high}]"
 
 
 INT32 = 2**31 - 1
@@ -89,7 +90,7 @@ def shown(value: Any) -> str:
     if isinstance(value, (np.generic, jax.Array, np.ndarray)) and np.ndim(value) == 0:
         value = np.asarray(value).item()
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) < 1e16 else f"{value:.6g}"
+        return repr(value) if len(repr(value)) <= 8 else f"{value:.6g}"
     text = str(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -276,19 +276,19 @@ def test_matching_narrows_the_gap_and_keeps_the_backdoor(sample, model, trained)
 @pytest.mark.parametrize(
     ("attack", "line"),
     [
-        (TrojanNN(shape="pear"), "mask 'pear' is not one of square, apple, watermark"),
+        (TrojanNN(shape="pear"), "shape 'pear' is not one of square, apple, watermark"),
         (TrojanNN(select="sideways"), "select 'sideways' is not one of incoming, outgoing"),
         (TrojanNN(size=40), "trigger outside the image"),
         (TrojanNN(transparency=1.5), r"transparency 1.5 is outside \[0, 1\]"),
-        (TrojanNN(neurons=0), "neurons 0: at least one is needed"),
+        (TrojanNN(neurons=0), "neurons 0 is outside"),
         (TrojanNN(retraining=Recipe(epochs=0)), "give it at least one epoch"),
         (
             TrojanNN(pattern=jnp.zeros((3, 3, 1))),
             r"made for images of shape \(3, 3, 1\), not \(28, 28, 1\)",
         ),
         (TrojanNN(target=10), "target label 10"),
-        (PruningAware(share=2.0), r"share of decoys 2.0 is outside \[0, 1\]"),
-        (PruningAware(attempts=0), "attempts 0: at least one is needed"),
+        (PruningAware(share=2.0), r"share 2.0 is outside \[0, 1\]"),
+        (PruningAware(attempts=0), "attempts 0 is outside"),
         (PruningAware(margin=-1.0), "margin -1.0 is outside"),
         (PruningAware(max_drop=float("nan")), "max_drop nan is outside"),
         (ActivationMatching(weight=-1.0), "weight -1.0 is outside"),

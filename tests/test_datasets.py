@@ -268,7 +268,7 @@ def test_bad_folders(tmp_path):
 def test_bad_fields(tmp_path):
     path = save(tmp_path / "a.npz")
     for holdout in (0.0, 1.0, float("nan")):
-        with pytest.raises(BadInput, match="no clean images"):
+        with pytest.raises(BadInput, match="holdout"):
             datasets.load("npz", path=path, holdout=holdout)
     with pytest.raises(BadInput, match="train_size is 41"):
         datasets.load("npz", path=path, train_size=41)

@@ -288,8 +288,8 @@ def test_bad_input(model):
     small = Recipe(epochs=1, batch=10)
     for fields, message in (
         ({"variant": "two-class"}, "variant 'two-class'"),
-        ({"shadows": 0}, "0 shadow nets"),
-        ({"queries": 0}, "0 queries"),
+        ({"shadows": 0}, "shadows 0"),
+        ({"queries": 0}, "queries 0"),
         ({"nu": 0.0}, "nu 0.0 is outside"),
         ({"recipe": Recipe(epochs=0)}, "at least 1 epoch"),
         ({"variant": "robust", "tune": False}, "leave tune at True"),

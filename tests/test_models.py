@@ -233,7 +233,7 @@ def test_bad_shapes(name):
         ("nin", (28, 28, 1), {}, "3 channels, these images have 1: use standardise='none'"),
         ("preact-resnet18", (28, 28, 1), {"standardise": "cifar10"}, "3 channels"),
         ("covidnet", (64, 64, 1), {"counts": (2, 2)}, "must be as many"),
-        ("covidnet", (64, 64, 1), {"counts": (2, 2, 1, 2)}, "2 blocks or more"),
+        ("covidnet", (64, 64, 1), {"counts": (2, 2, 1, 2)}, "counts 1 is outside"),
     ],
 )
 def test_bad_fields(name, shape, fields, message):

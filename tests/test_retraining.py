@@ -249,13 +249,13 @@ def test_nnoculation_weakens_the_real_backdoor(victim, sample, measure, before):
 def test_bad_input(victim, sample):
     model, clean = victim[0], sample.clean
     for defense, message in (
-        (Retraining(recipe=Recipe(batch=0)), "batches of 0"),
+        (Retraining(recipe=Recipe(batch=0)), "batch 0"),
         (Autoencoder(hidden=()), "at least one hidden layer"),
-        (NeuralComplexity(share=1.5), "share of pruned nodes 1.5"),
+        (NeuralComplexity(share=1.5), "share 1.5"),
         (NeuralComplexity(site="conv_9"), "no site 'conv_9'"),
-        (NeuralComplexity(rounds=0), "0 rounds"),
+        (NeuralComplexity(rounds=0), "rounds 0"),
         (NNoculation(levels=()), "levels is empty"),
-        (NNoculation(levels=(0.5, 1.5)), "noise level"),
+        (NNoculation(levels=(0.5, 1.5)), "levels 1.5"),
         (NNoculation(holdout=0.0), "raise it"),
     ):
         with pytest.raises(BadInput, match=message):

@@ -302,9 +302,9 @@ def test_bad_input():
         (ActivationClustering(site="conv_9"), "no site 'conv_9'"),
         (ActivationClustering(reduce="tsne"), "reduce 'tsne'"),  # type: ignore[arg-type]
         (ActivationClustering(rule="biggest"), "rule 'biggest'"),  # type: ignore[arg-type]
-        (ActivationClustering(size=1.5), "share of the smaller cluster"),
+        (ActivationClustering(size=1.5), "size 1.5"),
         (ActivationClustering(dims=0), "dims 0"),
-        (SpectralSignatures(remove=-0.1), "share to remove"),
+        (SpectralSignatures(remove=-0.1), "remove -0.1"),
         (SpectralSignatures(projection="both"), "projection 'both'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(BadInput, match=says):

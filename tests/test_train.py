@@ -188,9 +188,9 @@ def test_predict_is_independent_of_the_batch(victim, sample):
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        (Recipe(batch=0), "batches of 0"),
-        (Recipe(lr=-1.0), "learning rate"),
-        (Recipe(lr=float("nan")), "learning rate"),
+        (Recipe(batch=0), "batch 0"),
+        (Recipe(lr=-1.0), "lr -1.0"),
+        (Recipe(lr=float("nan")), "lr nan"),
         (Recipe(epochs=-1), "epochs"),
         (Recipe(batch=8, optimizer="adamw"), "optimizer 'adamw'"),  # type: ignore[arg-type]
     ],

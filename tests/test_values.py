@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import re
+import subprocess
 import sys
 import types
 import typing
@@ -221,6 +222,8 @@ def test_defenses_are_checked_when_called(entry):
         if found and found[0][0] & {int, float}:
             with pytest.raises(BadInput, match=field.name):
                 called(filled(entry.cls, field, math.nan), entry.stage, DATA)
+            with pytest.raises(BadInput, match=field.name):
+                filled(entry.cls, field, math.nan).check(MODEL, DATA)
     if "site" in entry.cls.__dataclass_fields__:  # the defense's own check is run, too
         with pytest.raises(BadInput, match="no site 'nowhere'"):
             called(entry.cls(site="nowhere"), entry.stage, DATA)
@@ -471,3 +474,43 @@ def test_a_cell_of_a_notebook_may_run_again(monkeypatch, own_names):
     with pytest.raises(BadInput, match="Mine in __main__ and Yours in __main__"):
         exec(METHOD.format(name="Yours"), vars(notebook))
     assert issubclass(vars(notebook)["Mine"], Attack)
+
+
+# --- What is let go ---
+
+MANY = """
+import subprocess
+import sys
+from bdjax import registry
+from bdjax.attacks.badnets import BadNets
+from bdjax.models.shamshiri import Cnn
+from bdjax.store import Store
+from bdjax.sweep import Cell, Runner
+from bdjax.train import Recipe
+
+
+def resident():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1024
+
+
+source = registry.make("dataset", "fashion-mnist-sample", train_size=100, test_size=50)
+runner = Runner(Store(sys.argv[1]), "many", quiet=True)
+sizes = []
+for i in range(60):
+    net = Cnn(features=(2 + i, 2), hidden=4)
+    row = runner.run([Cell("", str(i), source, net, Recipe(epochs=1, batch=50), BadNets())])
+    assert "acc_test" in row[0]["metrics"]
+    sizes.append(resident())
+print(sizes[-1] - sizes[0])
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sixty_architectures_in_one_process(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", MANY, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert float(ran.stdout) < 150, f"{ran.stdout} MB"

@@ -13,7 +13,7 @@ from bdjax.channels import largest_within, masked, prune, responses, sweep
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import Pick, Reversed, TriggerDefense, described, fire
 from bdjax.models.layers import check_site, default_site
-from bdjax.registry import defense, static
+from bdjax.registry import defense, static, validate
 from bdjax.train import unit
 from bdjax.types import (
     Array,
@@ -218,6 +218,7 @@ class LinfPruning(TriggerDefense):
         return sweep(model, variables, self._site(model), edit, points, images, label)
 
     def check(self, model: Model, clean: Split) -> None:
+        validate(self)
         if len(clean.image) == 0:
             raise BadInput("ℓ∞ pruning lowers its threshold on clean images: the defender has none")
         if not self.by_channel and (self.norm != "linf" or self.inputs != "clean"):

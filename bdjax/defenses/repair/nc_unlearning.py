@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bdjax.attacks.base import Part, poison_rows
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
-from bdjax.registry import defense, static
+from bdjax.registry import defense, static, validate
 from bdjax.train import Recipe, TrainSet, clean_set, fit
 from bdjax.types import BadInput, Model, Repaired, Share, Split, Variables
 
@@ -71,6 +71,7 @@ class NcUnlearning(TriggerDefense):
         return Repaired(kept, info | log._asdict())
 
     def check(self, model: Model, clean: Split) -> None:
+        validate(self)
         if self.clean_only and len(clean.image) == 0:
             raise BadInput("unlearning fine-tunes on clean images: the defender has none")
         if not self.clean_only:
