@@ -122,10 +122,13 @@ def list_methods(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from bdjax.progress import shown
 
     table = Table(*rows[0], box=None)
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        table.add_row(*(Text("" if value is None else shown(value)) for value in row.values()))
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
 
@@ -168,6 +171,7 @@ def report(
         metric: What the pivot shows, such as asr_nt; also lists the best defense of every victim.
     """
     from bdjax import report as reports
+    from bdjax.progress import shown
 
     if not folders:
         raise BadInput("report needs at least one results folder")
@@ -175,7 +179,7 @@ def report(
         raise BadInput("--y is the second axis of a pivot: give the first one, --x, too")
     if x is not None and metric is None:
         raise BadInput("--x is the axis of a pivot: give what it shows, --metric, too")
-    print(f"page: {reports.merge(list(folders), out, x=x, y=y, metric=metric)}")
+    print(f"page: {shown(reports.merge(list(folders), out, x=x, y=y, metric=metric))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,11 +196,12 @@ class Train:
     quiet: bool = False
 
     def __call__(self) -> None:
-        from bdjax.store import Store, save_model, writable
+        from bdjax import own
+        from bdjax.store import Store, old_model, save_model
         from bdjax.sweep import Cell, Runner
 
         flags: Any = self
-        writable(self.out)
+        own.whole(self.out, old_model)
         cell = Cell("", "", flags.dataset, flags.model, flags.recipe, flags.attack, seed=self.seed)
         with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
             runner = Runner(Store(folder), "train", quiet=self.quiet)
@@ -231,11 +236,12 @@ class Defend:
     quiet: bool = False
 
     def __call__(self) -> None:
-        from bdjax.store import Store, load_model, save_model, writable
+        from bdjax import own
+        from bdjax.store import Store, load_model, old_model, save_model
         from bdjax.sweep import Cell, Runner
 
         if self.out is not None:
-            writable(self.out)
+            own.whole(self.out, old_model)
         net, model, variables, about = load_model(self.checkpoint)
         flags: Any = self
         cell = Cell(
@@ -263,10 +269,12 @@ class Defend:
 
 
 def _show(row: dict[str, Any], out: Path | None) -> None:
+    from bdjax.progress import shown
+
     for name, value in row["metrics"].items():
-        print(f"{name:14} {value if value is None else round(value, 4)}")
+        print(f"{shown(name):14} {value if value is None else round(value, 4)}")
     if out is not None:
-        print(f"saved in {out}")
+        print(f"saved in {shown(out)}")
 
 
 CHOICES = {
@@ -450,6 +458,10 @@ def command(args: Sequence[str]) -> None:
     from bdjax.train import Recipe
 
     methods = {name: {} for name in CHOICES}
+    for flag, value in zip(["bdjax", *args], args, strict=False):
+        if not value or (value.startswith("--") and value.endswith("=")):
+            name = value.rstrip("=") or flag
+            raise BadInput(f"an empty word after {name}: is a variable of the shell not set?")
     if args and args[0] in CHOICES:
         methods[args[0]], left = chosen(CHOICES[args[0]], args[1:])
         args = [args[0], *left]
@@ -489,13 +501,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
     143 terminated.
     """
-    from bdjax.progress import Terminated
+    from bdjax.progress import Terminated, shown
 
     with contextlib.suppress(BrokenPipeError):
         try:
             command(sys.argv[1:] if args is None else args)
         except BadInput as error:
-            print(f"bdjax: {error}", file=sys.stderr)
+            print(f"bdjax: {shown(error)}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as stop:
             ended = isinstance(stop, Terminated)

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,14 +28,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import mesh, metrics, registry
+from bdjax import mesh, metrics, own, registry
 from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
 from bdjax.datasets.base import Source
 from bdjax.defenses.base import Defense
 from bdjax.models.layers import Net, build
-from bdjax.progress import Board, Progress, Stop
-from bdjax.store import Store, load_tree, recall, remember, renamed, save_tree
+from bdjax.own import renamed
+from bdjax.progress import Board, Progress, Stop, shown
+from bdjax.store import (
+    Store,
+    load_tree,
+    old_checkpoint,
+    old_victims,
+    recall,
+    remember,
+    save_tree,
+    write_tree,
+)
 from bdjax.train import (
     Recipe,
     advance,
@@ -374,10 +383,9 @@ class Runner:
             total = sum(map(len, mine))
             finished = total - sum(map(len, pending))
             shard = "" if self.store.shard is None else "{}/{}".format(*self.store.shard)
-            path = self.store.folder / f"progress{self.store.suffix}.json"
             self.board = Board(
-                path, self.live, experiment=self.experiment, scale=self.scale, shard=shard,
-                total=total, rows=finished, before=finished, groups=len(mine),
+                self.store.progress, self.live, experiment=self.experiment, scale=self.scale,
+                shard=shard, total=total, rows=finished, before=finished, groups=len(mine),
                 group=len(mine) - len(pending), failed=0, doing="",
                 devices=f"{len(self.places)} × {device_name()}",
             )  # fmt: skip
@@ -524,10 +532,11 @@ class Runner:
         def train(missing: Sequence[Cell]) -> None:
             trained, losses = self._trained(missing, model, shared)
             names = [cell.victim for cell in missing]
-            with renamed(folder / registry.digest(names)) as temporary:
-                save_tree(temporary / "arrays", (trained, losses))
+            with renamed(folder / registry.digest(names), old_victims) as temporary:
+                temporary.mkdir()
+                write_tree(temporary / "arrays", (trained, losses))
                 (temporary / "members.json").write_text(json.dumps(names))
-            shutil.rmtree(self._partial(missing), ignore_errors=True)
+            own.remove(self._partial(missing), old_checkpoint)
             assert self.members is not None
             self.members |= {
                 name: (folder / registry.digest(names), i) for i, name in enumerate(names)
@@ -906,7 +915,7 @@ def bound(cell: Cell, shared: Any) -> Any:
 def say(line: str, quiet: bool) -> None:
     """A plain line about what is being done."""
     if not quiet:
-        print(line, file=sys.stderr, flush=True)
+        print(shown(line), file=sys.stderr, flush=True)
 
 
 # --- The programs: each is mapped over runs. `shared = (train, clean, test)`. ---

@@ -75,11 +75,15 @@ def bench(
     if repeats < 1:
         raise BadInput(f"repeats {repeats}: at least one is needed")
     old = None if compare is None else _rows(compare)
+    if out is not None:
+        Store(out).ready()
+        report.ready(out, "report.json")
     if devices is not None:
         local_devices(devices)
     with contextlib.ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bdjax-")))
         store, made = Store(folder), []
+        stack.enter_context(store.locked())
         if not json_:
             print(f"{'case':36}" + "".join(f"{head:>10}" for head in HEADS), flush=True)
         for name in names_ or names():

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bdjax import registry
+from bdjax import own, registry
 from bdjax.datasets import base
 from bdjax.datasets.files import read_file
 from bdjax.types import BadInput, Split
@@ -82,6 +82,11 @@ def prepare(
         raise BadInput(f"{name} needs no preparing: load it as it is")
     if manual and not manual.is_dir():
         raise BadInput(f"{manual}: no such folder")
+
+    with own.explained(folder):
+        there = list(folder.glob(f"{cls.tfds}/*.*.*"))
+    if not there:
+        own.beside(folder, folders=(cls.tfds, "downloads"))
 
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
