@@ -10,14 +10,13 @@ import itertools
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from bdjax import registry
+from bdjax import own, registry
 from bdjax.types import BadInput, Seed
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
@@ -196,26 +195,26 @@ class Train:
     quiet: bool = False
 
     def __call__(self) -> None:
-        from bdjax import own
-        from bdjax.store import Store, old_model, save_model
-        from bdjax.sweep import Cell, Runner
+        from bdjax.store import old_model, save_model, unfinished
+        from bdjax.sweep import Cell, Runner, device_name
 
         flags: Any = self
         own.whole(self.out, old_model)
         cell = Cell("", "", flags.dataset, flags.model, flags.recipe, flags.attack, seed=self.seed)
-        with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
-            runner = Runner(Store(folder), "train", quiet=self.quiet)
+        with unfinished("train", cell.run, device_name()) as store:
+            runner = Runner(store, "train", quiet=self.quiet)
             (row,) = runner.run([cell])
-            if "error" in row:
-                raise BadInput(f"{row['error']}; try a lower --recipe.lr")
-            model, attack, variables = runner.victim(cell)
-        about = {
-            "recipe": cell.recipe,
-            "dataset": cell.dataset,
-            "attack": attack,
-            "metrics": row["metrics"],
-        }
-        save_model(self.out, cell.model, model, variables, **about)
+            if "error" not in row:
+                model, attack, variables = runner.victim(cell)
+                about = {
+                    "recipe": cell.recipe,
+                    "dataset": cell.dataset,
+                    "attack": attack,
+                    "metrics": row["metrics"],
+                }
+                save_model(self.out, cell.model, model, variables, **about)
+        if "error" in row:
+            raise BadInput(f"{row['error']}; try a lower --recipe.lr")
         _show(row, self.out)
 
 
@@ -236,9 +235,10 @@ class Defend:
     quiet: bool = False
 
     def __call__(self) -> None:
-        from bdjax import own
-        from bdjax.store import Store, load_model, old_model, save_model
-        from bdjax.sweep import Cell, Runner
+        import jax
+
+        from bdjax.store import copy_model, load_model, old_model, save_model, unfinished
+        from bdjax.sweep import Cell, Runner, device_name
 
         if self.out is not None:
             own.whole(self.out, old_model)
@@ -254,18 +254,26 @@ class Defend:
             flags.defense,
             self.seed,
         )
-        with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
-            runner = Runner(Store(folder), "defend", quiet=self.quiet)
-            row, kept = runner.defend(cell, model, variables)
-        if self.out is not None:
-            if kept is None:
-                raise BadInput(
-                    f"{registry.name_of(flags.defense)} judges and repairs nothing: leave --out "
-                    "away"
-                )
-            about |= {"defenses": (*about["defenses"], flags.defense), "metrics": row["metrics"]}
-            save_model(self.out, net, model, kept, **about)
-        _show(row, self.out)
+        judges = cell.stage in ("invert", "models", "inputs")
+        if judges and self.out is not None:
+            raise BadInput(
+                f"{registry.name_of(flags.defense)} judges and repairs nothing: leave --out away"
+            )
+        given = [about["defenses"], *jax.tree.leaves(variables)]
+        with unfinished("defend", cell.run, given, device_name()) as store:
+            repaired = store.folder / "net"
+            found = [row for row in store.rows() if row["run"] == cell.run]
+            if not found or not (judges or repaired.exists()):
+                runner = Runner(store, "defend", quiet=self.quiet)
+                row, variables = runner.defend(cell, model, variables)
+                found = [row]
+                if not judges:
+                    about["defenses"] = (*about["defenses"], flags.defense)
+                    about["metrics"] = row["metrics"]
+                    save_model(repaired, net, model, variables, **about)
+            if self.out is not None:
+                copy_model(repaired, self.out)
+        _show(found[0], self.out)
 
 
 def _show(row: dict[str, Any], out: Path | None) -> None:
@@ -501,9 +509,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
     143 terminated.
     """
-    from bdjax.progress import Terminated, shown
+    from bdjax.progress import Terminated, shown, terminable
 
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError), terminable():
         try:
             command(sys.argv[1:] if args is None else args)
         except BadInput as error:
@@ -512,5 +520,9 @@ def main(args: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt as stop:
             ended = isinstance(stop, Terminated)
             what = "terminated" if ended else "interrupted"
-            print(f"bdjax: {what}; the same command goes on from here", file=sys.stderr)
+            words = [
+                *getattr(stop, "__notes__", []),
+                "nothing is kept; the same command begins anew",
+            ]
+            print(f"bdjax: {what}; {shown(words[0])}", file=sys.stderr)
             sys.exit(143 if ended else 130)

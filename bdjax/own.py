@@ -262,8 +262,13 @@ def remove(path: Path, old: Old = never) -> None:
     """Removes a folder that bdjax wrote; one with anything else in it stays."""
     with explained(path):
         if kind(path) == "folder" and foreign(path, True, old) is None:
-            with saving(path.parent) as place:
-                os.rename(path, place / "new" / path.name)
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Removes a folder of which it is known that all is bdjax's."""
+    with explained(path), saving(path.parent) as place:
+        os.rename(path, place / "new" / path.name)
 
 
 # --- What can be known at the start ---

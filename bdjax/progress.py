@@ -214,6 +214,24 @@ class Terminated(KeyboardInterrupt):
     """The run was asked to end by SIGTERM: a preempted machine, a job at its time limit."""
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM ends Python code as Ctrl-C does, so that it is said what is kept."""
+
+    def ended(*_: Any) -> None:
+        raise Terminated
+
+    mine = threading.current_thread() is threading.main_thread()
+    mine = mine and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, ended)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Stop(AbstractContextManager):
     """Inside, SIGINT and SIGTERM only ask to stop: `asked` is the signal. The second one ends the
     process at once.

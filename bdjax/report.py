@@ -28,7 +28,7 @@ from rich.text import Text
 
 from bdjax import plots
 from bdjax.own import beside, kind, renamed, sweep
-from bdjax.progress import shown
+from bdjax.progress import kept, shown
 from bdjax.store import Store, result_files
 from bdjax.types import BadInput
 
@@ -375,9 +375,8 @@ def markdown(sections: Iterable[Section]) -> str:
         for table in _tables(section):
             fields, metrics = _shown(table), table["metrics"]
             remarks = [", ".join(_md(text) for _, text in _remarks(line)) for line in table["rows"]]
-            heads = ["", *fields, *map(label_of, metrics), "compile s", "run s"] + [
-                "remarks"
-            ] * any(remarks)
+            named = [_md(label_of(metric)) for metric in metrics]
+            heads = ["", *fields, *named, "compile s", "run s"] + ["remarks"] * any(remarks)
             align = (
                 ["---"] * (1 + len(fields)) + ["---:"] * (len(metrics) + 2) + ["---"] * any(remarks)
             )
@@ -395,7 +394,9 @@ def markdown(sections: Iterable[Section]) -> str:
             trends = (Trend(*trend) for trend in section.trends)
             parts += [
                 "## Trends",
-                "\n".join(f"- **{t.verdict}**: {_md(t.claim)} ({_md(t.numbers)})" for t in trends),
+                "\n".join(
+                    f"- **{_md(t.verdict)}**: {_md(t.claim)} ({_md(t.numbers)})" for t in trends
+                ),
             ]
     parts.append(LEGEND)
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -403,7 +404,7 @@ def markdown(sections: Iterable[Section]) -> str:
 
 def _md(text: Any) -> str:
     text = (
-        " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+        " ".join(shown(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
     )
     return re.sub(r"([*_`\[\]])", r"\\\1", text)
 
@@ -593,10 +594,11 @@ def merge(
                 pictures=[*section.pictures, *draw(pivot_figures(section.rows, x, y, metric))]
             )
         sections.append(section)
-    return _save(
-        out,
-        _documents(sections, f"{len(sections)} results" if several else sections[0].title),
-    )
+    with kept("each file is whole, old or new; the same command writes all of them"):
+        return _save(
+            out,
+            _documents(sections, f"{len(sections)} results" if several else sections[0].title),
+        )
 
 
 # --- The page ---

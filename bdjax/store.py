@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +24,11 @@ import jax
 import numpy as np
 from filelock import FileLock, Timeout
 
-from bdjax import own, registry
+from bdjax import __version__, own, registry
 from bdjax.datasets.base import data_dir
 from bdjax.models.layers import build
 from bdjax.own import explained, renamed
+from bdjax.progress import kept
 from bdjax.types import BadInput, Model, Variables
 
 FOLDERS = ("arrays", "victims", "partial", "prepared")
@@ -133,6 +135,50 @@ class Store:
         return dict(np.load(path, allow_pickle=False)) if path.exists() else {}
 
 
+@contextmanager
+def unfinished(*decides: Any) -> Iterator[Store]:
+    """A results folder in the user's cache, which the same `decides` (all that decides the result)
+    find again after an interruption: removed when the block ends well. A folder that goes away at
+    once, and words that say so, where the cache cannot be written.
+    """
+    name = registry.digest(decides, __version__, jax.__version__)
+    store = Store(data_dir() / "unfinished" / name)
+    try:
+        store.ready()
+    except BadInput as error:
+        words = f"nothing is kept ({error}): the same command begins anew"
+        with kept(words), tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
+            yield Store(folder)
+        return
+    own.sweep(store.folder.parent)
+    words = f"what was finished is kept in {store.folder}; the same command goes on from there"
+    with kept(words), store.locked():
+        try:
+            yield store
+        except Exception:  # such as a mistake of the user's, before anything was done
+            if not any((store.folder / name).exists() for name in ("results.jsonl", *FOLDERS)):
+                _discard(store.folder)
+            raise
+        _discard(store.folder)
+
+
+def _discard(folder: Path) -> None:
+    if _all_known(folder):
+        with contextlib.suppress(BadInput):
+            own.discard(folder)
+
+
+def _all_known(folder: Path) -> bool:
+    """Whether a results folder holds nothing but what a run writes."""
+    return all(
+        path.parent.name in FOLDERS and HASHED.fullmatch(path.name)
+        if path.parent != folder
+        else path.name in FOLDERS or RUNNING.fullmatch(path.name)
+        for part in (folder, *(folder / name for name in FOLDERS))
+        for path in (part.iterdir() if own.kind(part) == "folder" else ())
+    )
+
+
 def _appendable(path: Path) -> tuple[int, bytes]:
     """Where the next row of a results file goes, and what must stand before it: a line that a crash
     tore is to be cut off. Raises `BadInput` where the file holds something else than rows.
@@ -197,6 +243,11 @@ CHECKPOINT = re.compile(
 )
 SAVED = re.compile(
     r"\.([0-9a-f]{16}(?:\.npz)?|table\.csv|table\.md|index\.html|report\.json|.+\.png)\.[a-z0-9_]{8}"
+)
+HASHED = re.compile(rf"[0-9a-f]{{16}}(\.npz)?|{own.FILES}|{own.SAVING}.*")
+RUNNING = re.compile(
+    rf"results\.jsonl|progress\.json|\.results\.(lock|owner|jsonl\.lock)|net|{own.FILES}|"
+    rf"{own.SAVING}.*"
 )
 BEATEN = re.compile(r"\.progress(?:-\d+-of-\d+)?\.json\.\d+")
 
@@ -346,6 +397,12 @@ def save_model(
         write_tree(temporary / "variables", variables)
         np.savez(temporary / "arrays.npz", **arrays)  # type: ignore[arg-type]
         (temporary / "model.json").write_text(text)
+
+
+def copy_model(path: Path, to: Path) -> None:
+    """A model folder once more."""
+    with renamed(own.whole(to, old_model), old_model) as temporary:
+        shutil.copytree(path, temporary)
 
 
 def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]:

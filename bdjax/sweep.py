@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -421,15 +420,11 @@ class Runner:
         """
         check(cell)
         _, shared = self._data(cell)
+        none = {"compile": 0.0, "run": 0.0}
         try:
-            return self._judged(
-                [cell],
-                model,
-                shared,
-                [(cell.attack, variables)],
-                {"compile": 0.0, "run": 0.0},
-                True,
-            )
+            with self.stop:
+                victims = [(cell.attack, variables)]
+                return self._judged([cell], model, shared, victims, none, True)
         except Unfit as error:
             self.unfit.append(cell)
             raise BadInput(self.complaint()) from error
@@ -610,7 +605,7 @@ class Runner:
                 note = f"loss {float(jnp.mean(losses)):.3f}"
                 bar.step(note)
                 self.board.tell(doing=f"{label}, epoch {epoch + 1}/{epochs}, {note}")
-                last, ending = epoch + 1 == epochs, self.stop.asked == signal.SIGTERM
+                last, ending = epoch + 1 == epochs, self.stop.asked is not None
                 if not last and (ending or time.monotonic() - saved > CHECKPOINT_EVERY):
                     if writing is not None:
                         writing.result()
@@ -757,6 +752,7 @@ class Runner:
         )
         self.board.tell(doing=label)
         defenses = self._prepared(cells, model, shared)
+        self.stop.check()
         victims = victims or [(bound(cell, shared), cell.recipe) for cell in cells]
         if stage == "samples":
             victims = [

@@ -2,11 +2,16 @@
 not bdjax's, in a working directory full of other things.
 """
 
+import csv
 import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -337,3 +342,268 @@ def test_a_full_disk_in_any_words_is_one_line(tmp_path):
         ):
             raise error
     assert not list(tmp_path.iterdir())
+
+
+# --- Interruptions: what is said of them is true ---
+
+SMALL = [
+    "--dataset", "fashion-mnist-sample", "--dataset.train-size", "500", "--dataset.test-size",
+    "100", "--model", "ffnn", "--model.hidden", "8", "--recipe.batch", "50", "--quiet",
+]  # fmt: skip
+FOUR = [*SMALL, "--recipe.epochs", "4"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BDJAX_DATA_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache" / "unfinished"
+
+
+def weights(path: Path) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(store.load_model(path)[2])]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A net that was trained, and one that was repaired, without interruption."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    cli.main(["train", *FOUR, "--out", str(folder / "net")])
+    cli.main(["defend", str(folder / "net"), "--quiet", "--out", str(folder / "repaired")])
+    return folder
+
+
+def hear(runner) -> None:
+    until = time.monotonic() + 10
+    while runner.stop.asked is None and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_train_goes_on_from_where_it_was_stopped(
+    unbroken, cache, capsys, monkeypatch, number, code
+):
+    runners, epochs, call = [], [], sweep.Runner._call
+
+    def counted(runner, stage, fn, *args, **options):
+        runners.append(runner)
+        epochs.append(fn is sweep._epoch)
+        return call(runner, stage, fn, *args, **options)
+
+    class Bar(sweep.Progress):
+        def step(self, note="", amount=1):
+            super().step(note, amount)
+            if self.done == 2:
+                os.kill(os.getpid(), number)
+                hear(runners[-1])
+
+    monkeypatch.setattr(sweep.Runner, "_call", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "Progress", Bar)
+        found, _, err = bdjax(capsys, "train", *FOUR, "--out", "net")
+    assert found == code and sum(epochs) == 2
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    assert f"kept in {folder}; the same command goes on from there" in err.splitlines()[-1]
+    assert not Path("net").exists()
+    epochs.clear()
+    assert bdjax(capsys, "train", *FOUR, "--out", "net")[0] == 0
+    assert sum(epochs) == 2 and not list(cache.iterdir())
+    for a, b in zip(weights(Path("net")), weights(unbroken / "net"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_repaired_net_that_could_not_be_saved_is_not_repaired_again(
+    unbroken, cache, capsys, monkeypatch
+):
+    args = ["defend", str(unbroken / "net"), "--quiet", "--out", "repaired"]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "copy_model", stopped)
+        code, _, err = bdjax(capsys, *args)
+    assert code == 130 and f"is kept in {cache}" in err and "the same command goes on" in err
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.Runner, "defend", stopped)
+        assert bdjax(capsys, *args)[0] == 0
+    assert not list(cache.iterdir())
+    for a, b in zip(weights(Path("repaired")), weights(unbroken / "repaired"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_defend_is_stopped_between_its_programs(unbroken, cache, capsys, monkeypatch):
+    prepared = sweep.Runner._prepared
+
+    def asked(runner, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        hear(runner)
+        return prepared(runner, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.Runner, "_prepared", asked)
+        code, _, err = bdjax(capsys, "defend", str(unbroken / "net"), "--quiet")
+    assert code == 143 and f"is kept in {cache}" in err
+    assert bdjax(capsys, "defend", str(unbroken / "net"), "--quiet")[0] == 0
+    assert not list(cache.iterdir())
+
+
+def test_a_mistake_leaves_nothing_in_the_cache(unbroken, cache, capsys):
+    assert bdjax(capsys, "train", *FOUR, "--attack.row", "27", "--out", "net")[0] == 2
+    assert not [path for path in cache.rglob("*") if path.is_dir()]
+
+
+def test_without_a_cache_nothing_is_kept_and_it_is_said(cache, capsys, monkeypatch):
+    cache.parent.write_text("a file")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep.Runner, "_group", stopped)
+    code, _, err = bdjax(capsys, "train", *FOUR, "--out", "net")
+    assert code == 130 and "nothing is kept (" in err and "begins anew" in err
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, sweep.Stop])
+@pytest.mark.parametrize(
+    ("args", "where", "words"),
+    [
+        (BESIDE["run"], (sweep.Runner, "_group"), "kept in out; the same command goes on"),
+        (BESIDE["sweep"], (sweep.Runner, "_group"), "kept in out; the same command goes on"),
+        (
+            lambda made: ["sweep", *BESIDE["run"](made)[1:-1], "--no-resume", "--out"],
+            (sweep.Runner, "_group"),
+            "the same command without --no-resume goes on",
+        ),
+        (BESIDE["report"], (report, "_documents"), "the same command writes all of them"),
+        (BESIDE["bench"], "benchmarks.measure.run", "kept in out; the same command goes on"),
+        (
+            lambda made: ["bench", "fine_pruning", "--scale", "smoke", "--compare"],
+            "benchmarks.measure.run",
+            "nothing is kept without --out",
+        ),
+        (PREPARES["data"], "bdjax.datasets.prepared._originals", "begins anew, with the files"),
+        (lambda made: ["status"], "bdjax.experiment.status", "nothing is kept"),
+        (lambda made: ["list"], "bdjax.registry.entries", "nothing is kept"),
+    ],
+)
+def test_every_command_says_what_an_interruption_leaves(
+    made, cache, capsys, monkeypatch, args, where, words, stop
+):
+    if stop is sweep.Stop:
+        from bdjax.progress import Terminated as stop
+
+    def stopped(*_, **__):
+        raise stop
+
+    command = args(made)
+    out = "out" if command[-1] in ("--out", "--data-dir") else str(made / "results")
+    with monkeypatch.context() as patch:
+        if isinstance(where, str):
+            patch.setattr(where, stopped)
+        else:
+            patch.setattr(*where, stopped)
+        code, _, err = bdjax(capsys, *command, *([] if command == ["list"] else [out]))
+    assert code == (130 if stop is KeyboardInterrupt else 143), err
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("bdjax: ") and words in line, err
+
+
+@pytest.mark.long
+def test_after_kill_9_the_same_train_gives_the_same_net(unbroken, cache, capsys):
+    args = [sys.executable, "-m", "bdjax", "train", *SMALL, "--recipe.epochs", "3000"]
+    rival = [*SMALL, "--recipe.epochs", "3000", "--out"]
+    cli.main(["train", *rival, "whole"])
+    code = (
+        "import sys; from bdjax import cli, sweep; sweep.CHECKPOINT_EVERY = 0.0; "
+        "cli.main(sys.argv[1:])"
+    )
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, "-c", code, *args[3:], "--out", "net"])
+        until = time.monotonic() + 100
+        while time.monotonic() < until and not list(cache.glob("*/partial/*")):
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.kill()
+        process.wait()
+        assert list(cache.glob("*/partial/*")) and not Path("net").exists()
+    assert bdjax(capsys, "train", *rival, "net")[0] == 0
+    assert not list(cache.iterdir())
+    for a, b in zip(weights(Path("net")), weights(Path("whole")), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# --- Text from files ---
+
+ODD = "=cmd|' /C calc'!A0 \x1b]0;owned\x07\x1b[31m [bold]x[/bold] \u202e <script>"
+
+
+def test_text_from_files_reaches_no_terminal_sheet_or_page_raw(tmp_path, capsys):
+    fields = ("table", "row", "dataset", "model", "attack", "experiment")
+    odd = {**ROW, **{field: ODD for field in fields}, "metrics": {ODD: -0.5, "acc_test": 0.5}}
+    folder = results(tmp_path / "out", odd, {**odd, "run": "1", "error": ODD, "metrics": {}})
+    facts = {"state": ODD, "started": 1.0, "updated": 2.0, "host": ODD, "rows": 1, "before": 0,
+             "total": 2, "group": 1, "groups": 1, "failed": 0, "devices": ODD, "doing": ODD,
+             "shard": ODD}  # fmt: skip
+    (folder / "progress.json").write_text(json.dumps(facts))
+    code, said, err = bdjax(capsys, "status", str(folder))
+    assert code == 0 and "[bold]x[/bold]" in "".join(said.split("\n")).replace(" ", ""), err
+    report.print_table([odd])
+    said += capsys.readouterr().out + report.line(odd)
+    assert not set(said) & set("\x1b\x07\u202e")
+    assert bdjax(capsys, "report", str(folder))[0] == 0
+    text = (folder / "table.csv").read_text()
+    (head, line) = csv.reader(text.splitlines())
+    cells = [cell for cell in [*head, *line] if cell]
+    assert not [c for c in cells if c[0] in "=+-@\t\r" and not _number(c)] and "-0.5" in cells
+    assert (folder / "index.html").read_text().count("<script>") == 1  # the page's own
+    assert "<script>" not in (folder / "table.md").read_text()
+
+
+def _number(text: str) -> bool:
+    try:
+        return bool(float(text)) or True
+    except ValueError:
+        return False
+
+
+def test_a_page_shows_no_file_from_elsewhere(tmp_path, capsys):
+    figure = report.Figure("curve", "A curve", "Sample.", report.plots.curves([1], {"a": [0.1]}))
+    secret = results(tmp_path / "secret")
+    report.write(secret, [ROW], [figure._replace(name="hidden")])
+    png = secret / "figures" / "hidden.png"
+    folder = results(tmp_path / "out")
+    report.write(folder, [ROW], [figure])
+    about = json.loads((folder / "report.json").read_text())
+    (folder / "figures" / "link.png").symlink_to(png)
+    (folder / "figures" / "text.png").write_text("secret words")
+    os.mkfifo(folder / "figures" / "pipe.png")
+    for name in (
+        str(png.with_suffix("")), "../../secret/figures/hidden", "link", "text", "pipe", "absent",
+        "..", "", "a\0b", 3, "n" * 300,
+    ):  # fmt: skip
+        about["figures"] = [["curve", "Good", ""], [name, "Bad", "caption"]]
+        (folder / "report.json").write_text(json.dumps(about))
+        section = report.load(folder)
+        assert [picture.title for picture in section.pictures] == ["Good"], name
+        assert "is left out" in capsys.readouterr().err
+    shutil.move(folder / "figures", tmp_path / "figures")
+    (folder / "figures").symlink_to(tmp_path / "figures")
+    assert not report.load(folder).pictures
+    with pytest.raises(BadInput, match="give a name without"):
+        report.write(tmp_path / "new", [ROW], [figure._replace(name="../x")])
+
+
+def test_nothing_needs_what_only_unix_has():
+    """Windows has no `fcntl`: the package is imported without it."""
+    code = (
+        "import sys; sys.modules['fcntl'] = None; sys.modules['filelock'] = type(sys)('filelock')\n"
+        "sys.modules['filelock'].FileLock = sys.modules['filelock'].Timeout = Exception\n"
+        "import bdjax.own, bdjax.progress, bdjax.types"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not [
+        path for path in Path(own.__file__).parent.rglob("*.py") if "fcntl" in path.read_text()
+    ]
