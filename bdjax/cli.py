@@ -10,14 +10,13 @@ import itertools
 import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from bdjax import registry
+from bdjax import own, registry
 from bdjax.types import BadInput, Seed
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
@@ -122,10 +121,13 @@ def list_methods(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from bdjax.progress import shown
 
     table = Table(*rows[0], box=None)
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        table.add_row(*(Text("" if value is None else shown(value)) for value in row.values()))
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
 
@@ -168,6 +170,7 @@ def report(
         metric: What the pivot shows, such as asr_nt; also lists the best defense of every victim.
     """
     from bdjax import report as reports
+    from bdjax.progress import shown
 
     if not folders:
         raise BadInput("report needs at least one results folder")
@@ -175,7 +178,7 @@ def report(
         raise BadInput("--y is the second axis of a pivot: give the first one, --x, too")
     if x is not None and metric is None:
         raise BadInput("--x is the axis of a pivot: give what it shows, --metric, too")
-    print(f"page: {reports.merge(list(folders), out, x=x, y=y, metric=metric)}")
+    print(f"page: {shown(reports.merge(list(folders), out, x=x, y=y, metric=metric))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,25 +195,26 @@ class Train:
     quiet: bool = False
 
     def __call__(self) -> None:
-        from bdjax.store import Store, save_model, writable
-        from bdjax.sweep import Cell, Runner
+        from bdjax.store import old_model, save_model, unfinished
+        from bdjax.sweep import Cell, Runner, device_name
 
         flags: Any = self
-        writable(self.out)
+        own.whole(self.out, old_model)
         cell = Cell("", "", flags.dataset, flags.model, flags.recipe, flags.attack, seed=self.seed)
-        with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
-            runner = Runner(Store(folder), "train", quiet=self.quiet)
+        with unfinished("train", cell.run, device_name()) as store:
+            runner = Runner(store, "train", quiet=self.quiet)
             (row,) = runner.run([cell])
-            if "error" in row:
-                raise BadInput(f"{row['error']}; try a lower --recipe.lr")
-            model, attack, variables = runner.victim(cell)
-        about = {
-            "recipe": cell.recipe,
-            "dataset": cell.dataset,
-            "attack": attack,
-            "metrics": row["metrics"],
-        }
-        save_model(self.out, cell.model, model, variables, **about)
+            if "error" not in row:
+                model, attack, variables = runner.victim(cell)
+                about = {
+                    "recipe": cell.recipe,
+                    "dataset": cell.dataset,
+                    "attack": attack,
+                    "metrics": row["metrics"],
+                }
+                save_model(self.out, cell.model, model, variables, **about)
+        if "error" in row:
+            raise BadInput(f"{row['error']}; try a lower --recipe.lr")
         _show(row, self.out)
 
 
@@ -231,11 +235,13 @@ class Defend:
     quiet: bool = False
 
     def __call__(self) -> None:
-        from bdjax.store import Store, load_model, save_model, writable
-        from bdjax.sweep import Cell, Runner
+        import jax
+
+        from bdjax.store import copy_model, load_model, old_model, save_model, unfinished
+        from bdjax.sweep import Cell, Runner, device_name
 
         if self.out is not None:
-            writable(self.out)
+            own.whole(self.out, old_model)
         net, model, variables, about = load_model(self.checkpoint)
         flags: Any = self
         cell = Cell(
@@ -248,25 +254,35 @@ class Defend:
             flags.defense,
             self.seed,
         )
-        with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
-            runner = Runner(Store(folder), "defend", quiet=self.quiet)
-            row, kept = runner.defend(cell, model, variables)
-        if self.out is not None:
-            if kept is None:
-                raise BadInput(
-                    f"{registry.name_of(flags.defense)} judges and repairs nothing: leave --out "
-                    "away"
-                )
-            about |= {"defenses": (*about["defenses"], flags.defense), "metrics": row["metrics"]}
-            save_model(self.out, net, model, kept, **about)
-        _show(row, self.out)
+        judges = cell.stage in ("invert", "models", "inputs")
+        if judges and self.out is not None:
+            raise BadInput(
+                f"{registry.name_of(flags.defense)} judges and repairs nothing: leave --out away"
+            )
+        given = [about["defenses"], *jax.tree.leaves(variables)]
+        with unfinished("defend", cell.run, given, device_name()) as store:
+            repaired = store.folder / "net"
+            found = [row for row in store.rows() if row["run"] == cell.run]
+            if not found or not (judges or repaired.exists()):
+                runner = Runner(store, "defend", quiet=self.quiet)
+                row, variables = runner.defend(cell, model, variables)
+                found = [row]
+                if not judges:
+                    about["defenses"] = (*about["defenses"], flags.defense)
+                    about["metrics"] = row["metrics"]
+                    save_model(repaired, net, model, variables, **about)
+            if self.out is not None:
+                copy_model(repaired, self.out)
+        _show(found[0], self.out)
 
 
 def _show(row: dict[str, Any], out: Path | None) -> None:
+    from bdjax.progress import shown
+
     for name, value in row["metrics"].items():
-        print(f"{name:14} {value if value is None else round(value, 4)}")
+        print(f"{shown(name):14} {value if value is None else round(value, 4)}")
     if out is not None:
-        print(f"saved in {out}")
+        print(f"saved in {shown(out)}")
 
 
 CHOICES = {
@@ -450,6 +466,10 @@ def command(args: Sequence[str]) -> None:
     from bdjax.train import Recipe
 
     methods = {name: {} for name in CHOICES}
+    for flag, value in zip(["bdjax", *args], args, strict=False):
+        if not value or (value.startswith("--") and value.endswith("=")):
+            name = value.rstrip("=") or flag
+            raise BadInput(f"an empty word after {name}: is a variable of the shell not set?")
     if args and args[0] in CHOICES:
         methods[args[0]], left = chosen(CHOICES[args[0]], args[1:])
         args = [args[0], *left]
@@ -489,16 +509,20 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
     143 terminated.
     """
-    from bdjax.progress import Terminated
+    from bdjax.progress import Terminated, shown, terminable
 
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(BrokenPipeError), terminable():
         try:
             command(sys.argv[1:] if args is None else args)
         except BadInput as error:
-            print(f"bdjax: {error}", file=sys.stderr)
+            print(f"bdjax: {shown(error)}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as stop:
             ended = isinstance(stop, Terminated)
             what = "terminated" if ended else "interrupted"
-            print(f"bdjax: {what}; the same command goes on from here", file=sys.stderr)
+            words = [
+                *getattr(stop, "__notes__", []),
+                "nothing is kept; the same command begins anew",
+            ]
+            print(f"bdjax: {what}; {shown(words[0])}", file=sys.stderr)
             sys.exit(143 if ended else 130)

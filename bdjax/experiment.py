@@ -20,8 +20,11 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bdjax import progress, report
+from bdjax.own import explained
+from bdjax.progress import shown
 from bdjax.registry import name_of, near
 from bdjax.store import Store, read_rows, result_files
 from bdjax.sweep import Cell, Clock, Runner, footprint, groups, room, say
@@ -84,8 +87,12 @@ def run(
     if seeds is not None:
         whole("seeds", seeds, 1, SEEDS)
     places = local_devices(devices)
-    folder = Path(out or Path("results") / f"{Path(path).stem}-{scale}")
-    earlier = read_rows(result_files(folder))
+    folder = Path("results") / f"{Path(path).stem}-{scale}" if out is None else Path(out)
+    if not dry_run:
+        Store(folder, part).ready()
+        report.ready(folder, "report.json")
+    with explained(folder, "read"):
+        earlier = read_rows(result_files(folder))
     if earlier and not resume:
         raise BadInput(
             f"{folder} has {len(earlier)} rows: give another --out, or leave --no-resume away to "
@@ -97,42 +104,45 @@ def run(
         return []
 
     store, console, start, clock = Store(folder, part), Console(), time.monotonic(), Clock()
+    on = f"the same command{'' if resume else ' without --no-resume'} goes on from there"
+    with progress.kept(f"what was finished is kept in {folder}; {on}"):
 
-    def finished(rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            say(f"  {report.line(row)}", quiet)
+        def finished(rows: list[dict[str, Any]]) -> None:
+            for row in rows:
+                say(f"  {report.line(row)}", quiet)
 
-    runner = Runner(
-        store, Path(path).stem, scale, width, places, quiet, on_rows=finished, clock=clock,
-        live=live and not quiet
-    )  # fmt: skip
-    rows = runner.run(cells)
-    if runner.unfit:
-        raise BadInput(runner.complaint())
-    if len(rows) < len(cells):
-        print(f"results: {store.results}\nshard {shard or part} is done; {len(rows)} of "
-              f"{len(cells)} rows are there, the page is written by the shard that ends "
-              "last")  # fmt: skip
+        runner = Runner(
+            store, Path(path).stem, scale, width, places, quiet, on_rows=finished, clock=clock,
+            live=live and not quiet
+        )  # fmt: skip
+        rows = runner.run(cells)
+        if runner.unfit:
+            raise BadInput(runner.complaint())
+        if len(rows) < len(cells):
+            print(f"results: {shown(store.results)}\nshard {shard or part} is done; {len(rows)} of "
+                  f"{len(cells)} rows are there, the page is written by the shard that ends "
+                  "last")  # fmt: skip
+            return rows
+        Store(folder).append(rows)  # what the shards have
+        begun = time.monotonic()
+        report.print_table(rows, console)
+        typed = shlex.quote(Path(path).as_posix())
+        figures = list(module.figures(rows, store, scale)) if hasattr(module, "figures") else []
+        trends = list(module.trends(rows)) if hasattr(module, "trends") else []
+        clock.add("report", begun)
+        seconds = clock.seconds | {"total": time.monotonic() - start}
+        page = report.write(
+            folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends,
+            seconds=seconds,
+            command=f"bdjax {'sweep' if live else 'run'} {typed} --scale {scale}",
+        )  # fmt: skip
+        say(
+            "seconds by stage: "
+            + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
+            quiet,
+        )
+        print(shown(f"results: {folder / 'results.jsonl'}") + f"\npage: {shown(page)}")
         return rows
-    Store(folder).append(rows)  # what the shards have
-    begun = time.monotonic()
-    report.print_table(rows, console)
-    figures = list(module.figures(rows, store, scale)) if hasattr(module, "figures") else []
-    trends = list(module.trends(rows)) if hasattr(module, "trends") else []
-    clock.add("report", begun)
-    seconds = clock.seconds | {"total": time.monotonic() - start}
-    page = report.write(
-        folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends,
-        seconds=seconds,
-        command=f"bdjax {'sweep' if live else 'run'} {shlex.quote(Path(path).as_posix())} --scale "
-                f"{scale}",
-    )  # fmt: skip
-    say(
-        "seconds by stage: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
-        quiet,
-    )
-    print(f"results: {folder / 'results.jsonl'}\npage: {page}")
-    return rows
 
 
 def there(dataset: Any) -> bool:
@@ -142,7 +152,7 @@ def there(dataset: Any) -> bool:
     try:
         return bool(dataset.load())
     except BadInput as error:
-        print(f"left out: {error}")
+        print(f"left out: {shown(error)}")
         return False
 
 
@@ -234,11 +244,8 @@ def plan(
         known, unknown = known + (seconds or 0), unknown + (left if seconds is None else 0)
         size = max(size for size, group in zip(memory, mine, strict=True) if group)
         words = [str(len(alike)), str(left), str(sum(map(bool, mine))), f"{size:.0f}"]
-        table.add_row(
-            *(name or "none" for name in kind),
-            *words,
-            "?" if seconds is None else progress.duration(seconds),
-        )
+        words.append("?" if seconds is None else progress.duration(seconds))
+        table.add_row(*(Text(shown(word)) for word in (*(name or "none" for name in kind), *words)))
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
     count, victims = sum(map(len, made)), len({cell.victim for group in made for cell in group})

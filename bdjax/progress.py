@@ -10,15 +10,39 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+from bdjax.own import saving
 
 HEARTBEAT = 5.0
 """Seconds between two writes of `progress.json`; a run that was silent for ten times as long is not
 alive.
 """
+
+
+def shown(value: Any) -> str:
+    """Text from a file as a terminal may have it: one line, without escapes, control characters and
+    marks that turn the direction of writing.
+    """
+    return "".join(
+        c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}"
+        for c in str(value)
+    )
+
+
+@contextmanager
+def kept(words: str) -> Iterator[None]:
+    """Says what an interruption of the block leaves behind, and how to go on: the innermost words
+    are those that `bdjax` ends with.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(words)
+        raise
 
 
 class Progress(AbstractContextManager):
@@ -110,10 +134,10 @@ class Board(AbstractContextManager):
         """Replaces the file; a full disk does not end a run for it."""
         if self.path is not None:
             self.facts["updated"] = time.time()
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            with contextlib.suppress(OSError):
-                temporary.write_text(json.dumps(self.facts, ensure_ascii=False))
-                os.replace(temporary, self.path)
+            with contextlib.suppress(OSError), saving(self.path.parent) as place:
+                new = place / "new" / self.path.name
+                new.write_text(json.dumps(self.facts, ensure_ascii=False))
+                os.replace(new, self.path)
 
     def _beat(self) -> None:
         self.write()
@@ -157,6 +181,7 @@ def boards(folder: Path) -> list[dict[str, Any]]:
 def table(facts: Iterable[Mapping[str, Any]]) -> Any:
     """A rich table of runs: groups, rows, rows a minute, ETA, devices, what is being done."""
     from rich.table import Table
+    from rich.text import Text
 
     heads = ("shard", "state", "groups", "rows", "failed", "rows/min", "ETA", "devices", "now")
     made = Table(*heads, box=None, pad_edge=False)
@@ -168,11 +193,12 @@ def table(facts: Iterable[Mapping[str, Any]]) -> Any:
         if state == "running" and silent > 10 * HEARTBEAT:
             state = f"silent for {duration(silent)}: killed?"
         running = state == "running" and rate > 0
-        made.add_row(
+        cells = (
             run["shard"], state, f"{run['group']}/{run['groups']}", f"{run['rows']}/{run['total']}",
-            str(run["failed"]), f"{60 * rate:.1f}" if rate else "",
+            run["failed"], f"{60 * rate:.1f}" if rate else "",
             duration(left / rate) if running else "", run["devices"], run["doing"],
         )  # fmt: skip
+        made.add_row(*(Text(shown(cell)) for cell in cells))
     return made
 
 
@@ -186,6 +212,24 @@ def duration(seconds: float) -> str:
 
 class Terminated(KeyboardInterrupt):
     """The run was asked to end by SIGTERM: a preempted machine, a job at its time limit."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM ends Python code as Ctrl-C does, so that it is said what is kept."""
+
+    def ended(*_: Any) -> None:
+        raise Terminated
+
+    mine = threading.current_thread() is threading.main_thread()
+    mine = mine and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, ended)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Stop(AbstractContextManager):
@@ -227,8 +271,7 @@ class Stop(AbstractContextManager):
                 )
                 os._exit(128 + number)  # safe at any moment, as kill −9 is
             self.asked = signal.Signals(number)
-            after = "what is running" if number == signal.SIGINT else "this epoch"
-            line = f"{self.asked.name}: stopping after {after}; once more stops at once"
+            line = f"{self.asked.name}: stopping after what is running; once more stops at once"
             print(line, file=sys.stderr, flush=True)
         os.close(self.heard)
 

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,7 +27,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bdjax import plots
-from bdjax.store import Store, explained, renamed, result_files
+from bdjax.own import beside, kind, renamed, sweep
+from bdjax.progress import kept, shown
+from bdjax.store import Store, result_files
 from bdjax.types import BadInput
 
 Row = Mapping[str, Any]
@@ -63,8 +66,12 @@ HINTS = {
     "auroc": "chance that a trojaned item scores as more suspicious than a clean one",
     "index": "anomaly index: distance from the median in units of 1.4826 · MAD",
 }
+PAGES = ("table.csv", "table.md", "index.html")
+"""What every report writes; a run's adds `report.json` and figures."""
 MARKS = {"reproduced": "✓", "partly": "◐", "not": "✗"}
+LEGEND = "paper → ours: mean ± sample standard deviation over n seeds; Δ = ours − paper."
 DPI = 144
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Trend(NamedTuple):
@@ -343,10 +350,17 @@ def csv(tables: Iterable[Mapping[str, Any]]) -> str:
                 }
             record |= {f"seconds_{k}": v for k, v in line["seconds"].items()}
             records.append(record | {k: line[k] for k in ("oracle", "substitute")})
+    records = [{_cell(k): _cell(v) for k, v in record.items()} for record in records]
     frame = pl.DataFrame(records, infer_schema_length=None)
     return frame.select(
         column for column in frame.columns if frame[column].dtype != pl.Null or column in FIELDS
     ).write_csv()
+
+
+def _cell(value: Any) -> Any:
+    """A value of a CSV; a text that a spreadsheet would run as a formula gets an apostrophe."""
+    formula = isinstance(value, str) and value.startswith(tuple("=+-@\t\r\n＝＋－＠"))
+    return f"'{value}" if formula else value
 
 
 def _tables(section: Section) -> list[dict[str, Any]]:
@@ -361,9 +375,8 @@ def markdown(sections: Iterable[Section]) -> str:
         for table in _tables(section):
             fields, metrics = _shown(table), table["metrics"]
             remarks = [", ".join(_md(text) for _, text in _remarks(line)) for line in table["rows"]]
-            heads = ["", *fields, *map(label_of, metrics), "compile s", "run s"] + [
-                "remarks"
-            ] * any(remarks)
+            named = [_md(label_of(metric)) for metric in metrics]
+            heads = ["", *fields, *named, "compile s", "run s"] + ["remarks"] * any(remarks)
             align = (
                 ["---"] * (1 + len(fields)) + ["---:"] * (len(metrics) + 2) + ["---"] * any(remarks)
             )
@@ -381,15 +394,17 @@ def markdown(sections: Iterable[Section]) -> str:
             trends = (Trend(*trend) for trend in section.trends)
             parts += [
                 "## Trends",
-                "\n".join(f"- **{t.verdict}**: {_md(t.claim)} ({_md(t.numbers)})" for t in trends),
+                "\n".join(
+                    f"- **{_md(t.verdict)}**: {_md(t.claim)} ({_md(t.numbers)})" for t in trends
+                ),
             ]
-    parts.append("paper → ours: mean ± sample standard deviation over n seeds; Δ = ours − paper.")
+    parts.append(LEGEND)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _md(text: Any) -> str:
     text = (
-        " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+        " ".join(shown(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
     )
     return re.sub(r"([*_`\[\]])", r"\\\1", text)
 
@@ -441,6 +456,8 @@ def write(
         if name not in ("rows", "pictures", "chosen")
     }
     about["figures"] = [picture[:3] for picture in section.pictures]
+    if odd := [p.name for p in section.pictures if not plain_name(p.name)]:
+        raise BadInput(f"a figure is called '{odd[0]}': give a name without / \\ :")
     files = {f"figures/{picture.name}.png": picture.png for picture in section.pictures}
     files["report.json"] = json.dumps(about, indent=1, ensure_ascii=False).encode()
     return _save(Path(folder), files | _documents([section], title))
@@ -455,12 +472,47 @@ def _documents(sections: Sequence[Section], title: str) -> dict[str, bytes]:
     return {name: text.encode() for name, text in documents.items()}
 
 
+def ready(folder: str | Path, *more: str) -> None:
+    """Raises `BadInput` now, rather than after hours of work, where a report (and the files `more`)
+    cannot be written to `folder` beside what is there.
+    """
+    beside(Path(folder), (*PAGES, *more), ["figures"], _old)
+
+
 def _save(folder: Path, files: Mapping[str, bytes]) -> Path:
     # Everything is written before anything is renamed: a full disk leaves what was there before.
+    beside(folder, files, ["figures"], _old)
+    sweep(folder)
     with ExitStack() as stack:
         for name, content in files.items():
-            stack.enter_context(renamed(folder / name)).write_bytes(content)
+            stack.enter_context(renamed(folder / name, _old)).write_bytes(content)
     return folder / "index.html"
+
+
+def _old(path: Path) -> bool:
+    """Whether version 0.1 wrote this part of a report: it kept no manifest."""
+    text = path.read_bytes()
+    if path.suffix == ".png":
+        return text.startswith(PNG) and path.stem in _names(path.parent.parent / "report.json")
+    return {
+        "table.csv": b"table,row,dataset,model,attack,defense,n,failed" in text.partition(b"\n")[0],
+        "table.md": text.endswith(f"{LEGEND}\n".encode()),
+        "index.html": b'<p class="brand">bdjax' in text,
+        "report.json": bool({"title", "trends", "figures"} <= {*_about(path)}),
+    }.get(path.name, False)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def _names(path: Path) -> list[Any]:
+    figures = _about(path).get("figures")
+    return [f[0] for f in figures if isinstance(f, list) and f] if isinstance(figures, list) else []
 
 
 def load(folder: str | Path) -> Section:
@@ -488,10 +540,33 @@ def load(folder: str | Path) -> Section:
         ) from error
     pictures = []
     for name, title, caption in figures:
-        path = folder / "figures" / f"{name}.png"
-        with explained(path, "read"):
-            pictures.append(Picture(name, title, caption, path.read_bytes()))
+        if (png := _figure(folder, name)) is None:
+            print(
+                f"{shown(folder)}: figure {shown(name)} is left out: it is no PNG in its figures/",
+                file=sys.stderr,
+            )
+        else:
+            pictures.append(Picture(name, title, caption, png))
     return section._replace(pictures=pictures)
+
+
+def _figure(folder: Path, name: Any) -> bytes | None:
+    """A figure of a results folder, None where it has none of this name: a page shows nothing from
+    elsewhere, whatever paths and links say.
+    """
+    if not plain_name(name) or kind(folder / "figures") != "folder":
+        return None
+    path = folder / "figures" / f"{name}.png"
+    try:
+        content = path.read_bytes() if kind(path) == "file" else b""
+    except OSError:
+        return None
+    return content if content.startswith(PNG) else None
+
+
+def plain_name(name: Any) -> bool:
+    """Whether a figure's name names a file of a folder, and no path."""
+    return isinstance(name, str) and re.fullmatch(r"[^/\\:\0]+", name) is not None
 
 
 def merge(
@@ -507,9 +582,11 @@ def merge(
     With `metric` each folder shows the best defense of every victim, with `x` too a pivot over that
     axis (and `y`). Returns the page.
     """
-    sections = []
-    for folder in folders:
-        section = load(folder)
+    several = len(folders) > 1
+    out = Path(("report" if several else folders[0]) if out is None else out)
+    loaded, sections = [load(folder) for folder in folders], []
+    ready(out)
+    for section in loaded:
         if metric:
             section = section._replace(chosen=best(section.rows, metric))
         if metric and x:
@@ -517,12 +594,11 @@ def merge(
                 pictures=[*section.pictures, *draw(pivot_figures(section.rows, x, y, metric))]
             )
         sections.append(section)
-    several = len(sections) > 1
-    out = out or ("report" if several else folders[0])
-    return _save(
-        Path(out),
-        _documents(sections, f"{len(sections)} results" if several else sections[0].title),
-    )
+    with kept("each file is whole, old or new; the same command writes all of them"):
+        return _save(
+            out,
+            _documents(sections, f"{len(sections)} results" if several else sections[0].title),
+        )
 
 
 # --- The page ---
@@ -698,7 +774,7 @@ def _console(table: Mapping[str, Any], width: int) -> list[Any]:
             chosen.add(metric)
             left -= widths[metric]
 
-    title, caption = Text(table["name"], "bold"), Text(_caption(table), "dim")
+    title, caption = Text(shown(table["name"]), "bold"), Text(shown(_caption(table)), "dim")
     grid = Table(title=title, caption=caption, box=None, padding=(0, 2, 0, 0), pad_edge=False,
                  header_style="",
                  title_justify="left", caption_justify="left")  # fmt: skip
@@ -706,7 +782,7 @@ def _console(table: Mapping[str, Any], width: int) -> list[Any]:
     if sizes:
         grid.add_column(Text("n", "bold"), justify="right")
     for metric in filter(chosen.__contains__, cells):
-        head = Text(label_of(metric), "bold").append(
+        head = Text(shown(label_of(metric)), "bold").append(
             "\npaper, Δ" if reported[metric] else "", "not bold dim"
         )
         grid.add_column(head, justify="right", no_wrap=True)
@@ -722,11 +798,12 @@ def _console(table: Mapping[str, Any], width: int) -> list[Any]:
         texts = [
             Text(first).append(f"\n{second}" if second else "", "dim") for first, second in stacked
         ]
-        grid.add_row(Text(line["row"]), *([str(line["n"])] * sizes), *texts)
+        grid.add_row(Text(shown(line["row"])), *([str(line["n"])] * sizes), *texts)
         rest = [m for m in cells if m in line["metrics"] and m not in chosen]
         notes = [f"{label_of(m)} {_pair(m, line['metrics'][m], line['n'])}" for m in rest]
         if notes := [text for _, text in _remarks(line)] + notes:
-            below.add_row(Text(line["row"], "dim"), Text(" · ".join(notes), "dim"))
+            words = shown(" · ".join(notes))
+            below.add_row(Text(shown(line["row"]), "dim"), Text(words, "dim"))
     return [grid, *([Text(), below] if below.row_count else []), Text()]
 
 
@@ -743,7 +820,7 @@ def line(row: Row) -> str:
         for m, v in _known(row).items()
     ]
     text = f"failed: {row['error']}" if row.get("error") else ", ".join(numbers)
-    return (
+    return shown(
         f"{row.get('table')}, {row.get('row')}, seed {row.get('seed')}: {text} "
         f"[{_seconds(row['seconds']['run'])} s]"
     )

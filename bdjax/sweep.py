@@ -14,8 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -29,14 +27,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import mesh, metrics, registry
+from bdjax import mesh, metrics, own, registry
 from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
 from bdjax.datasets.base import Source
 from bdjax.defenses.base import Defense
 from bdjax.models.layers import Net, build
-from bdjax.progress import Board, Progress, Stop
-from bdjax.store import Store, load_tree, recall, remember, renamed, save_tree
+from bdjax.own import renamed
+from bdjax.progress import Board, Progress, Stop, shown
+from bdjax.store import (
+    Store,
+    load_tree,
+    old_checkpoint,
+    old_victims,
+    recall,
+    remember,
+    save_tree,
+    write_tree,
+)
 from bdjax.train import (
     Recipe,
     advance,
@@ -379,10 +387,9 @@ class Runner:
             total = sum(map(len, mine))
             finished = total - sum(map(len, pending))
             shard = "" if self.store.shard is None else "{}/{}".format(*self.store.shard)
-            path = self.store.folder / f"progress{self.store.suffix}.json"
             self.board = Board(
-                path, self.live, experiment=self.experiment, scale=self.scale, shard=shard,
-                total=total, rows=finished, before=finished, groups=len(mine),
+                self.store.progress, self.live, experiment=self.experiment, scale=self.scale,
+                shard=shard, total=total, rows=finished, before=finished, groups=len(mine),
                 group=len(mine) - len(pending), failed=0, doing="",
                 devices=f"{len(self.places)} × {device_name()}",
             )  # fmt: skip
@@ -418,15 +425,11 @@ class Runner:
         """
         check(cell)
         _, shared = self._data(cell)
+        none = {"compile": 0.0, "run": 0.0}
         try:
-            return self._judged(
-                [cell],
-                model,
-                shared,
-                [(cell.attack, variables)],
-                {"compile": 0.0, "run": 0.0},
-                True,
-            )
+            with self.stop:
+                victims = [(cell.attack, variables)]
+                return self._judged([cell], model, shared, victims, none, True)
         except Unfit as error:
             self.unfit.append(cell)
             raise BadInput(self.complaint()) from error
@@ -543,10 +546,11 @@ class Runner:
         def train(missing: Sequence[Cell]) -> None:
             trained, losses = self._trained(missing, model, shared)
             names = [cell.victim for cell in missing]
-            with renamed(folder / registry.digest(names)) as temporary:
-                save_tree(temporary / "arrays", (trained, losses))
+            with renamed(folder / registry.digest(names), old_victims) as temporary:
+                temporary.mkdir()
+                write_tree(temporary / "arrays", (trained, losses))
                 (temporary / "members.json").write_text(json.dumps(names))
-            shutil.rmtree(self._partial(missing), ignore_errors=True)
+            own.remove(self._partial(missing), old_checkpoint)
             assert self.members is not None
             self.members |= {
                 name: (folder / registry.digest(names), i) for i, name in enumerate(names)
@@ -620,7 +624,7 @@ class Runner:
                 note = f"loss {float(jnp.mean(losses)):.3f}"
                 bar.step(note)
                 self.board.tell(doing=f"{label}, epoch {epoch + 1}/{epochs}, {note}")
-                last, ending = epoch + 1 == epochs, self.stop.asked == signal.SIGTERM
+                last, ending = epoch + 1 == epochs, self.stop.asked is not None
                 if not last and (ending or time.monotonic() - saved > CHECKPOINT_EVERY):
                     if writing is not None:
                         writing.result()
@@ -768,6 +772,7 @@ class Runner:
         )
         self.board.tell(doing=label)
         defenses = self._prepared(cells, model, shared)
+        self.stop.check()
         victims = victims or [(bound(cell, shared), cell.recipe) for cell in cells]
         if stage == "samples":
             victims = [
@@ -926,7 +931,7 @@ def bound(cell: Cell, shared: Any) -> Any:
 def say(line: str, quiet: bool) -> None:
     """A plain line about what is being done."""
     if not quiet:
-        print(line, file=sys.stderr, flush=True)
+        print(shown(line), file=sys.stderr, flush=True)
 
 
 # --- The programs: each is mapped over runs. `shared = (train, clean, test)`. ---

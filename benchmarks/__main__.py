@@ -18,9 +18,11 @@ import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bdjax import plots, registry, report
 from bdjax.experiment import local_devices
+from bdjax.progress import Stop, kept, shown
 from bdjax.registry import near
 from bdjax.store import Store, read_rows
 from bdjax.sweep import commit, device_name
@@ -75,18 +77,30 @@ def bench(
     if repeats < 1:
         raise BadInput(f"repeats {repeats}: at least one is needed")
     old = None if compare is None else _rows(compare)
+    if out is not None:
+        Store(out).ready()
+        report.ready(out, "report.json")
     if devices is not None:
         local_devices(devices)
     with contextlib.ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bdjax-")))
-        store, made = Store(folder), []
+        store, made, stop = Store(folder), [], Stop()
+        words = (
+            "nothing is kept without --out; the same command begins anew"
+            if out is None
+            else f"the cases that were printed are kept in {out}; the same command goes on from "
+            "there"
+        )
+        for part in (kept(words), store.locked(), stop):
+            stack.enter_context(part)
         if not json_:
             print(f"{'case':36}" + "".join(f"{head:>10}" for head in HEADS), flush=True)
         for name in names_ or names():
-            for row in _alone(name, scale, repeats, store, devices):
+            for row in _alone(name, scale, repeats, store, devices, stop):
                 store.append([row])
                 made.append(row)
-                print(json.dumps(flat(row)) if json_ else line(row), flush=True)
+                print(json.dumps(flat(row)) if json_ else shown(line(row)), flush=True)
+                stop.check()
     if json_:
         return
     slopes = [
@@ -148,7 +162,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _alone(
-    name: str, scale: str, repeats: int, store: Store, devices: int | None
+    name: str, scale: str, repeats: int, store: Store, devices: int | None, stop: Stop
 ) -> Iterator[dict[str, Any]]:
     """The rows of a benchmark; `devices` in a process of its own: a process has the CPU devices it
     was started with.
@@ -165,11 +179,11 @@ def _alone(
             str(repeats),
         ]
         with tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
-            subprocess.run(
-                [*again, "--devices", "8", "--json", "--out", folder],
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
+            again += ["--devices", "8", "--json", "--out", folder]
+            ended = subprocess.run(again, stdout=subprocess.DEVNULL).returncode
+            stop.check()
+            if ended:
+                raise BadInput(f"the benchmark of devices ended with code {ended}")
             yield from Store(folder).rows()
     else:
         yield from _measured(name, scale, repeats, {row["run"]: row for row in store.rows()})
@@ -249,14 +263,15 @@ def compared(rows: Iterable[dict[str, Any]], old: Iterable[dict[str, Any]]) -> N
             spread = f"{new['low_s'] / then['high_s']:.2f} – {new['high_s'] / then['low_s']:.2f}"
             both = (f"{r['seconds']['run']:.3f}" for r in (before, row))
             table.add_row(
-                f"{row['table']} = {row['metrics']['size']:g}", *both, f"{ratio:.2f}", spread
+                Text(shown(f"{row['table']} = {row['metrics']['size']:g}")),
+                *both,
+                f"{ratio:.2f}",
+                spread,
             )
     Console().print(table)
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(bench)
-    except BadInput as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        sys.exit(2)
+    from bdjax.cli import main
+
+    main(["bench", *sys.argv[1:]])

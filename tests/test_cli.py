@@ -167,7 +167,7 @@ def test_signals_have_their_exit_codes(capsys, monkeypatch):
 
         monkeypatch.setattr(cli, "command", stopped)
         code, _, err = bdjax(capsys, "sweep", "x.py")
-        assert code == expected and f"{word}; the same command goes on from here" in err
+        assert code == expected and f"{word}; nothing is kept" in err
 
 
 def test_a_folder_that_cannot_be_written(capsys, tmp_path):

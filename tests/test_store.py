@@ -103,7 +103,7 @@ def test_full_disk_is_one_clear_line_and_leaves_whole_lines(tmp_path, monkeypatc
 def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="cannot write"):
-        Store(tmp_path / "file" / "out")
+        Store(tmp_path / "file" / "out").ready()
 
 
 @pytest.fixture(scope="module")

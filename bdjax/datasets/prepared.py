@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bdjax import registry
+from bdjax import own, registry
 from bdjax.datasets import base
 from bdjax.datasets.files import read_file
+from bdjax.progress import kept
 from bdjax.types import BadInput, Split
 
 PARTS = ("train", "test")
@@ -83,6 +84,11 @@ def prepare(
     if manual and not manual.is_dir():
         raise BadInput(f"{manual}: no such folder")
 
+    with own.explained(folder):
+        there = list(folder.glob(f"{cls.tfds}/*.*.*"))
+    if not there:
+        own.beside(folder, folders=(cls.tfds, "downloads"))
+
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
@@ -93,7 +99,9 @@ def prepare(
         if builder.data_path.exists():
             return f"{name} is ready in {builder.data_path}: nothing to do"
         config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
-        with contextlib.redirect_stdout(io.StringIO()):  # Its bars go to stderr.
+        words = "the same command begins anew, with the files that were downloaded whole"
+        # Its bars go to stderr.
+        with kept(words), contextlib.redirect_stdout(io.StringIO()):
             # Into VERSION.incomplete…, renamed at the end.
             builder.download_and_prepare(download_config=config)
         _decoded(Path(builder.data_path))
