@@ -260,7 +260,7 @@ def abs_inversion(
             loss = -each[neuron] + 1e-4 * (each.sum() - each[neuron])
             visible = int((mask > 0.01).sum())
             if visible > size:
-                loss = loss + (0.02 if visible > (side + 2) ** 2 else 0.01) * mask.sum()
+                loss = loss + (4 if visible > (side + 2) ** 2 else 2) * mask.sum() / size
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

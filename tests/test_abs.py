@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.defenses.invert.abs import Abs, Neurons, keep_largest, pooled, seeds, similarity
+from bdjax.defenses.invert.abs import VISIBLE, Abs, Candidate, Neurons, pooled, seeds, similarity
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.models.strip import StripMnist
@@ -88,11 +88,11 @@ def test_planted_neuron_is_found_and_its_clean_twin_is_not(found):
     assert float(verdict.index) == 1 and bool(verdict.infected)
     assert verdict.flagged.tolist() == [label == TARGET for label in range(CLASSES)]
     assert reasr[0] == 1 and reasr[1:].max() <= 0.3
-    # The trigger lies on the two pixels that the neuron waits for, and no mask is larger than
-    # allowed: 4 pixels of 64.
+    # The trigger lies on the two pixels that the neuron waits for; 4 pixels of 64 are free, 16 cost
+    # double.
     shown = np.asarray(verdict.info["mask"][0] * verdict.info["pattern"][0])[..., 0]
     assert shown[6, 6] > 0.9 and shown[7, 7] > 0.9
-    assert np.all((np.asarray(verdict.info["mask"]) > 0).sum((1, 2, 3)) <= 4)
+    assert np.all((np.asarray(verdict.info["mask"]) > VISIBLE).sum((1, 2, 3)) <= 16)
     clean = found["clean"]
     assert (
         not bool(clean.infected)
@@ -127,6 +127,64 @@ def test_stimulation_of_maps_equals_a_plain_loop():
         assert lifted[channel].tolist() == rise.argmax(1).tolist()
         rise.sort(1)
         np.testing.assert_allclose(lead[channel], rise[:, -1] - rise[:, -2], rtol=1e-4, atol=1e-4)
+
+
+# Channel 3 of `conv_last`, behind the 8 of `conv_1`, which are not pushed here.
+MAPS, MAPPED, PIXELS, CHANNEL = build(StripMnist(), (12, 12, 1), 3), 8 + 3, 12 * 12, 3
+
+
+def activations():
+    """Some images, and the net's maps on them before and after the activation function."""
+    variables = MAPS.init(KEY)
+    x = jax.random.uniform(jax.random.key(1), (6, 12, 12, 1))
+    return variables, x, MAPS.apply(variables, x).acts
+
+
+def plain_drive(pre, post, others):
+    """−Σ of the channel, plus `others` times Σ of the rest, on both sides of the activation."""
+    both = pre.astype(float) + post
+    return others * np.delete(both, CHANNEL, -1).sum() - both[..., CHANNEL].sum()
+
+
+@pytest.mark.parametrize("visible", [5, 9, 12, 25, 26])
+def test_pixel_losses_equal_the_plain_ones(visible):
+    variables, x, acts = activations()
+    pre, post = np.asarray(acts["conv_last_pre"]), np.asarray(acts["conv_last"])
+    drive = plain_drive(pre, post, 1e-4)
+    mask = np.full(PIXELS, 0.009, np.float32)  # not visible, but paid for
+    mask[:visible] = 0.5
+    times = 0 if visible <= 9 else 1 if visible <= 25 else 2  # (√9 + 2)² = 25
+    released = drive + times * 500 * mask.sum()
+    relative = drive / (6 * 36 * post.max()) + times * 2 * mask.sum() / 9
+    for expected, defense in (
+        (released, Abs(**Abs.presets["original_code"], size=9 / PIXELS)),
+        (relative, Abs(size=9 / PIXELS)),
+    ):
+        found = defense.drive(
+            MAPS, acts, jnp.asarray(MAPPED), defense.scale(MAPS, variables, x), 1e-4
+        )
+        loss = defense.pixel_loss(found, jnp.asarray(mask.reshape(12, 12, 1)), defense.limit(MAPS))
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alike", [0.9, 0.4, 0.25, 0.1])
+def test_feature_losses_equal_the_plain_ones(alike):
+    variables, x, acts = activations()
+    pre, post = np.asarray(acts["conv_last_pre"]), np.asarray(acts["conv_last"])
+    drive = plain_drive(pre, post, 1e-5)
+    each = alike + np.linspace(-0.05, 0.05, 6, dtype=np.float32)
+    released = 0.01 * drive - (1e4 if each.sum() < 2 else 10) * each.sum()
+    relative = drive / (6 * 36 * post.max()) - (1e3 if each.mean() < 0.2 else 1) * each.mean()
+    for expected, defense in (
+        (released, Abs(**Abs.presets["original_code"])),
+        (relative, Abs()),
+    ):
+        found = defense.drive(
+            MAPS, acts, jnp.asarray(MAPPED), defense.scale(MAPS, variables, x), 1e-5
+        )
+        np.testing.assert_allclose(
+            defense.feature_loss(found, jnp.asarray(each)), expected, rtol=1e-4
+        )
 
 
 def test_half_of_the_candidates_are_spread_over_the_layers():
@@ -166,9 +224,6 @@ def test_feature_space_and_similarity_by_hand():
     np.testing.assert_allclose(similarity(x, x), 1, rtol=1e-5)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         np.testing.assert_allclose(similarity(x, other), ssim(x, other), rtol=1e-4)
-    assert keep_largest(
-        jnp.asarray([[[0.2], [0.9]], [[0.9], [0.1]]]), jnp.asarray(2.0)
-    ).sum() == pytest.approx(1.8)
 
 
 def test_lanes_agree_and_victims_can_be_stacked():
@@ -183,6 +238,19 @@ def test_lanes_agree_and_victims_can_be_stacked():
             np.testing.assert_allclose(
                 together.info[part][i], alone.info[part], rtol=1e-3, atol=1e-3, err_msg=part
             )
+
+
+def test_a_larger_trigger_costs_more_than_it_fires():
+    """On maps, where a whole-image pattern fires most: 9 pixels of 144 are free."""
+    variables, x, _ = activations()
+    defense = Abs(size=9 / PIXELS, steps=200, lanes=1)
+    one = Candidate(jnp.asarray([3, MAPPED]), jnp.zeros(2, jnp.int32), jnp.ones(2, bool))
+    run = jax.jit(lambda d: d.pixel(KEY, MAPS, variables, x, one)[1].mask)
+    priced, free = (
+        (np.asarray(run(dataclasses.replace(defense, weight=w))) > VISIBLE).sum((1, 2, 3))
+        for w in (2.0, 0.0)
+    )
+    assert np.all(priced <= 25) and np.all(free > 72), (priced, free)
 
 
 def test_a_pruned_neuron_cannot_fire():

@@ -96,7 +96,8 @@ def test_clean_net_is_not_flagged(found):
 
 def test_masks_and_patterns_stay_in_the_unit_interval(found):
     raw = Trigger(jnp.full((2, 2, 1), 1e4), jnp.full((2, 2, 3), -1e4))
-    assert float(squash(raw).mask.max()) == 1 and float(squash(raw).pattern.min()) == 0
+    assert 1 - 1e-5 < float(squash(raw).mask.max()) < 1
+    assert 0 < float(squash(raw).pattern.min()) < 1e-5
     for verdict in found.values():
         for part in ("mask", "pattern"):
             assert float(verdict.info[part].min()) >= 0 and float(verdict.info[part].max()) <= 1
@@ -110,7 +111,7 @@ def test_stamp_and_squash_by_hand():
     trigger = random_trigger(KEY, (4, 5, 3))
     assert trigger.mask.shape == (4, 5, 1) and trigger.pattern.shape == (4, 5, 3)
     for a, b in zip(squash(unsquash(trigger)), trigger):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_labels_do_not_leak_into_each_other_and_lanes_agree():

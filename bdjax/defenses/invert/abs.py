@@ -12,7 +12,15 @@ from flax import linen as nn
 
 from bdjax import mesh, metrics
 from bdjax.defenses.base import Defense
-from bdjax.defenses.invert.inversion import Trigger, descend, reaches, squash, stamp, within
+from bdjax.defenses.invert.inversion import (
+    BOUND,
+    Trigger,
+    descend,
+    reaches,
+    squash,
+    stamp,
+    within,
+)
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import unit
@@ -84,12 +92,14 @@ class Abs(Defense):
     are candidates, half of them at most `per_site` of one layer.
 
     Inversion, all candidates at once, on a third of the seed images: Adam minimises d = −a_j + w·Σ
-    others of its layer, each summed over places, before and after the activation function where
-    there are sites for both; means over the images, in units of the layer's largest activation.
-    "pixel": x' = (1 − m)⊙x + m⊙Δ, w = 1e-4, plus `weight`·|m|₁ once more pixels than `size` have m
-    > 0.01, twice that beyond (√size + 2)²; in the end the `size` most opaque pixels are kept.
-    "feature": x' = [x, max, min, mean over 12×12]·T, |T| ≤ 1, w = 1e-5, minus the mean SSIM(x, x'),
-    1000 times that while it is below 0.2.
+    others of its layer, before and after the activation function where there are sites for both;
+    means over images and places, in units of the layer's largest activation. "pixel": x' = (1 −
+    m)⊙x + m⊙Δ, w = 1e-4, plus `weight`·|m|₁/`size` once more pixels than `size` have m > 0.01,
+    twice that beyond (√size + 2)². "feature": x' = [x, max, min, mean over 12×12]·T, |T| ≤ 1, w =
+    1e-5, minus the mean SSIM(x, x'), 1000 times that while it is below 0.2.
+
+    Not `relative`: the losses of the released code. Σ over images and places of raw activations
+    instead of means; `weight`·|m|₁; 0.01·d − 10·Σ SSIM, 10⁴ instead of 10 while Σ SSIM < 2.
 
     REASR: share of all seed images that the inverted trigger sends to the candidate's label. A
     label with a candidate above `threshold` is flagged.
@@ -105,14 +115,17 @@ class Abs(Defense):
     `valid`, `reasr_pixel`, `reasr_feature: [top]`; `mask: [top, H, W, 1]`, `pattern: [top, H, W,
     C]`, `transform: [top, 4C, C]`.
 
-    Presets: `paper`; `original_code`, decides at 0.8; `cpu`, fewer candidates, steps and images.
+    Presets: `paper`; `original_code`, the released losses, decides at 0.8; `cpu`, fewer candidates,
+    steps and images.
 
     Differs from the paper: its bound of 0.88 could not be verified. Differs from the released code:
-    its weights (500 on |m|₁, 0.01 on d, 10 or 10⁴ on the sum of SSIM) are for sums of raw
-    activations, and freeze the mask where it starts on nets with few or small maps; ours are
-    relative. There no pixel is cut off in the end; pixels are standardised; 64 pixels of a 32×32
-    image became a share; a net without suspects is an error. As there, one neuron must do: a
-    backdoor that needs several at once escapes.
+    its weights are for the sums over 16 images of 32×32 and layers of as many places, where the
+    default `weight`, 2, asks for what 500 does there; on nets with few or small maps they freeze
+    the mask where it starts. The raw mask stays within ±6. There pixels are standardised; a dense
+    layer's neuron counts, after the activation function, among the others, by a slip; 64 pixels of
+    a 32×32 image became a share; a net without suspects is an error. As there, one neuron must do:
+    a backdoor that needs several at once escapes; and nothing holds the trigger to `size` but its
+    price.
     """
 
     reach: Weight = 8.0
@@ -121,12 +134,13 @@ class Abs(Defense):
     lr: Rate = 0.1
     lr_feature: Rate = 2e-3
     size: Share = 1 / 16
-    weight: Weight = 0.01
+    weight: Weight = 2.0
     threshold: Share = 0.88
     images: Size = static(50)
     levels: Annotated[int, Range(2, 1_000)] = static(5)
     top: Size = static(20)
     per_site: Count = static(3)
+    relative: bool = static(True)
     spaces: tuple[Space, ...] = static(("pixel", "feature"))
     sites: tuple[str, ...] | None = static(None)
     lanes: Count | None = static(None)
@@ -137,7 +151,7 @@ class Abs(Defense):
     }
     presets = {
         "paper": {},
-        "original_code": {"threshold": 0.8},
+        "original_code": {"threshold": 0.8, "relative": False, "weight": 500.0},
         "cpu": {"images": 30, "top": 12, "per_site": 2, "steps": 200},
     }
 
@@ -260,11 +274,38 @@ class Abs(Defense):
         )
 
     def scale(self, model: Model, variables: Variables, x: jax.Array) -> jax.Array:
-        """The largest activation of each layer on `x: [N, H, W, C]`, times N: `[sites]`."""
+        """What the sums over `x: [N, H, W, C]` and the places of each layer are divided by:
+        `[sites]`.
+        """
+        places = self.places(model)
+        if not self.relative:
+            return jnp.ones(len(places))
         acts = model.apply(variables, x).acts
-        return x.shape[0] * jnp.stack(
-            [jnp.maximum(acts[site].max(), 1e-6) for site in self.places(model)]
+        sums = [acts[site].size // acts[site].shape[-1] for site in places]
+        return jnp.stack([n * jnp.maximum(acts[site].max(), 1e-6) for n, site in zip(sums, places)])
+
+    def limit(self, model: Model) -> jax.Array:
+        """The largest trigger, in pixels, at least 1: `[]`."""
+        pixels = jnp.asarray(self.size, jnp.float32) * model.shape[0] * model.shape[1]
+        return jnp.maximum(jnp.round(pixels), 1)
+
+    def pixel_loss(self, drive: jax.Array, mask: jax.Array, limit: jax.Array) -> jax.Array:
+        """What a `mask: [H, W, 1]` that leads to `drive: []` costs: `[]`."""
+        visible = (mask > VISIBLE).sum(dtype=jnp.float32)
+        times = jnp.where(
+            visible > (jnp.sqrt(limit) + 2) ** 2, 2.0, jnp.where(visible > limit, 1.0, 0.0)
         )
+        return drive + times * self.weight * mask.sum() / (limit if self.relative else 1.0)
+
+    def feature_loss(self, drive: jax.Array, alike: jax.Array) -> jax.Array:
+        """What a change costs that leads to `drive: []` and leaves the images `alike: [N]`, in
+        SSIM: `[]`.
+        """
+        if self.relative:
+            mean = alike.mean()
+            return drive - jnp.where(mean < 0.2, 1e3, 1.0) * mean
+        total = alike.sum()
+        return 0.01 * drive - jnp.where(total < 2, 1e4, 10.0) * total
 
     def invert(
         self, loss, starts: Any, candidates: Candidate, rule: optax.GradientTransformation
@@ -317,8 +358,7 @@ class Abs(Defense):
         height, width, _ = model.shape
         few = x[: max(1, x.shape[0] // 3)]
         scale = self.scale(model, variables, few)
-        size = jnp.round(jnp.asarray(self.size, jnp.float32) * height * width)
-        side = jnp.sqrt(size)
+        limit = self.limit(model)
 
         def squashed(trigger: Trigger) -> Trigger:
             return Trigger(squash(trigger).mask, trigger.pattern)
@@ -326,23 +366,18 @@ class Abs(Defense):
         def loss(raw: Trigger, neuron):
             trigger = squashed(raw)
             acts = model.apply(variables, stamp(trigger, few)).acts
-            visible = (trigger.mask > VISIBLE).sum(dtype=jnp.float32)
-            times = jnp.where(visible > (side + 2) ** 2, 2.0, jnp.where(visible > size, 1.0, 0.0))
-            return (
-                self.drive(model, acts, neuron, scale, 1e-4)
-                + times * self.weight * trigger.mask.sum()
-            )
+            drive = self.drive(model, acts, neuron, scale, 1e-4)
+            return self.pixel_loss(drive, trigger.mask, limit)
 
-        corner = jnp.floor(side).astype(jnp.int32)
+        corner = jnp.floor(jnp.sqrt(limit)).astype(jnp.int32)
         inside = (jnp.arange(height)[:, None] < corner) & (jnp.arange(width)[None] < corner)
         mask = jnp.where(inside, 2.0, -2.0)[..., None]
         n = candidates.neuron.shape[0]
         pattern = jnp.clip(jax.random.normal(key, (n, *model.shape)), 0, 1)
         starts = Trigger(jnp.stack([mask] * n), pattern)
-        low, high = Trigger(-jnp.inf, 0.0), Trigger(jnp.inf, 1.0)  # type: ignore[arg-type]
+        low, high = Trigger(-BOUND, 0.0), Trigger(BOUND, 1.0)  # type: ignore[arg-type]
         rule = optax.chain(optax.adam(self.lr), within(low, high))  # type: ignore[arg-type]
         triggers = squashed(self.invert(loss, starts, candidates, rule))
-        triggers = triggers._replace(mask=jax.vmap(keep_largest, (0, None))(triggers.mask, size))
         return self.reasr(model, variables, lambda t: stamp(t, x), triggers, candidates), triggers
 
     def feature(
@@ -357,12 +392,9 @@ class Abs(Defense):
 
         def loss(transform, neuron):
             changed = put(transform, features[: few.shape[0]])
-            alike = similarity(few, changed).mean()
             acts = model.apply(variables, changed).acts
-            return (
-                self.drive(model, acts, neuron, scale, 1e-5)
-                - jnp.where(alike < 0.2, 1e3, 1.0) * alike
-            )
+            drive = self.drive(model, acts, neuron, scale, 1e-5)
+            return self.feature_loss(drive, similarity(few, changed))
 
         start = jnp.eye(features.shape[-1], model.shape[-1])
         starts = jnp.stack([start] * candidates.neuron.shape[0])
@@ -409,12 +441,6 @@ def seeds(key: jax.Array, label: jax.Array, count: int) -> jax.Array:
     ordered = label[order]
     rank = jnp.arange(n) - jnp.searchsorted(ordered, ordered)  # within the class
     return order[jnp.argsort(rank, stable=True)][:count]
-
-
-def keep_largest(mask: jax.Array, count: jax.Array) -> jax.Array:
-    """`mask: [H, W, 1]` with all but its `count: []` largest values at 0."""
-    rank = jnp.argsort(jnp.argsort(-mask.reshape(-1)))
-    return jnp.where((rank < count.astype(jnp.int32)).reshape(mask.shape), mask, 0)
 
 
 def pooled(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from bdjax import mesh, metrics
 from bdjax.defenses.base import Defense
-from bdjax.defenses.invert.inversion import descend, reaches
+from bdjax.defenses.invert.inversion import BOUND, descend, reaches, squash, within
 from bdjax.registry import defense, static
 from bdjax.train import batched
 from bdjax.types import (
@@ -42,9 +42,8 @@ class Perturber(nn.Module):
     def __call__(self, z, t):
         x = nn.leaky_relu(nn.Dense(self.hidden)(jnp.concatenate([z, t], 1)), 0.2)
         x = nn.leaky_relu(nn.Dense(self.hidden)(jnp.concatenate([x, t], 1)), 0.2)
-        return jnp.tanh(nn.Dense(self.shape[0] * self.shape[1] * self.shape[2])(x)).reshape(
-            -1, *self.shape
-        )
+        raw = nn.Dense(self.shape[0] * self.shape[1] * self.shape[2])(x)
+        return (2 * squash(raw) - 1).reshape(-1, *self.shape)
 
 
 class Critic(nn.Module):
@@ -168,18 +167,19 @@ class DeepInspect(Defense):
 
     def surrogates(self, key: jax.Array, model: Model, variables: Variables) -> jax.Array:
         """Images that the net takes for each label: `[K, images, H, W, C]`."""
-        rule = optax.adam(self.inversion_lr)  # type: ignore[arg-type]
+        adam = optax.adam(self.inversion_lr)  # type: ignore[arg-type]
+        rule = optax.chain(adam, within(-BOUND, BOUND))
 
         def one(item):
             label, key = item
             raw = jax.random.normal(key, (self.images, *model.shape))
 
             def loss(raw, _):
-                logits = model.apply(variables, jnp.tanh(raw) / 2 + 0.5).logits
+                logits = model.apply(variables, squash(raw)).logits
                 return -jax.nn.log_softmax(logits)[:, label].mean(), None
 
             (raw, _), _ = descend(loss, raw, rule.init(raw), jnp.arange(self.inversion_steps), rule)
-            return jnp.tanh(raw) / 2 + 0.5
+            return squash(raw)
 
         items = (jnp.arange(model.classes), jax.random.split(key, model.classes))
         return mesh.lane_map(one, items, self.lanes)

@@ -2,6 +2,7 @@
 and its kin.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from bdjax.metrics import labels
+
+BOUND = 6.0
+"""How far from 0 raw values go. In float32 tanh(8.2) is 1 and its gradient 0; at 6 the gradient is
+still 1e-5, and `squash` 6e-6 away from 0 or 1.
+"""
 
 
 class Trigger(NamedTuple):
@@ -32,14 +38,24 @@ def reaches(logits: jax.Array, label: jax.Array) -> jax.Array:
     return labels(logits) == label
 
 
-def squash(raw: Trigger) -> Trigger:
-    """From the real line, where it is optimised, to [0, 1]: tanh(·)/2 + ½."""
-    return jax.tree.map(lambda v: jnp.tanh(v) / 2 + 0.5, raw)
+def squash(raw: Any) -> Any:
+    """From the real line, where it is optimised, to (0, 1): tanh(·)/2 + ½ of each leaf of the
+    pytree `raw`. Beyond ±`BOUND` value and gradient are those at the bound, so that nothing is
+    stuck; `within(-BOUND, BOUND)` in the rule of its optimiser keeps a raw value from going far.
+    """
+
+    def one(v):
+        # The bound passes the gradient on as it is: v - v is 0, its gradient 1.
+        inside = jnp.clip(jax.lax.stop_gradient(v), -BOUND, BOUND) + (v - jax.lax.stop_gradient(v))
+        return jnp.tanh(inside) / 2 + 0.5
+
+    return jax.tree.map(one, raw)
 
 
-def unsquash(trigger: Trigger) -> Trigger:
-    """The inverse of `squash`; values at 0 and 1 are moved inside by 1e-6."""
-    return jax.tree.map(lambda v: jnp.arctanh(jnp.clip(2 * v - 1, -1 + 2e-6, 1 - 2e-6)), trigger)
+def unsquash(value: Any) -> Any:
+    """The inverse of `squash`: raw values within ±`BOUND`."""
+    end = math.tanh(BOUND)
+    return jax.tree.map(lambda v: jnp.arctanh(jnp.clip(2 * v - 1, -end, end)), value)
 
 
 def random_trigger(key: jax.Array, shape: tuple[int, int, int]) -> Trigger:

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from bdjax import mesh, metrics
 from bdjax.defenses.base import Defense
-from bdjax.defenses.invert.inversion import descend
+from bdjax.defenses.invert.inversion import descend, squash
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
 from bdjax.types import (
@@ -51,7 +51,8 @@ class Generator(nn.Module):
                 nn.BatchNorm(False, name=f"norm_{i}")(nn.Dense(self.hidden, name=f"dense_{i}")(x)),
                 0.2,
             )
-        return nn.sigmoid(nn.Dense(self.out, name="pixels")(jnp.concatenate([x, last], 1)))
+        x = nn.Dense(self.out, name="pixels")(jnp.concatenate([x, last], 1))
+        return squash(x / 2)  # the logistic function, with a gradient left at its ends
 
 
 class Statistic(nn.Module):
@@ -66,12 +67,11 @@ class Statistic(nn.Module):
         return nn.leaky_relu(nn.Dense(1)(x), 0.2)[:, 0]
 
 
-class Params(NamedTuple):
-    """What one search trains: generator, statistic, and the moving `average: []` of exp T over
+class Estimator(NamedTuple):
+    """What estimates the information: the weights of T, and the moving `average: []` of exp T over
     independent pairs.
     """
 
-    generator: Any
     statistic: Any
     average: jax.Array
 
@@ -99,9 +99,9 @@ def mine_loss(joint: jax.Array, independent: jax.Array, average: jax.Array) -> j
 def mine_rule(
     rule: optax.GradientTransformation, rate: Array | float
 ) -> optax.GradientTransformation:
-    """`rule` for the nets of `Params`, the moving average of `rate` for its average."""
+    """`rule` for the net of an `Estimator`, the moving average of `rate` for its average."""
     moving = optax.sgd(rate)  # type: ignore[arg-type]
-    return optax.partition({"net": rule, "average": moving}, Params("net", "net", "average"))  # type: ignore[arg-type]
+    return optax.partition({"net": rule, "average": moving}, Estimator("net", "average"))  # type: ignore[arg-type]
 
 
 def stick(key: jax.Array, x: jax.Array, patch: jax.Array) -> jax.Array:
@@ -127,8 +127,8 @@ class Mesa(Defense):
     For label t and threshold β, G(z) is to be spread evenly over {patches: F_t ≥ β}, F_t the mean
     probability of t: min over G of −E min(softmax_t(f(x ⊕ (G(z) + ε))), β) − `alpha`·Î(z; G(z)), ε
     ~ N(0, `noise`²), ⊕ pasting at a place drawn anew for each batch. Î is MINE's: E T(z, g) − log E
-    exp T(z̃, g), T trained beside G with a moving average of E exp T (`rate`). All labels and
-    thresholds are searched at once.
+    exp T(z̃, g), T trained with a moving average of E exp T (`rate`), a step of it after each one of
+    G, on noise of its own. All labels and thresholds are searched at once.
 
     `betas`: the thresholds; `side`: of the patch, which must be known or guessed, in pixels;
     `alpha`: weight of the entropy; `lr`: Adam's (β = 0.5, 0.999); `epochs` over 4/5 of the clean
@@ -145,8 +145,9 @@ class Mesa(Defense):
 
     Differs from the paper: the released code trains on test images, ours on the defender's; there
     the true label is given, here only as `label`, and `threshold` is our own; noisy patches are
-    clipped to [0, 1]; BatchNorm always takes the statistics of its batch. As there, triggers that
-    do not move with their place, or are larger, are missed.
+    clipped to [0, 1]; BatchNorm always takes the statistics of its batch; the moving average starts
+    at 1, there at its first value. As there, triggers that do not move with their place, or are
+    larger, are missed.
     """
 
     alpha: Weight = 0.1
@@ -249,42 +250,58 @@ class Mesa(Defense):
         def noise(key, rows):
             return jax.random.uniform(key, (rows, self.noise_size))
 
-        def loss(params: Params, item):
+        def pairs(weights, key, z, g):
+            """T of `g` beside the noise `z` that it was made from, and beside other noise."""
+            return (statistic.apply({"params": weights}, v, g) for v in (z, noise(key, batch)))
+
+        adam = optax.adam(self.lr, b1=0.5, b2=0.999)  # type: ignore[arg-type]
+        rule = mine_rule(adam, self.rate)
+
+        def step(carry, item):
+            """A step of G under the T that is there, then one of T on other patches of the new
+            G.
+            """
+            (weights, of_weights), (estimator, of_estimator) = carry
             rows, key = item
-            key_z, key_other, key_noise, key_place = jax.random.split(key, 4)
-            z, other = noise(key_z, batch), noise(key_other, batch)
-            g = self.draw(generator, {"params": params.generator}, z)
-            patch = jnp.clip(
-                g.reshape(shape) + self.noise * jax.random.normal(key_noise, shape), 0, 1
-            )
-            logits = model.apply(variables, stick(key_place, unit(images[rows]), patch)).logits
-            reached = jnp.minimum(jax.nn.softmax(logits)[:, target], beta).mean()
 
-            def pairs(weights, g) -> Any:
-                joint, independent = (
-                    statistic.apply({"params": weights}, noise, g) for noise in (z, other)
+            def generate(weights, key):
+                key_z, key_other, key_noise, key_place = jax.random.split(key, 4)
+                z = noise(key_z, batch)
+                g = self.draw(generator, {"params": weights}, z)
+                patch = jnp.clip(
+                    g.reshape(shape) + self.noise * jax.random.normal(key_noise, shape), 0, 1
                 )
-                return joint, independent
+                logits = model.apply(variables, stick(key_place, unit(images[rows]), patch)).logits
+                reached = jnp.minimum(jax.nn.softmax(logits)[:, target], beta).mean()
+                entropy = information(*pairs(estimator.statistic, key_other, z, g))
+                return -reached - self.alpha * entropy, entropy
 
-            # Each net's gradient sees the other one fixed.
-            entropy = information(*pairs(jax.lax.stop_gradient(params.statistic), g))
-            joint, independent = pairs(params.statistic, jax.lax.stop_gradient(g))
-            mine = mine_loss(joint, independent, params.average)
-            return mine - reached - self.alpha * entropy, entropy
+            def estimate(estimator: Estimator, key):
+                key_z, key_other = jax.random.split(key)
+                z = noise(key_z, batch)
+                g = self.draw(generator, {"params": weights}, z)
+                return mine_loss(
+                    *pairs(estimator.statistic, key_other, z, g), estimator.average
+                ), None
+
+            keys = jax.random.split(key)
+            (weights, of_weights), entropy = descend(generate, weights, of_weights, keys[:1], adam)
+            of_t, _ = descend(estimate, estimator, of_estimator, keys[1:], rule)
+            return ((weights, of_weights), of_t), entropy[0]
 
         key_generator, key_statistic = jax.random.split(key_init)
         z = noise(key_rows, 2)
-        first = generator.init(key_generator, z)["params"]
+        weights = generator.init(key_generator, z)["params"]
         second = statistic.init(key_statistic, z, jnp.zeros((2, generator.out)))["params"]
-        params = Params(first, second, jnp.ones(()))
-        rule = mine_rule(optax.adam(self.lr, b1=0.5, b2=0.999), self.rate)  # type: ignore[arg-type]
+        estimator = Estimator(second, jnp.ones(()))
         epochs = jax.vmap(lambda k: jax.random.permutation(k, n))(
             jax.random.split(key_rows, self.epochs)
         )
         rows = epochs[:, : steps * batch].reshape(-1, batch)
         items = (rows, jax.random.split(key_steps, rows.shape[0]))
-        (params, _), log = descend(loss, params, rule.init(params), items, rule)
-        patches = self.draw(generator, {"params": params.generator}, noise(key_draw, self.samples))
+        start = (weights, adam.init(weights)), (estimator, rule.init(estimator))
+        ((weights, _), _), log = jax.lax.scan(step, start, items)
+        patches = self.draw(generator, {"params": weights}, noise(key_draw, self.samples))
         return patches.reshape(-1, *shape[1:]), log[-steps:].mean()
 
     def success(

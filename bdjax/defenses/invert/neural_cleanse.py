@@ -2,6 +2,7 @@
 the target label of a backdoor is the one that a strangely small trigger reaches.
 """
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import optax
 from bdjax import mesh, metrics
 from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.inversion import (
+    BOUND,
     Trigger,
     descend,
     random_trigger,
@@ -19,6 +21,7 @@ from bdjax.defenses.invert.inversion import (
     squash,
     stamp,
     unsquash,
+    within,
 )
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
@@ -42,6 +45,10 @@ from bdjax.types import (
 CrossEntropy = Literal["log", "linear"]
 Init = Literal["random", "ones"]
 Scale = Literal["linear", "log"]
+WORST = math.log(1e7)
+"""The largest cross-entropy of Keras, which clips p at 1e-7. Where one opaque pixel costs as much,
+a higher λ asks for nothing more.
+"""
 
 
 class Schedule(NamedTuple):
@@ -106,13 +113,14 @@ class NeuralCleanse(Defense):
     what the released code minimises, as it swaps the arguments of Keras' clipped cross-entropy.
     `success`: share of a step's stamped images that must reach the label for it to count as a
     success. `init_cost`: first λ > 0; `start_at_zero`: only after `patience` successes with λ = 0.
-    After `patience` successes in a row λ is multiplied by `cost_up`, after as many failures divided
-    by `cost_down`. Early stop: once λ has moved both ways and the best norm did not fall below
-    `stop_ratio` of what it was for `stop_patience` steps in a row. `init`: "random" (uniform m, Δ)
-    or "ones" (raw values 1, m = Δ = 0.88); `inits`: starts a label, the best is kept. `norm_scale`:
-    decide on norms or on log norms (few labels with one small norm inflate the MAD; both indices
-    are reported); `two_sided`: flag large norms as well. `lanes`: labels side by side (None: the
-    device's default).
+    After `patience` successes in a row λ is multiplied by `cost_up`, up to log 10⁷ (or `init_cost`,
+    if that is more), after as many failures divided by `cost_down`. Early stop: once λ has moved
+    both ways, or is as high as it gets, and the best norm did not fall below `stop_ratio` of what
+    it was for `stop_patience` steps in a row; or where a step that fails moved nothing. `init`:
+    "random" (uniform m, Δ) or "ones" (raw values 1, m = Δ = 0.88); `inits`: starts a label, the
+    best is kept. `norm_scale`: decide on norms or on log norms (few labels with one small norm
+    inflate the MAD; both indices are reported); `two_sided`: flag large norms as well. `lanes`:
+    labels side by side (None: the device's default).
 
     `screen`: for many labels, a low-cost pre-screen: all labels are searched, step by step, until
     more than the share `screen_overlap` of the `screen` labels with the smallest current norms were
@@ -131,10 +139,11 @@ class NeuralCleanse(Defense):
     mini-batches a label; `low-cost`, the paper's pre-screen for 1,283 labels (100, half of them, 10
     steps).
 
-    Differs from the paper: m cannot leave [0, 1] (released: tanh/(2 − ε) + ½); the kept mask is
-    judged by its own norm, the released code's by the mean over its step; images come from a fresh
-    permutation in each step, there from one walk through the shuffled set; norms are not measured
-    on 8-bit pictures.
+    Differs from the paper: m cannot leave [0, 1] (released: tanh/(2 − ε) + ½); raw values stay
+    within ±6, where float32 has a gradient left, and λ has a bound; the kept mask is judged by its
+    own norm, the released code's by the mean over its step; images come from a fresh permutation in
+    each step, there from one walk through the shuffled set; norms are not measured on 8-bit
+    pictures.
     """
 
     lr: Rate = 0.1
@@ -279,7 +288,8 @@ class NeuralCleanse(Defense):
         """How a search starts, from `(label, attempt)`, and an outer step of it."""
         images = jnp.asarray(images)
         n = images.shape[0]
-        rule = optax.adam(self.lr, b1=0.5, b2=0.9)  # type: ignore[arg-type]
+        adam = optax.adam(self.lr, b1=0.5, b2=0.9)  # type: ignore[arg-type]
+        rule = optax.chain(adam, within(Trigger(-BOUND, -BOUND), Trigger(BOUND, BOUND)))  # type: ignore[arg-type]
 
         def key_of(label, attempt):
             return jax.random.fold_in(jax.random.fold_in(key, label), attempt)
@@ -311,6 +321,10 @@ class NeuralCleanse(Defense):
             trigger = squash(raw)
             schedule, better = self.update(state.schedule, hits.mean(), trigger.mask.sum())
             best = jax.tree.map(lambda a, b: jnp.where(better, a, b), trigger, state.best)
+            # What stands still, or is not a number, and fails at that will do so for ever.
+            moved = jnp.stack([(jnp.abs(a - b) > 0).any() for a, b in zip(raw, state.raw)]).any()
+            stuck = ~moved & (hits.mean() < self.success)
+            schedule = schedule._replace(stopped=schedule.stopped | stuck)
             return Search(state.label, state.attempt, raw, opt_state, best, schedule)
 
         return start, step
@@ -323,8 +337,7 @@ class NeuralCleanse(Defense):
         """
 
         def leaders(states):
-            # ranks like the norm
-            norm = jnp.tanh(states.raw.mask).sum((1, 2, 3)).reshape(-1, self.inits).min(1)
+            norm = squash(states.raw).mask.sum((1, 2, 3)).reshape(-1, self.inits).min(1)
             return jnp.argsort(jnp.argsort(norm)) < screen
 
         def round_(carry):
@@ -371,7 +384,9 @@ class NeuralCleanse(Defense):
             jnp.where(best >= self.stop_ratio * old.best, old.stale + 1, 0),
             old.stale,
         )
-        stopped = old.rose & old.fell & (stale >= self.stop_patience)
+        highest = jnp.maximum(jnp.asarray(self.init_cost, jnp.float32), WORST)
+        settled = (old.rose & old.fell) | (old.cost >= highest)
+        stopped = settled & (stale >= self.stop_patience)
 
         succeeded = jnp.where((old.cost == 0) & ok, old.succeeded + 1, 0)
         begins = succeeded >= self.patience
@@ -379,7 +394,8 @@ class NeuralCleanse(Defense):
         ups = jnp.where(ok, jnp.where(begins, 0, old.ups) + 1, 0)
         downs = jnp.where(ok, 0, old.downs + 1)
         up, down = ups >= self.patience, downs >= self.patience
-        cost = jnp.where(up, cost * self.cost_up, jnp.where(down, cost / self.cost_down, cost))
+        higher = jnp.minimum(cost * self.cost_up, highest)
+        cost = jnp.where(up, higher, jnp.where(down, cost / self.cost_down, cost))
         new = Schedule(
             cost=cost,
             succeeded=jnp.where(begins, 0, succeeded),
