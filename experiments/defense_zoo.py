@@ -28,10 +28,9 @@ and costs.
 - Each repair of Neural Cleanse makes a search of its own, with other draws than the row
   `neural-cleanse`, and repairs the labels that it flags; rows "smallest norm" take the label of the
   smallest norm, outlier or not, as for a net that is known to be infected.
-- Chosen after a look at these victims' results: the preset `cpu` of fine-pruning, the fifth of the
-  images that sets the boundary of input-anomaly, the rows "ε = 20 %" and "smallest norm", and the
-  victims with 1 %, the 3×3 square and 43 classes. What the rows replaced or stand beside had
-  failed.
+- Chosen after a look at these victims' results: the fifth of the images that sets the boundary of
+  input-anomaly, the rows "ε = 20 %" and "smallest norm", and the victims with 1 %, the 3×3 square
+  and 43 classes. What the rows replaced or stand beside had failed.
 - Defenses that need what the net has not (a convolution, three classes) are left out. The victims
   with a rate of 1 % and with 43 classes meet only the defenses that they stand here for.
 """
@@ -155,6 +154,9 @@ def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
         yield entry.name, entry.cls(**preset)
         if entry.name == "spectral-signatures" and attack is not None:
             yield "spectral-signatures, ε = 20 %", entry.cls(remove=0.3)
+        if entry.name == "linf-pruning":
+            excess = {**preset, "rule": "excess", "inputs": "syn"}
+            yield "linf-pruning, excess", entry.cls(**excess)
         if entry.name in REPAIRS:
             yield f"{entry.name}, smallest norm", entry.cls(**preset, pick="smallest")
     if attack is not None and scale != "smoke":

@@ -137,6 +137,7 @@ class Strip(Defense):
     boundary: Boundary = static("normal")
     batch: Count = static(500)
 
+    budget_fields = ("n", "inputs")
     presets = {
         "paper": {"inputs": 2000},
         "backdoorbench": {"frr": 0.1, "inputs": 100, "boundary": "empirical"},

@@ -57,7 +57,8 @@ class Autoencoder(Defense):
     fail on MNIST; clean accuracy falls.
 
     `hidden`: widths of the hidden layers, the narrowest in the middle; `recipe`: training of g.
-    Both are ours, as is the sigmoid at the end. Preset: `cpu`, a smaller one.
+    Both are ours, as is the sigmoid at the end. Preset: `cpu`, fewer
+    epochs.
 
     The variables returned belong to `wrap(model)`: those of the net, and those of g under
     "autoencoder". `info`: `mse` on the clean images, `loss` by epoch.
@@ -66,7 +67,8 @@ class Autoencoder(Defense):
     recipe: Recipe = Recipe(lr=1e-3, epochs=100, batch=64)
     hidden: tuple[Size, ...] = static((512, 64, 512))
 
-    presets = {"cpu": {"hidden": (256, 64, 256), "recipe": Recipe(lr=2e-3, epochs=40, batch=50)}}
+    budget_fields = ("recipe.epochs",)
+    presets = {"cpu": {"recipe": Recipe(lr=1e-3, epochs=40, batch=64)}}
 
     def wrap(self, model: Model) -> Model:
         return guarded(model, tuple(self.hidden))

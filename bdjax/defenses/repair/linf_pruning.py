@@ -80,8 +80,8 @@ class LinfPruning(TriggerDefense):
     `reversed.TriggerDefense`; as in the paper, the reversed trigger is the smallest. Without a
     suspect nothing is cut.
 
-    Presets: `static`, `excess` (both on "syn"), `zero`, `clip`; `cpu`, "excess" with the short
-    search of Neural Cleanse.
+    Presets: `static`, `excess` (both on "syn"), `zero`, `clip`; `cpu`, the short search of
+    Neural Cleanse where there is one.
 
     `info`: `thresholds: [points + 1]`, ∞ first; `curve: [points + 1]` accuracy on the clean images;
     `threshold`: τ; under the static rules `top: [C]`, what is compared with τ, and `pruned` = how
@@ -108,11 +108,7 @@ class LinfPruning(TriggerDefense):
         "excess": {"rule": "excess", "inputs": "syn"},
         "zero": {"rule": "zero"},
         "clip": {"rule": "clip"},
-        "cpu": {
-            "rule": "excess",
-            "inputs": "syn",
-            "nc": NeuralCleanse(**NeuralCleanse.presets["cpu"]),
-        },
+        "cpu": {"nc": NeuralCleanse(**NeuralCleanse.presets["cpu"])},
     }
 
     @property

@@ -87,6 +87,7 @@ class NeuralComplexity(Defense):
     orders: Size = static(8)
     site: str = static("penultimate")
 
+    budget_fields = ("rounds", "orders", "recipe.epochs", "recipe.batch")
     presets = {"cpu": {"rounds": 4, "orders": 4, "recipe": Recipe(lr=1e-3, epochs=1, batch=50)}}
 
     def __call__(

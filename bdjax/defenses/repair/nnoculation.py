@@ -64,7 +64,7 @@ class NNoculation(Defense):
     draws one row, clean or noisy, for each clean image; `lanes`: levels side by side.
 
     Defaults are the paper's, batches of 1283 included: set a smaller `batch` for few images.
-    Preset: `cpu`, three levels.
+    Preset: `cpu`, fewer epochs, small batches.
 
     `info`: `level` that was kept, `before: []` and `after: [levels]`, accuracy on the held-out
     images; `loss`, `acc: [levels, epochs]`.
@@ -81,12 +81,8 @@ class NNoculation(Defense):
     holdout: Annotated[float, Range(0, 0.9)] = static(0.2)
     lanes: Count | None = static(None)
 
-    presets = {
-        "cpu": {
-            "levels": (0.2, 0.4, 0.6),
-            "recipe": Recipe(lr=1.0, epochs=10, batch=50, optimizer="adadelta"),
-        }
-    }
+    budget_fields = ("recipe.epochs", "recipe.batch")
+    presets = {"cpu": {"recipe": Recipe(lr=1.0, epochs=10, batch=50, optimizer="adadelta")}}
 
     def __call__(
         self, key: jax.Array, model: Model, variables: Variables, clean: Split

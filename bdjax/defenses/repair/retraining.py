@@ -22,6 +22,7 @@ class Retraining(Defense):
 
     recipe: Recipe = Recipe(lr=1e-3, epochs=20)
 
+    budget_fields = ("recipe.epochs",)
     presets = {"cpu": {"recipe": Recipe(lr=1e-3, epochs=5)}}
 
     def __call__(
