@@ -60,6 +60,10 @@ HINTS = {
     "asr_nt": "attack success rate over stamped test images whose own label is not the target",
     "far": "share of working trojaned inputs that the defense lets through",
     "frr": "share of clean inputs that the defense rejects",
+    "frr_low": "least value of the 95 % interval of the FRR, from the number of clean inputs",
+    "frr_high": "largest value of the 95 % interval of the FRR",
+    "frr_fit": "FRR of the boundary on the very clean images that it was fitted to",
+    "valid_fit": "0: the fitted boundary is at or below 0, where no entropy is; nothing is flagged",
     "auroc": "chance that a trojaned item scores as more suspicious than a clean one",
     "index": "anomaly index: distance from the median in units of 1.4826 · MAD",
 }
