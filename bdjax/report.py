@@ -234,7 +234,8 @@ def is_percent(metric: str) -> bool:
 
 def label_of(metric: str) -> str:
     """`asr_nt` as a heading: `ASR nt %`."""
-    words = [word.upper() if word in UPPER else word for word in re.split(r"[_.]", metric)]
+    parts = re.split(r"_|\.(?!\d)", metric)  # 0.05 is a number
+    words = [word.upper() if word in UPPER else word for word in parts]
     return " ".join(words) + (" %" if is_percent(metric) else "")
 
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from bdjax import registry
+from bdjax.analysis.sensitivity import Sensitivity
 from bdjax.attacks.badnets import BadNets
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
@@ -112,3 +113,22 @@ def test_another_rule_width_or_rate_would_be_seen():
     assert changed(clustering, {"reduce": "ica"}, {}) == {"reduce": ("ica", "pca")}
     told = registry.make("defense", "nc-pruning", "cpu")
     assert set(changed(type(told), {"nc": told.nc}, {})) == {"nc.steps", "nc.batches"}
+
+
+@pytest.mark.parametrize(
+    "entry", [e for e in DEFENSES if e.stage == "repair"], ids=lambda entry: entry.name
+)
+def test_the_outcome_over_the_number_that_decides_it_is_one_program(entry, sample):
+    """Every repair names that number, a leaf, and its docstring says where the default is from."""
+    defense, model = small(entry), build(Cnn("VALID", 16, (4, 4)), sample.shape, sample.classes)
+    value = flat(registry.describe(defense))[entry.cls.sensitive]
+    assert isinstance(value, float)
+    assert "Decides most: " in entry.cls.__doc__
+    probe, attack = Sensitivity(defense, (0.01, 0.02)), BadNets()
+    nets = jax.eval_shape(jax.vmap(model.init), jax.random.split(jax.random.key(0), 2))
+    run = jax.vmap(
+        lambda net: probe(jax.random.key(0), model, net, attack, sample.clean, sample.test)
+    )
+    found = jax.eval_shape(run, nets)
+    assert found["asr_nt"].shape == found["acc"].shape == (2, 2)
+    assert found["asr_nt_at_0.01"].shape == (2,)

@@ -49,10 +49,12 @@ class Defense:
 
     `budget_fields`: the fields, dotted where nested, that count work: steps, epochs, images,
     members. A preset `cpu` differs from `paper`, or from the defaults where there is none, in these
-    alone: never in a rule, a rate or a width.
+    alone: never in a rule, a rate or a width. `sensitive`: of a repair, the number that decides
+    most what is left of the backdoor, dotted too; see `analysis.sensitivity`.
     """
 
     budget_fields: ClassVar[tuple[str, ...]] = ()
+    sensitive: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -41,9 +41,9 @@ class FinePruning(Defense):
     4). On DeepID both papers prune `site="pool_3"`, not its last convolution; the quirk is
     `reset="conv_3"`. `cpu`: small batches, for a few hundred clean images.
 
-    The learning rate of the fine-tuning decides how much of the backdoor is left, more than the
-    pruning does. The paper has none; ours is that of the authors' solver, Adam at a fixed 1e-3, and
-    of Ye et al., whose 10 epochs we take too. Show it beside others: `analysis.sensitivity`.
+    Decides most: the learning rate of the fine-tuning, more than the pruning. The paper has none;
+    ours is that of the authors' solver, Adam at a fixed 1e-3, and of Ye et al., whose 10 epochs we
+    take too. Show it beside others: `analysis.sensitivity`.
 
     `info`: `order: [C]`, `activation: [C]` = ā, `curve: [C + 1]` accuracy on the clean images by
     pruned count (before any fine-tuning), `pruned` = k, `loss` and `acc` of the fine-tuning, by
@@ -70,6 +70,7 @@ class FinePruning(Defense):
         "reset": {"one_by_one": ...},
     }
     budget_fields = ("recipe.epochs", "recipe.batch")
+    sensitive = "recipe.lr"
     presets = {
         "paper": {},
         "original_code": {"share": 0.8},

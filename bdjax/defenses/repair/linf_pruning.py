@@ -87,7 +87,9 @@ class LinfPruning(TriggerDefense):
     `threshold`: τ; under the static rules `top: [C]`, what is compared with τ, and `pruned` = how
     many; with a reversed trigger what `TriggerDefense.fired` reports.
 
-    Differs from the paper: it looks at test images; `max_drop` is its loss of accuracy at τ = 7.
+    Decides most: `max_drop`, which ends the fall of τ: the paper's loss of accuracy at τ = 7.
+
+    Differs from the paper: it looks at test images.
     """
 
     max_drop: Share = 0.017
@@ -103,6 +105,7 @@ class LinfPruning(TriggerDefense):
         "max_drop": {"threshold": (None,)},
         **{key: {"inputs": ("syn", "ori+syn")} for key in ("nc", "label", "pick")},
     }
+    sensitive = "max_drop"
     presets = {
         "static": {"rule": "static", "inputs": "syn"},
         "excess": {"rule": "excess", "inputs": "syn"},

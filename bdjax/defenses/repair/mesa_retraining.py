@@ -43,6 +43,8 @@ class MesaRetraining(Defense):
 
     Presets: `paper`; `cpu`, MESA's, and ten times the epochs, for a tenth of the images.
 
+    Decides most: the learning rate: that of the released code, SGD at 1e-3.
+
     Differs from the paper: patches of all thresholds are mixed in every epoch, there one threshold
     each; no label is given, unless `mesa` has one.
     """
@@ -51,6 +53,7 @@ class MesaRetraining(Defense):
     mesa: Mesa = Mesa()
     recipe: Recipe = Recipe(lr=1e-3, epochs=10, optimizer="sgd")
 
+    sensitive = "recipe.lr"
     budget_fields = (*(f"mesa.{field}" for field in Mesa.budget_fields), "recipe.epochs")
     presets = {
         "paper": {},
