@@ -69,6 +69,16 @@ def far_frr(
     return _share(~flag_trojan, counted), flag_clean.mean()
 
 
+def interval(hit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The 95 % interval of the rate behind `hit: [N]` bool, its least and largest value (Wilson,
+    1927).
+    """
+    n, share, z2 = hit.shape[0], hit.mean(), 1.959964**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    reach = jnp.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    return jnp.maximum(middle - reach, 0.0), jnp.minimum(middle + reach, 1.0)
+
+
 def auroc(low: jax.Array, high: jax.Array, low_counted=None, high_counted=None) -> jax.Array:
     """P(a score of `high: [M]` > a score of `low: [N]`), ties one half: 1 = separated, 0.5 =
     chance. NaN where a side is empty.

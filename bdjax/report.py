@@ -63,6 +63,10 @@ HINTS = {
     "asr_nt": "attack success rate over stamped test images whose own label is not the target",
     "far": "share of working trojaned inputs that the defense lets through",
     "frr": "share of clean inputs that the defense rejects",
+    "frr_low": "least value of the 95 % interval of the FRR, from the number of clean inputs",
+    "frr_high": "largest value of the 95 % interval of the FRR",
+    "frr_fit": "FRR of the boundary on the very clean images that it was fitted to",
+    "valid_fit": "0: the fitted boundary is at or below 0, where no entropy is; nothing is flagged",
     "auroc": "chance that a trojaned item scores as more suspicious than a clean one",
     "index": "anomaly index: distance from the median in units of 1.4826 · MAD",
 }
@@ -237,7 +241,8 @@ def is_percent(metric: str) -> bool:
 
 def label_of(metric: str) -> str:
     """`asr_nt` as a heading: `ASR nt %`."""
-    words = [word.upper() if word in UPPER else word for word in re.split(r"[_.]", metric)]
+    parts = re.split(r"_|\.(?!\d)", metric)  # 0.05 is a number
+    words = [word.upper() if word in UPPER else word for word in parts]
     return " ".join(words) + (" %" if is_percent(metric) else "")
 
 

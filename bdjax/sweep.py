@@ -1057,9 +1057,12 @@ def _inputs(
     # A filter may answer by another net than the victim's.
     answers = scores.info["answer"].reshape(x.shape[:2]) if "answer" in scores.info else predictions
     right = answers[0] == test.label
+    low, high = metrics.interval(flagged[0])
     found = {
         "acc_test": (right & ~flagged[0]).mean(),
         "frr": flagged[0].mean(),
+        "frr_low": low,
+        "frr_high": high,
         "boundary": scores.boundary,
     }
     arrays = {"score_clean": score[0]}

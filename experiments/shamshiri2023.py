@@ -31,12 +31,14 @@ Where we differ, and why:
   rate above all.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bdjax.analysis.sensitivity import LRS, Sensitivity, chart
 from bdjax.attacks.badnets import BadNets
 from bdjax.datasets.public import FashionMnist
 from bdjax.datasets.sample import Sample
@@ -53,6 +55,7 @@ from bdjax.train import Recipe, stamped
 TITLE = "Shamshiri & Sohn (2023): three defenses on Fashion-MNIST"
 
 ONE, TWO, MORE = "Table I", "Table II", "Beyond the paper"
+RATES = "Beyond the paper: Fine-Pruning over its learning rate"
 
 
 class Scale(NamedTuple):
@@ -114,6 +117,8 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
         yield from rows(ONE, name, net, epochs)
         yield from rows(ONE, f"{name}, clean twin", net, epochs, attacked=False)
         yield from rows(TWO, f"Fine-Pruning, {name}", net, epochs, FinePruning())
+        rates = next(iter(rows(RATES, name, net, epochs)))
+        yield dataclasses.replace(rates, reported={}, probe=Sensitivity(FinePruning(), LRS))
         yield from rows(MORE, f"STRIP, {name}", net, epochs, s.strip)
         yield from rows(MORE, f"Neural Cleanse, {name}", net, epochs, s.cleanse)
         yield from rows(
@@ -158,6 +163,8 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         plots.stamped(clean, trojan, names),
     )
 
+    if (drawn := chart(rows, RATES)) is not None:
+        yield "fine-pruning-rates", RATES, "First run. Table II has the one at 0.001.", drawn
     arrays = functools.partial(report.arrays, rows, store)
     for name in ("CNN", "FFNN"):
         if found := arrays(f"Fine-Pruning, {name}"):

@@ -62,7 +62,14 @@ from bdjax.datasets.files import Faces
 from bdjax.datasets.public import Cifar10, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
 from bdjax.defenses.inputs.nc_filter import NcFilter
-from bdjax.defenses.inputs.strip import Blend, Strip, entropies, superimpose
+from bdjax.defenses.inputs.strip import (
+    Blend,
+    Strip,
+    below,
+    entropies,
+    normal_boundary,
+    superimpose,
+)
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.repair.nc_pruning import NcPruning
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning
@@ -121,10 +128,8 @@ class Rates:
         works = metrics.hits(predicted, aimed) & (aimed != test.label)
         found = {name: scores.info[name] for name in ("mean", "std", "sigma", "enough")}
         for frr in self.frr:
-            boundary = found["mean"] + found["std"] * jax.scipy.special.ndtri(
-                jnp.asarray(frr, jnp.float32)
-            )
-            far, rejected = metrics.far_frr(low <= boundary, high <= boundary, works)
+            boundary = normal_boundary(found["mean"], found["std"], frr)
+            far, rejected = metrics.far_frr(below(low, boundary), below(high, boundary), works)
             found |= {
                 f"boundary_at_{AT[frr]}": boundary,
                 f"far_at_{AT[frr]}": far,

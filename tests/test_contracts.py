@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from bdjax import registry
+from bdjax.analysis.sensitivity import Sensitivity
 from bdjax.attacks.badnets import BadNets
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
@@ -14,6 +15,11 @@ from bdjax.train import poisoned_set, unit
 from benchmarks.defenses import applied
 
 DEFENSES = registry.entries("defense")
+WORK = {
+    "steps", "inversion_steps", "epochs", "batch", "batches", "rounds", "starts", "orders", "n",
+    "images", "inputs", "members", "shadows", "validation", "top", "per_site",
+}  # fmt: skip
+"""What a budget may count."""
 
 
 def small(entry):
@@ -70,3 +76,59 @@ def test_every_preset_is_a_defense_of_its_own_and_equal_ones_share_programs(entr
         )
         assert registry.digest(one) == registry.digest(two)
     assert entry.cls().oracle is False, "no oracle by default"
+
+
+def flat(value, path=""):
+    """The leaves of a described configuration, by dotted name."""
+    if not isinstance(value, dict):
+        return {path: value}
+    parts = [flat(v, f"{path}.{name}" if path else name) for name, v in value.items()]
+    return {name: leaf for part in parts for name, leaf in part.items()}
+
+
+def changed(cls, preset, other):
+    """Where two presets of a method differ: name, value and value."""
+    one, two = (flat(registry.describe(cls(**fields))) for fields in (preset, other))
+    names = [name for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
+    return {name: (one.get(name), two.get(name)) for name in names}
+
+
+@pytest.mark.parametrize("entry", DEFENSES, ids=lambda entry: entry.name)
+def test_the_preset_for_small_machines_is_the_same_method(entry):
+    """It differs from the paper's preset, or the defaults, in counts of work alone."""
+    presets, budget = getattr(entry.cls, "presets", {}), entry.cls.budget_fields
+    fields = flat(registry.describe(entry.cls()))
+    for name in budget:
+        value = fields[name]
+        assert name.rpartition(".")[2] in WORK and (value is None or type(value) is int), name
+    differs = changed(entry.cls, presets.get("cpu", {}), presets.get("paper", {}))
+    assert set(differs) <= set(budget), differs
+
+
+def test_another_rule_width_or_rate_would_be_seen():
+    mesa, clustering = (registry.get("defense", n).cls for n in ("mesa", "activation-clustering"))
+    assert set(changed(mesa, {"hidden": 64, "lr": 2e-3, "epochs": 4}, {})) == {
+        "hidden", "lr", "epochs",
+    }  # fmt: skip
+    assert changed(clustering, {"reduce": "ica"}, {}) == {"reduce": ("ica", "pca")}
+    told = registry.make("defense", "nc-pruning", "cpu")
+    assert set(changed(type(told), {"nc": told.nc}, {})) == {"nc.steps", "nc.batches"}
+
+
+@pytest.mark.parametrize(
+    "entry", [e for e in DEFENSES if e.stage == "repair"], ids=lambda entry: entry.name
+)
+def test_the_outcome_over_the_number_that_decides_it_is_one_program(entry, sample):
+    """Every repair names that number, a leaf, and its docstring says where the default is from."""
+    defense, model = small(entry), build(Cnn("VALID", 16, (4, 4)), sample.shape, sample.classes)
+    value = flat(registry.describe(defense))[entry.cls.sensitive]
+    assert isinstance(value, float)
+    assert "Decides most: " in entry.cls.__doc__
+    probe, attack = Sensitivity(defense, (0.01, 0.02)), BadNets()
+    nets = jax.eval_shape(jax.vmap(model.init), jax.random.split(jax.random.key(0), 2))
+    run = jax.vmap(
+        lambda net: probe(jax.random.key(0), model, net, attack, sample.clean, sample.test)
+    )
+    found = jax.eval_shape(run, nets)
+    assert found["asr_nt"].shape == found["acc"].shape == (2, 2)
+    assert found["asr_nt_at_0.01"].shape == (2,)

@@ -12,6 +12,8 @@ from flax.linen import relu
 from planted import Normed
 
 from bdjax import channels
+from bdjax.analysis.sensitivity import Sensitivity
+from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.models.layers import Net, build, conv, dense, site
 from bdjax.registry import make, pytree
@@ -227,6 +229,22 @@ def test_the_grid_is_what_single_runs_measure(victim, clean, sample):
         if defense.one_by_one is not None:
             before = measure(variables)
             assert all((table[:, 0] == before[name]).all() for name, table in got.items())
+
+
+def test_the_curve_over_the_learning_rate_is_a_row_of_the_grid(victim, clean, sample):
+    model, variables, attack = victim
+    defense, lrs = FinePruning(share=2 / 64, recipe=Recipe(epochs=1, batch=50)), (1e-3, 1e-2)
+    found, row = jax.jit(
+        lambda v: (
+            Sensitivity(defense, lrs)(KEY, model, v, attack, clean, sample.test),
+            defense.grid(KEY, model, v, clean, sample.test, attack, jnp.asarray(lrs), (2,)),
+        )
+    )(variables)
+    for name in ("acc", "asr_all", "asr_nt"):
+        np.testing.assert_allclose(found[name], row[name][:, 0], atol=0.005)
+    assert [found[f"asr_nt_at_{lr:g}"] for lr in lrs] == found["asr_nt"].tolist()
+    with pytest.raises(BadInput, match="Strip names no number"):
+        Sensitivity(Strip(), lrs)(KEY, model, variables, attack, clean, sample.test)
 
 
 def test_bad_input(tiny, clean):

@@ -33,8 +33,9 @@ def test_svm_is_scikit_learns(run, sample):
     np.testing.assert_allclose(
         found.score[:40], OneClassSVM(nu=0.3).fit(flat[0]).decision_function(flat[1]), atol=1e-4
     )
-    np.testing.assert_array_equal(found.flagged, found.score < found.boundary)
+    np.testing.assert_array_equal(found.flagged, found.score <= found.boundary)
     assert np.asarray(found.flagged)[40:][rows[:30]].sum() == 9
+    assert float(found.info["frr_fit"]) == pytest.approx(0.3)
     # Pixels in [0, 1] and the rates as a leaf give the same.
     rates = jnp.asarray([0.3, 0.05])
     both = jax.jit(

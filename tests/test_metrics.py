@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 
 from bdjax import metrics
@@ -25,6 +26,14 @@ def test_asr_of_a_source_specific_attack_counts_its_sources_only():
 
 def test_asr_of_nobody_is_nan():
     assert np.isnan(metrics.attack_success(jnp.array([0]), jnp.array([0]), jnp.array([0])).nt)
+
+
+def test_the_interval_of_a_rate_is_wilsons():
+    for n in (1, 40, 1000):
+        for hits in (0, 1, n // 3, n):
+            found = metrics.interval(jnp.arange(n) < hits)
+            wanted = binomtest(hits, n).proportion_ci(0.95, "wilson")
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_far_frr():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bdjax.datasets.sample import Sample
+from bdjax.defenses.inputs.boundary import quantile_boundary
 from bdjax.defenses.inputs.strip import Strip, entropies, spread, superimpose
 from bdjax.types import BadInput, Model, Output, Split
 
@@ -140,11 +141,54 @@ def test_boundary_is_the_quantile_and_leaves_can_be_vmapped(real):
     assert entropy.shape == (60,)
     expected = [NormalDist(entropy.mean(), entropy.std()).inv_cdf(float(rate)) for rate in rates]
     np.testing.assert_allclose(normal.boundary, expected, rtol=1e-4)
-    np.testing.assert_allclose(
-        empirical.boundary, np.quantile(entropy, np.asarray(rates)), rtol=1e-4
-    )
+    # Of 60: none, six, thirty may be rejected; the next one passes, barely.
+    np.testing.assert_allclose(empirical.boundary, np.sort(entropy)[[0, 6, 30]], rtol=1e-5)
+    np.testing.assert_allclose(empirical.info["frr_fit"], [0, 0.1, 0.5], rtol=1e-6)
+    for found in (normal, empirical):
+        rejected = (entropy[None] <= np.asarray(found.boundary)[:, None]).sum(1)
+        np.testing.assert_allclose(found.info["frr_fit"], rejected / 60, rtol=1e-6)
     np.testing.assert_allclose(alone.score, normal.score[1], rtol=1e-5)
     np.testing.assert_allclose(alone.boundary, normal.boundary[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.05, 0.29, 0.3, 0.5, 0.99, 1.0])
+def test_an_empirical_boundary_never_rejects_more_than_it_is_asked_to(rate):
+    """Whatever ties there are; and as many as it may where there are none."""
+    rng = np.random.default_rng(0)
+    apart = rng.permutation(np.linspace(0.1, 3, 100))
+    cases = {
+        "apart": apart, "equal": np.ones(100), "zero": np.zeros(100), "one": np.ones(1),
+        "tied at the bottom": np.where(np.arange(100) < 40, 0.2, apart),
+        "a few values": rng.integers(1, 5, 100) / 7, "tiny": apart * 1e-5, "below 0": -apart,
+    }  # fmt: skip
+    for name, scores in cases.items():
+        scores = jnp.asarray(scores, jnp.float32)
+        rejected = scores <= jax.jit(quantile_boundary)(scores, rate)
+        assert float(rejected.mean()) <= np.float32(rate), name
+        if name in ("apart", "below 0"):
+            assert int(rejected.sum()) == min(round(rate * 100), 99)
+    # A score that is not a number passes, and takes no other's place.
+    scores = jnp.asarray([*apart, *[np.nan] * 100], jnp.float32)
+    rejected = scores <= quantile_boundary(scores, 0.1)
+    assert int(rejected.sum()) == 20
+
+
+@pytest.mark.parametrize("kind", ["normal", "empirical"])
+def test_a_boundary_that_is_not_above_zero_is_no_fit_and_flags_nothing(kind):
+    certain = net(lambda x: jnp.zeros((x.shape[0], 3)).at[:, 1].set(1e4))
+    clean = Split(images(40), np.zeros(40, np.int32))
+    run = lambda frr, model: jax.jit(  # noqa: E731
+        lambda frr: Strip(n=5, frr=frr, boundary=kind)(KEY, model, {}, clean, images(6, 2))
+    )(frr)
+    scores = run(0.1, certain)
+    assert float(scores.boundary) <= 0 and (scores.score == 0).all()
+    assert float(scores.info["valid_fit"]) == 0 and not bool(scores.flagged.any())
+    assert float(scores.info["frr_fit"]) == 0 < float(scores.info["frr_fit_high"]) < 0.2
+    # An unclear net: a normal fit whose spread is too wide for the rate.
+    small, usual = run(1e-6, LINEAR), run(0.3, LINEAR)
+    assert float(usual.info["valid_fit"]) == 1 and float(usual.boundary) > 0
+    if kind == "normal":
+        assert float(small.boundary) < 0 and float(small.info["valid_fit"]) == 0
 
 
 def test_batch_size_number_of_replicas_and_jit_do_not_change_a_replica(real):

@@ -14,7 +14,7 @@ All are pure and safe under jit and vmap over the key, the variables and every l
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -45,7 +45,16 @@ def _admitted(method: Callable) -> Callable:
 
 @pytree
 class Defense:
-    """Base of the defenses."""
+    """Base of the defenses.
+
+    `budget_fields`: the fields, dotted where nested, that count work: steps, epochs, images,
+    members. A preset `cpu` differs from `paper`, or from the defaults where there is none, in these
+    alone: never in a rule, a rate or a width. `sensitive`: of a repair, the number that decides
+    most what is left of the backdoor, dotted too; see `analysis.sensitivity`.
+    """
+
+    budget_fields: ClassVar[tuple[str, ...]] = ()
+    sensitive: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -92,7 +92,7 @@ class Goodnet(Defense):
 
     Presets: `paper`, G with 6 of DeepID's 60 channels pruned one by one (`fine-pruning:csaw`; their
     code stops at 4); `improved`, G′ with B0 after 2; `anti`, the anti-network; `anti-sunglasses`,
-    Ye et al.'s channels for that face net, an oracle; `cpu`, G with 4 channels and an epoch each.
+    Ye et al.'s channels for that face net, an oracle; `cpu`, G with an epoch for each channel.
     B0 of `improved` is a stage on the way to its B′.
 
     `info`: `answer: [B]` in 0 … K, what the goodnet answers; `repaired`, `light`: what the repairs
@@ -105,6 +105,7 @@ class Goodnet(Defense):
     light: Defense | None = None
     flag: Flag = static("disagree")
 
+    budget_fields = ("repair.recipe.epochs",)
     presets = {
         "paper": {},
         "improved": {"light": FinePruning(**{**FinePruning.presets["csaw"], "one_by_one": 2})},
@@ -113,7 +114,7 @@ class Goodnet(Defense):
             "repair": AntiNet(channels=(5, 7, 10, 14, 23, 25), site="conv_2"),
             "flag": "agree",
         },
-        "cpu": {"repair": FinePruning(one_by_one=4, recipe=Recipe(lr=1e-3, epochs=1, batch=32))},
+        "cpu": {"repair": FinePruning(one_by_one=6, recipe=Recipe(lr=1e-3, epochs=1, batch=32))},
     }
 
     @property

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.defenses.base import Defense
+from bdjax.defenses.inputs.boundary import quantile_boundary, realised
 from bdjax.registry import defense, static
 from bdjax.train import unit
 from bdjax.types import Array, BadInput, Model, Range, Scores, Split, Variables
@@ -49,7 +50,7 @@ class InputAnomaly(Defense):
     A fifth of the images, at random, is held out of the learning: an input is flagged if it scores
     lower than all but `frr` of them, in (0, 1]. The default is the paper's false positive rate; it
     is also the SVM's ν. The model is not looked at. An input that holds something that is not a
-    number has no score and is not flagged.
+    number has no score and is not flagged. `info`: that of `boundary.realised`.
 
     Presets: `svm`, `tree`, `cpu` (the SVM).
     """
@@ -75,11 +76,10 @@ class InputAnomaly(Defense):
             known, shuffled, judged, frr, jax.random.randint(key_tree, (), 0, 2**31 - 1),
             vmap_method="sequential",
         )  # fmt: skip
-        boundary, score = (
-            jnp.quantile(score[: len(held)], frr),
-            jnp.where(whole, score[len(held) :], jnp.nan),
-        )
-        return Scores(score, boundary, score < boundary, {})
+        boundary = quantile_boundary(score[: len(held)], frr)
+        fit = realised(score[: len(held)] <= boundary)
+        score = jnp.where(whole, score[len(held) :], jnp.nan)
+        return Scores(score, boundary, score <= boundary, fit)
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.channels import mask_of, responses
+from bdjax.defenses.inputs.boundary import quantile_boundary, realised
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
 from bdjax.models.layers import check_site
@@ -32,7 +33,7 @@ class NcFilter(TriggerDefense):
     Presets: `cpu`, the short search of Neural Cleanse.
 
     `info`: `gap: [D]`, `top: [D]` 0/1; the mean activation of the top neurons over the images,
-    `clean: []` and `reversed: []`; those of `TriggerDefense.fired`.
+    `clean: []` and `reversed: []`; those of `boundary.realised` and `TriggerDefense.fired`.
     """
 
     fpr: Share = 0.05
@@ -58,16 +59,8 @@ class NcFilter(TriggerDefense):
             return acts @ top / top.sum()
 
         benign = -activation(calm)
-        n = benign.shape[0]
-        # Just below the first clean score to pass: with neurons that sleep on clean images, most of
-        # them tie at zero.
-        rank = jnp.clip(
-            jnp.floor(jnp.asarray(self.fpr, jnp.float32) * n).astype(jnp.int32), 0, n - 1
-        )
-        cut = jnp.sort(benign)[rank]
-        boundary = jnp.where(
-            info["repaired"], cut - 1e-6 * jnp.maximum(1.0, jnp.abs(cut)), -jnp.inf
-        )
+        # Where the neurons sleep on clean images, most of these tie at zero.
+        boundary = jnp.where(info["repaired"], quantile_boundary(benign, self.fpr), -jnp.inf)
         score = jnp.where(
             info["repaired"], -activation(responses(model, variables, self.site, x)), 0.0
         )
@@ -76,6 +69,7 @@ class NcFilter(TriggerDefense):
             "top": top,
             "clean": -benign.mean(),
             "reversed": activation(loud).mean(),
+            **realised(benign <= boundary),
         }
         return Scores(score, boundary, score <= boundary, info)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from bdjax import metrics
 from bdjax.defenses.base import Defense
+from bdjax.defenses.inputs.boundary import quantile_boundary, realised
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
 from bdjax.types import (
@@ -100,6 +101,16 @@ def spread(entropies: jax.Array, flat: Array | float = 0.01) -> Spread:
     return Spread(sigma, jnp.clip(jnp.max(jnp.where(steep, n[1:], 2), initial=2), 1, n[-1]))
 
 
+def normal_boundary(mean: jax.Array, std: jax.Array, frr: Array | float) -> jax.Array:
+    """The quantile `[]` at `frr` of a normal distribution."""
+    return mean + std * jax.scipy.special.ndtri(jnp.asarray(frr, jnp.float32))
+
+
+def below(entropy: jax.Array, boundary: jax.Array) -> jax.Array:
+    """Which inputs, `entropy: [B]`, a boundary flags; none, where it is not above 0."""
+    return (entropy <= boundary) & (boundary > 0)
+
+
 @defense("strip")
 class Strip(Defense):
     """Superimpose clean images: a prediction that stays certain betrays a trigger (Gao et al.,
@@ -107,8 +118,10 @@ class Strip(Defense):
 
     H = (1/N)·Σₙ −Σₖ p·log p over `n` = N replicas x + α·t of the input, t the defender's clean
     images; flagged if H ≤ boundary, the quantile at `frr`, the false rejection rate to accept, of H
-    on clean inputs: of a normal distribution fitted to them (`boundary` "normal") or of themselves
-    ("empirical", where they are not normal).
+    on clean inputs: of a normal distribution fitted to them (`boundary` "normal", whose realised
+    rate may differ) or of themselves ("empirical", where they are not normal: never more than `frr`
+    of them). A boundary at or below 0 (a small `frr`, a wide spread, entropies of 0) is no valid
+    fit and flags nothing.
 
     The defender's images are split at random: `inputs` of them (None: half) fit the boundary, the
     others are overlays. `blend`: "sum" (unclipped, values up to 1 + α), "average" or "clipped";
@@ -116,8 +129,9 @@ class Strip(Defense):
     [M, H, W, C]`: the paper's protocol: these images, which the victim was trained on, take the
     place of the defender's. `info`: `mean`, `std` and `clean: [inputs]`, the entropies behind the
     boundary; `sigma: [n]`, their spread for 1 … n replicas, and `enough`, the N by its slope
-    (`spread`). A boundary below 0 (a small `frr`) flags nothing; an input whose logits are not
-    numbers has no score and is not flagged.
+    (`spread`); `valid_fit`, 0 where the boundary is not above 0; `boundary.realised`, the rate on
+    the inputs behind the boundary. An input whose logits are not numbers has no score and is not
+    flagged.
 
     Presets: `paper` (2,000 inputs fit the boundary), `backdoorbench` (quantile at 0.1 of 100
     inputs), `cpu` (N = 50).
@@ -137,6 +151,7 @@ class Strip(Defense):
     boundary: Boundary = static("normal")
     batch: Count = static(500)
 
+    budget_fields = ("n", "inputs")
     presets = {
         "paper": {"inputs": 2000},
         "backdoorbench": {"frr": 0.1, "inputs": 100, "boundary": "empirical"},
@@ -164,15 +179,15 @@ class Strip(Defense):
         replicas = score(key_clean, held)
         benign = replicas.mean(1)
         mean, std = benign.mean(), benign.std()
-        normal = mean + std * jax.scipy.special.ndtri(jnp.asarray(self.frr, jnp.float32))
         boundary = (
-            normal
+            normal_boundary(mean, std, self.frr)
             if self.boundary == "normal"
-            else jnp.quantile(benign, jnp.asarray(self.frr, jnp.float32))
+            else quantile_boundary(benign, self.frr)
         )
         h = score(key_x, x).mean(1)
         info = {"mean": mean, "std": std, "clean": benign, **spread(replicas)._asdict()}
-        return Scores(h, boundary, h <= boundary, info)
+        info |= {"valid_fit": (boundary > 0).astype(jnp.float32)}
+        return Scores(h, boundary, below(h, boundary), info | realised(below(benign, boundary)))
 
     def _inputs(self, pool: Array) -> int:
         return len(pool) // 2 if self.inputs is None else self.inputs

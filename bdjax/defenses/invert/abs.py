@@ -149,6 +149,7 @@ class Abs(Defense):
         **{key: {"spaces": ("pixel",)} for key in ("lr", "size", "weight")},
         "lr_feature": {"spaces": ("feature",)},
     }
+    budget_fields = ("images", "top", "per_site", "steps")
     presets = {
         "paper": {},
         "original_code": {"threshold": 0.8, "relative": False, "weight": 500.0},

@@ -122,6 +122,7 @@ class DeepInspect(Defense):
     noise_size: Size = static(100)
     lanes: Count | None = static(None)
 
+    budget_fields = ("steps", "batch", "images", "inversion_steps")
     presets = {
         "default": {},
         "cpu": {"steps": 2000, "batch": 32, "images": 32, "inversion_steps": 50},

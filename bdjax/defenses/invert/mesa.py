@@ -141,7 +141,8 @@ class Mesa(Defense):
     Verdict: `index`, the largest such share. `info`: `asr: [K, β]`; `information: [K, β]`, the last
     epoch's Î in nats; `patches: [K, β, samples, side, side, C]`.
 
-    Presets: `paper`, CIFAR-10; `cifar100`; `cpu`, narrower nets and fewer steps.
+    Presets: `paper`, CIFAR-10; `cifar100`; `cpu`, fewer and smaller
+    batches.
 
     Differs from the paper: the released code trains on test images, ours on the defender's; there
     the true label is given, here only as `label`, and `threshold` is our own; noisy patches are
@@ -166,10 +167,11 @@ class Mesa(Defense):
     lanes: Count | None = static(None)
 
     used_if = {"threshold": {"label": (None,)}}
+    budget_fields = ("epochs", "batch")
     presets = {
         "paper": {},
         "cifar100": {"hidden": 2048},
-        "cpu": {"hidden": 64, "batch": 32, "epochs": 4, "lr": 2e-3},
+        "cpu": {"batch": 32, "epochs": 5},
     }
 
     @property

@@ -170,6 +170,7 @@ class NeuralCleanse(Defense):
     lanes: Count | None = static(None)
 
     used_if = {key: {"screen": ...} for key in ("screen_overlap", "screen_patience")}
+    budget_fields = ("steps", "batches")
     presets = {
         "paper": {},
         "original_code": {"ce": "linear"},

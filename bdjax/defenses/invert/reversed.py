@@ -118,6 +118,7 @@ class TriggerDefense(Defense):
     pick: Pick = static("flagged")
 
     used_if = {"pick": {"label": (None,)}}
+    budget_fields = tuple(f"nc.{field}" for field in NeuralCleanse.budget_fields)
 
     @property
     def oracle(self) -> bool:

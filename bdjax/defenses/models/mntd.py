@@ -190,7 +190,7 @@ class Mntd(Defense):
     nets. No label is flagged.
 
     Defaults are the paper's, but for `bootstrap`. Presets: `paper`, one set of images for all
-    shadow nets; `cpu`, for small nets.
+    shadow nets; `cpu`, the same with fewer of them.
 
     `info`: `threshold`, and `auroc`, `shadow_acc`, `loss` as in `Meta`.
 
@@ -218,9 +218,13 @@ class Mntd(Defense):
     lanes: Count | None = static(None)
 
     used_if = {"nu": {"variant": ("one-class",)}}
+    budget_fields = (
+        "shadows", "validation", "recipe.epochs", "recipe.batch", "meta.epochs",
+    )  # fmt: skip
     presets = {
         "paper": {"bootstrap": False},
         "cpu": {
+            "bootstrap": False,
             "shadows": 32,
             "validation": 16,
             "recipe": Recipe(epochs=10, batch=50),

@@ -80,14 +80,16 @@ class LinfPruning(TriggerDefense):
     `reversed.TriggerDefense`; as in the paper, the reversed trigger is the smallest. Without a
     suspect nothing is cut.
 
-    Presets: `static`, `excess` (both on "syn"), `zero`, `clip`; `cpu`, "excess" with the short
-    search of Neural Cleanse.
+    Presets: `static`, `excess` (both on "syn"), `zero`, `clip`; `cpu`, the short search of
+    Neural Cleanse where there is one.
 
     `info`: `thresholds: [points + 1]`, ∞ first; `curve: [points + 1]` accuracy on the clean images;
     `threshold`: τ; under the static rules `top: [C]`, what is compared with τ, and `pruned` = how
     many; with a reversed trigger what `TriggerDefense.fired` reports.
 
-    Differs from the paper: it looks at test images; `max_drop` is its loss of accuracy at τ = 7.
+    Decides most: `max_drop`, which ends the fall of τ: the paper's loss of accuracy at τ = 7.
+
+    Differs from the paper: it looks at test images.
     """
 
     max_drop: Share = 0.017
@@ -103,16 +105,13 @@ class LinfPruning(TriggerDefense):
         "max_drop": {"threshold": (None,)},
         **{key: {"inputs": ("syn", "ori+syn")} for key in ("nc", "label", "pick")},
     }
+    sensitive = "max_drop"
     presets = {
         "static": {"rule": "static", "inputs": "syn"},
         "excess": {"rule": "excess", "inputs": "syn"},
         "zero": {"rule": "zero"},
         "clip": {"rule": "clip"},
-        "cpu": {
-            "rule": "excess",
-            "inputs": "syn",
-            "nc": NeuralCleanse(**NeuralCleanse.presets["cpu"]),
-        },
+        "cpu": {"nc": NeuralCleanse(**NeuralCleanse.presets["cpu"])},
     }
 
     @property

@@ -35,12 +35,13 @@ class NcPruning(TriggerDefense):
     `info`: `order: [C]`, `gap: [C]`, `curve: [C + 1]` accuracy on the clean images and `reaction:
     [C + 1]` to the trigger by pruned count, `pruned` = how many; those of `TriggerDefense.fired`.
 
-    Differs from the paper: it does not say when a net no longer reacts; `until` is ours.
+    Decides most: `until`. The paper does not say when a net no longer reacts: it is ours.
     """
 
     until: Share = 0.05
     site: str = static("penultimate")
 
+    sensitive = "until"
     presets = {
         "paper": {},
         "conv": {"site": "conv_last"},

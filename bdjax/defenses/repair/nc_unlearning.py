@@ -29,8 +29,11 @@ class NcUnlearning(TriggerDefense):
 
     `info`: `loss`, `acc: [epochs]` of the fine-tuning; those of `TriggerDefense.fired`.
 
-    Differs from the paper: it takes 10 % of the training images, ours are the defender's own;
-    optimiser, rate and batch are ours. Differs from BackdoorBench: its learning rate decays along a
+    Decides most: the learning rate. The paper has none for it; ours is that of its victims'
+    training, Adam at 1e-3.
+
+    Differs from the paper: it takes 10 % of the training images, ours are the defender's own; the
+    batch is ours. Differs from BackdoorBench: its learning rate decays along a
     cosine.
     """
 
@@ -39,6 +42,7 @@ class NcUnlearning(TriggerDefense):
     clean_only: bool = static(False)
 
     used_if = {key: {"clean_only": (False,)} for key in ("nc", "label", "pick", "share")}
+    sensitive = "recipe.lr"
     presets = {
         "paper": {},
         "clean": {"clean_only": True},

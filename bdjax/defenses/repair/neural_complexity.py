@@ -74,6 +74,8 @@ class NeuralComplexity(Defense):
     ε, as a share of the mean variance; `recipe`: the training after each round. A round costs 2S·n³
     steps for each of n nodes: take a layer of at most some hundred.
 
+    Decides most: `share`, which is ours.
+
     Presets: `cpu`, fewer rounds.
 
     `info`: `pruned`, how many; `complexity: [rounds]` before each round; `loss`, `acc: [rounds,
@@ -87,6 +89,8 @@ class NeuralComplexity(Defense):
     orders: Size = static(8)
     site: str = static("penultimate")
 
+    sensitive = "share"
+    budget_fields = ("rounds", "orders", "recipe.epochs", "recipe.batch")
     presets = {"cpu": {"rounds": 4, "orders": 4, "recipe": Recipe(lr=1e-3, epochs=1, batch=50)}}
 
     def __call__(

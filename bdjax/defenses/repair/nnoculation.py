@@ -64,13 +64,14 @@ class NNoculation(Defense):
     draws one row, clean or noisy, for each clean image; `lanes`: levels side by side.
 
     Defaults are the paper's, batches of 1283 included: set a smaller `batch` for few images.
-    Preset: `cpu`, three levels.
+    Preset: `cpu`, fewer epochs, small batches.
+
+    Decides most: `max_drop`, which picks the net: about the paper's 3 %.
 
     `info`: `level` that was kept, `before: []` and `after: [levels]`, accuracy on the held-out
     images; `loss`, `acc: [levels, epochs]`.
 
-    Differs from the paper: noise is drawn anew each time, not once; the paper picks by a drop of
-    about 3 %. Left out: all that comes after deployment, that is, quarantine of the inputs on which
+    Differs from the paper: noise is drawn anew each time, not once. Left out: all that comes after deployment, that is, quarantine of the inputs on which
     the old and the new net disagree, a CycleGAN that learns the trigger from them, and retraining
     with its images.
     """
@@ -81,12 +82,9 @@ class NNoculation(Defense):
     holdout: Annotated[float, Range(0, 0.9)] = static(0.2)
     lanes: Count | None = static(None)
 
-    presets = {
-        "cpu": {
-            "levels": (0.2, 0.4, 0.6),
-            "recipe": Recipe(lr=1.0, epochs=10, batch=50, optimizer="adadelta"),
-        }
-    }
+    budget_fields = ("recipe.epochs", "recipe.batch")
+    sensitive = "max_drop"
+    presets = {"cpu": {"recipe": Recipe(lr=1.0, epochs=10, batch=50, optimizer="adadelta")}}
 
     def __call__(
         self, key: jax.Array, model: Model, variables: Variables, clean: Split

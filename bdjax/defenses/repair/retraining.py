@@ -15,13 +15,18 @@ class Retraining(Defense):
     All parameters are free; nothing is pruned. The paper has about a fifth of the size of the
     training set, and stops 94.1 % of its triggers on MNIST, drawn from other distributions.
 
-    `recipe`: the training; its rate and length are ours. Preset: `cpu`, 5 epochs.
+    `recipe`: the training; its length is ours. Preset: `cpu`, 5 epochs.
+
+    Decides most: the learning rate. The paper has none; ours is that of the training which goes on,
+    `Recipe`'s.
 
     `info`: `loss` and `acc` by epoch.
     """
 
     recipe: Recipe = Recipe(lr=1e-3, epochs=20)
 
+    budget_fields = ("recipe.epochs",)
+    sensitive = "recipe.lr"
     presets = {"cpu": {"recipe": Recipe(lr=1e-3, epochs=5)}}
 
     def __call__(

@@ -139,11 +139,12 @@ class ActivationClustering(Defense):
     have no score and are not suspects. Train again on `train.without(data, suspects.removed)`.
 
     Presets: `paper`, independent components; `backdoorbench` and `art`, always the smaller cluster;
-    `trojanzoo`, by size and silhouette of independent components; `exclusionary`; `cpu`, fewer
-    starts.
+    `trojanzoo`, by size and silhouette of independent components; `exclusionary`; `cpu`, the
+    paper's with fewer starts.
 
-    Differs from the paper: principal components are the default, as in later libraries: whitening,
-    which independent components need, makes 2-means miss larger clusters of poison; clusters are
+    Differs from the paper: principal components are the default, as in later libraries, and each
+    kind misses what the other finds: whitening, which independent components need, makes 2-means
+    miss larger clusters of poison, and without it the smallest ones are missed; clusters are
     left out of one retraining together, not of one each. Fails by design where poison is no
     minority of its class: an all-to-one attack on 10 classes at a rate of 10 % makes half of the
     class.
@@ -166,13 +167,14 @@ class ActivationClustering(Defense):
         "ratio": {"rule": ("exclusionary",)},
         "recipe": {"rule": ("exclusionary",)},
     }
+    budget_fields = ("starts", "recipe.epochs")
     presets = {
         "paper": {"reduce": "ica"},
         "backdoorbench": {"size": 0.5},
         "art": {"size": 0.5},
         "trojanzoo": {"reduce": "ica", "rule": "silhouette"},
         "exclusionary": {"rule": "exclusionary"},
-        "cpu": {"starts": 3, "recipe": Recipe(epochs=4)},
+        "cpu": {"reduce": "ica", "starts": 3, "recipe": Recipe(epochs=4)},
     }
 
     def __call__(

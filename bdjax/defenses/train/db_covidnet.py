@@ -170,6 +170,7 @@ class DbCovidNet(Defense):
     scale: bool = static(False)
     lanes: Count | None = static(None)
 
+    budget_fields = ("members",)
     presets = {"cpu": {"members": 4}}
 
     def __call__(

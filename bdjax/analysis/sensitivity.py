@@ -1,0 +1,104 @@
+"""How much of a repair's outcome hangs on one of its numbers: accuracy and ASR over that number."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bdjax.defenses.base import Defense
+from bdjax.mesh import lane_map
+from bdjax.registry import pytree, static
+from bdjax.sweep import replace
+from bdjax.train import evaluate
+from bdjax.types import Array, BadInput, Model, Split, Variables
+
+LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+"""Learning rates of a fine-tuning, around the usual 1e-3."""
+AT = "asr_nt_at_"
+
+
+def over(
+    key: jax.Array,
+    model: Model,
+    variables: Variables,
+    attack: Any,
+    clean: Split,
+    test: Split,
+    defense: Defense,
+    values: dict[str, Array],
+    lanes: int | None = None,
+) -> dict[str, jax.Array]:
+    """`acc`, `asr_all`, `asr_nt: [V]` on `test` after `defense` repaired the net with each of
+    `values: {field: [V]}`, taken in step, in one program. Fields are leaves, dotted where nested.
+    """
+
+    def one(point):
+        repair = defense
+        for field, value in point.items():
+            repair = replace(repair, field.split("."), value)
+        net = repair(key, model, variables, clean).variables
+        found = evaluate(key, repair.wrap(model), net, test, attack)
+        return {name: found[name] for name in ("acc", "asr_all", "asr_nt") if name in found}
+
+    points = {field: jnp.asarray(value, jnp.float32) for field, value in values.items()}
+    return lane_map(one, points, lanes)
+
+
+@pytree
+class Sensitivity:
+    """A probe of a victim: what `defense`, a repair, leaves of it, over the number that decides
+    most, `defense.sensitive`.
+
+    `values: (V)` of that number; `lanes`: values side by side. Scalars: `asr_nt_at_VALUE`; arrays:
+    `value`, `acc`, `asr_all`, `asr_nt: [V]`. For a figure, not for a choice: it looks at test
+    images.
+    """
+
+    defense: Defense
+    values: tuple[float, ...] = static()
+    lanes: int | None = static(None)
+
+    def __call__(
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Variables,
+        attack: Any,
+        clean: Split,
+        test: Split,
+    ) -> dict[str, Any]:
+        field = sensitive(self.defense)
+        found = over(
+            key, model, variables, attack, clean, test, self.defense,
+            {field: jnp.asarray(self.values)}, self.lanes,
+        )  # fmt: skip
+        named = zip(self.values, found.get("asr_nt", ()))
+        return (
+            found
+            | {f"{AT}{value:g}": asr for value, asr in named}
+            | {"value": jnp.asarray(self.values)}
+        )
+
+
+def sensitive(defense: Defense) -> str:
+    """The field of a repair that decides most; raises `BadInput` where it names none."""
+    if defense.sensitive is None:
+        raise BadInput(f"{type(defense).__name__} names no number that decides its outcome")
+    return defense.sensitive
+
+
+def chart(rows: Sequence[Mapping[str, Any]], table: str, xlabel: str = "learning rate") -> Any:
+    """The rows of `table`, measured by `Sensitivity`, as a heat map of ASR_nt over the value, mean
+    over seeds; None without rows.
+    """
+    from bdjax import plots, report
+
+    shown = [row for row in rows if row["table"] == table and "error" not in row]
+    names = dict.fromkeys(n for row in shown for n in row["metrics"] if n.startswith(AT))
+    victims = list(dict.fromkeys(row["row"] for row in shown))
+    if not names:
+        return None
+    values = [[report.mean(rows, victim, name, table) for name in names] for victim in victims]
+    at = [name.removeprefix(AT) for name in names]
+    return plots.heat_map(values, at, victims, xlabel, label="ASR left", percent=True)
