@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types"}, {"registry"}, {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"},
-    {"train"}, {"store", "channels"}, {"attacks"}, {"defenses", "analysis", "zoo"}, {"sweep"},
+    {"types"}, {"registry", "schema"}, {"metrics", "mesh", "progress", "augment"},
+    {"models", "datasets"}, {"train"}, {"store", "channels"}, {"attacks"},
+    {"defenses", "analysis", "zoo"}, {"sweep"},
     {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax"}

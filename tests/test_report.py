@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bdjax import datasets, plots, report
+from bdjax import datasets, plots, registry, report
 from bdjax.attacks.badnets import BadNets
 from bdjax.types import BadInput
 
@@ -32,7 +32,7 @@ CHROMIUM = next(
 def cell(row, seed=0, metrics=None, **fields):
     """A row as the store holds it, with sample values."""
     return {
-        "run": f"{row}-{seed}-{fields.get('config')}", "experiment": "sample", "scale": "cpu",
+        "run": registry.digest(row, seed, fields), "experiment": "sample", "scale": "cpu",
         "table": "Table I", "row": row, "dataset": "fashion-mnist-sample", "model": "cnn",
         "attack": "badnets", "defense": None, "seed": seed, "config": {}, "metrics": metrics or {},
         "reported": {}, "seconds": {"compile": 3.0, "run": 40.0}, "oracle": False,
@@ -284,7 +284,7 @@ def test_bad_folders_get_one_clear_line(rows, tmp_path):
         report.merge([store(tmp_path / "empty", [])], tmp_path / "out")
     folder = store(tmp_path / "damaged", rows)
     (folder / "report.json").write_text('{"title": ')
-    with pytest.raises(BadInput, match="is damaged: delete it"):
+    with pytest.raises(BadInput, match=r"is damaged: .*: delete it"):
         report.merge([folder])
     with pytest.raises(BadInput, match="cannot write") as error:
         report.write(tmp_path / "file" / "out", rows)
