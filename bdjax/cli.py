@@ -254,6 +254,8 @@ class Defend:
         if self.out is not None:
             own.whole(self.out, old_model)
         net, model, variables, about = load_model(self.checkpoint)
+        if lacking := [part for part in ("dataset", "recipe") if about[part] is None]:
+            raise BadInput(f"{self.checkpoint}: its model.json names no {lacking[0]}: save it anew")
         flags: Any = self
         cell = Cell(
             "",

@@ -275,7 +275,7 @@ def _scaled(metric: str, stat: Mapping[str, Any]) -> tuple[float, int]:
 def ours(metric: str, stat: Mapping[str, Any] | None, n: int) -> str:
     """`91.2 ± 0.3`; the number of values too, where it is not the row's `n`."""
     if stat is None or stat["mean"] is None:
-        return "—"
+        return "±∞" if stat and stat["n"] else "—"
     factor, digits = _scaled(metric, stat)
     text = _number(factor * stat["mean"], digits)
     if stat["sd"] is not None:

@@ -426,10 +426,11 @@ def _npz(path: str | Path, names: Iterable[str] | None) -> dict[str, np.ndarray]
     wanted = None if names is None else {*names, "format"}
     with zipfile.ZipFile(path) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-        ends = [entry.header_offset + 30 + entry.compress_size for entry in entries]
-        starts = [*(entry.header_offset for entry in entries[1:]), os.stat(path).st_size]
-        if any(end > start for end, start in zip(ends, starts, strict=True)):
-            raise ValueError("its entries overlap")
+        end = 0
+        for entry in entries:
+            if entry.header_offset < end:
+                raise ValueError("its entries overlap")
+            end = entry.header_offset + 30 + entry.compress_size
         if {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
             raise ValueError("it is packed in a way that .npz files are not")
         if len({entry.filename for entry in entries}) < len(entries):
