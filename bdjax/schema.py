@@ -46,9 +46,10 @@ class Number(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A string that the regular expression `form` matches."""
+    """A string that the regular expression `form` matches, in words: `what`."""
 
     form: str
+    what: str
 
 
 class Measured(NamedTuple):
@@ -68,8 +69,10 @@ class Kind(NamedTuple):
 
 
 COUNT, SEED, SECONDS = Number(0, 2**53, True), Number(0, 2**32 - 1, True), Number(0)
-NAME = Text(r"[\w-]{1,100}")
+NAME = Text(r"[\w-]{1,100}", "a name of letters and digits")
 """Part of a file's name: no path."""
+FILE = Text(r"[^/\\:\x00-\x1f]{1,200}", "a file's name without / \\ and :")
+VERDICT = Text("reproduced|partly|not|open", "reproduced, partly, not or open")
 KINDS = {
     "model": Kind(
         1,
@@ -112,10 +115,10 @@ KINDS = {
         {
             "title": str,
             "notes": [str],
-            "trends": [(str, Text("reproduced|partly|not|open"), str)],
+            "trends": [(str, VERDICT, str)],
             "seconds": {...: SECONDS},
             "command": str | None,
-            "figures": [(str, str, str)],
+            "figures": [(FILE, str, str)],
         },
         "delete it, the rows are in results.jsonl",
     ),
@@ -220,7 +223,7 @@ def fitted(value: Any, form: Any, place: str = "it") -> Any:
                 raise BadInput(f"{place} is outside [{form.low:g}, {form.high:g}]")
         case Text():
             if not isinstance(value, str) or not re.fullmatch(form.form, value):
-                raise BadInput(f"{place} is not of the form {form.form}")
+                raise BadInput(f"{place} is not {form.what}")
         case list() | tuple():
             if not isinstance(value, list):
                 raise BadInput(f"{place} is not a list")

@@ -24,6 +24,7 @@ from bdjax import cli, datasets, plots, progress, report, schema, store, sweep
 from bdjax.attacks.badnets import BadNets
 from bdjax.datasets.files import Npz
 from bdjax.datasets.sample import Sample
+from bdjax.models.keras_h5 import load_keras_weights
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.store import Store, load_model, load_tree, read_rows, save_model, save_tree
@@ -428,6 +429,18 @@ def test_h5_holds_plain_arrays_of_its_own(tmp_path, case):
         odd_h5(file, tmp_path, case)
     line = told(lambda: datasets.load("h5", path=str(tmp_path / "a.h5")))
     assert line and "a.h5" in line
+
+
+@pytest.mark.parametrize("case", ["external storage", "declares", "a chunk", "packed"])
+def test_keras_weights_are_plain_arrays_of_their_file(tmp_path, case):
+    model = build(Ffnn(hidden=(4,)), (8, 8, 1), 4)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        odd_h5(file, tmp_path, case)
+        file.move("data", "dense_1/dense_1/kernel:0")
+    line = told(load_keras_weights, tmp_path / "a.h5", model)
+    assert "dense_1/kernel:0" in line or "declares" in line
+    for thing in other_things(tmp_path / "a.h5"):
+        assert told(load_keras_weights, tmp_path / "a.h5", model), thing
 
 
 def test_a_packed_h5_is_read(tmp_path):
