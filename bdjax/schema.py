@@ -72,6 +72,7 @@ COUNT, SEED, SECONDS = Number(0, 2**53, True), Number(0, 2**32 - 1, True), Numbe
 NAME = Text(r"[\w-]{1,100}", "a name of letters and digits")
 """Part of a file's name: no path."""
 FILE = Text(r"[^/\\:\x00-\x1f]{1,200}", "a file's name without / \\ and :")
+HASH = Text("[0-9a-f]{16}", "a hash of 16 hex digits")
 VERDICT = Text("reproduced|partly|not|open", "reproduced, partly, not or open")
 KINDS = {
     "model": Kind(
@@ -83,7 +84,7 @@ KINDS = {
             "masks": [str],
             "pixels?": [Number()],
             "seed?": SEED,
-            "fingerprint?": str | None,
+            "fingerprint?": HASH,
             "metrics?": {...: Measured()},
             "attack?": dict | None,
             "dataset?": dict | None,
