@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types"}, {"registry", "schema"}, {"metrics", "mesh", "progress", "augment"},
+    {"types"}, {"registry", "schema", "own"}, {"metrics", "mesh", "progress", "augment"},
     {"models", "datasets"}, {"train"}, {"store", "channels"}, {"attacks"},
     {"defenses", "analysis", "zoo"}, {"sweep"},
     {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
-CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax"}
+CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
 LATE = {"augment", "plots", "report", "experiment", "cli", "__main__"}
 FILES = sorted((ROOT / "bdjax").rglob("*.py"))
 
