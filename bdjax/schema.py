@@ -71,7 +71,6 @@ class Kind(NamedTuple):
 COUNT, SEED, SECONDS = Number(0, 2**53, True), Number(0, 2**32 - 1, True), Number(0)
 NAME = Text(r"[\w-]{1,100}", "a name of letters and digits")
 """Part of a file's name: no path."""
-FILE = Text(r"[^/\\:\x00-\x1f]{1,200}", "a file's name without / \\ and :")
 HASH = Text("[0-9a-f]{16}", "a hash of 16 hex digits")
 VERDICT = Text("reproduced|partly|not|open", "reproduced, partly, not or open")
 KINDS = {
@@ -119,7 +118,7 @@ KINDS = {
             "trends": [(str, VERDICT, str)],
             "seconds": {...: SECONDS},
             "command": str | None,
-            "figures": [(FILE, str, str)],
+            "figures": [(str, str, str)],
         },
         "delete it, the rows are in results.jsonl",
     ),

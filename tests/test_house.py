@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types"}, {"registry", "schema", "own"}, {"metrics", "mesh", "progress", "augment"},
-    {"models", "datasets"}, {"train"}, {"store", "channels"}, {"attacks"},
+    {"types", "__version__"}, {"registry", "schema", "own"},
+    {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"}, {"train"},
+    {"store", "channels"}, {"attacks"},
     {"defenses", "analysis", "zoo"}, {"sweep"},
     {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
