@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -211,6 +212,7 @@ class Train:
                     "dataset": cell.dataset,
                     "attack": attack,
                     "metrics": row["metrics"],
+                    "seed": self.seed,
                 }
                 save_model(self.out, cell.model, model, variables, **about)
         if "error" in row:
@@ -232,17 +234,28 @@ class Defend:
     out: Path | None = None
     """Folder for the repaired model; not saved if not given."""
     seed: Seed = 0
+    train_seed: Seed | None = None
+    """The --seed of the model's training, where bdjax 0.1 trained it and did not keep that."""
     quiet: bool = False
 
     def __call__(self) -> None:
         import jax
 
-        from bdjax.store import copy_model, load_model, old_model, save_model, unfinished
+        from bdjax.store import (
+            check_data,
+            copy_model,
+            load_model,
+            old_model,
+            save_model,
+            unfinished,
+        )
         from bdjax.sweep import Cell, Runner, device_name
 
         if self.out is not None:
             own.whole(self.out, old_model)
         net, model, variables, about = load_model(self.checkpoint)
+        if lacking := [part for part in ("dataset", "recipe") if about[part] is None]:
+            raise BadInput(f"{self.checkpoint}: its model.json names no {lacking[0]}: save it anew")
         flags: Any = self
         cell = Cell(
             "",
@@ -259,30 +272,58 @@ class Defend:
             raise BadInput(
                 f"{registry.name_of(flags.defense)} judges and repairs nothing: leave --out away"
             )
-        given = [about["defenses"], *jax.tree.leaves(variables)]
+        check_data(about, self.checkpoint, strict=cell.stage == "samples")
+        trained = self._trained(about, cell)
+        given = [about["defenses"], trained, *jax.tree.leaves(variables)]
         with unfinished("defend", cell.run, given, device_name()) as store:
             repaired = store.folder / "net"
             found = [row for row in store.rows() if row["run"] == cell.run]
             if not found or not (judges or repaired.exists()):
                 runner = Runner(store, "defend", quiet=self.quiet)
-                row, variables = runner.defend(cell, model, variables)
+                row, variables = runner.defend(cell, model, variables, trained)
                 found = [row]
                 if not judges:
                     about["defenses"] = (*about["defenses"], flags.defense)
-                    about["metrics"] = row["metrics"]
+                    about |= {"metrics": row["metrics"], "seed": trained}
                     save_model(repaired, net, model, variables, **about)
             if self.out is not None:
                 copy_model(repaired, self.out)
         _show(found[0], self.out)
+
+    def _trained(self, about: dict[str, Any], cell: Any) -> int | None:
+        """The seed of the model's training, which says what rows are poisoned: judges of the
+        training rows need it.
+        """
+        needed = cell.stage == "samples" and about["seed"] is None
+        if needed and self.train_seed is None:
+            raise BadInput(
+                f"{self.checkpoint} does not say with which seed it was trained, so nobody knows "
+                "its poisoned rows: give --train-seed N (bdjax 0.1 trained with 0 unless it was "
+                "given --seed)"
+            )
+        if not needed and self.train_seed is not None:
+            known = (
+                "the judges of training rows alone look at it"
+                if cell.stage != "samples"
+                else f"the model was trained with seed {about['seed']}"
+            )
+            raise BadInput(f"leave --train-seed away: {known}")
+        return self.train_seed if needed else about["seed"]
 
 
 def _show(row: dict[str, Any], out: Path | None) -> None:
     from bdjax.progress import shown
 
     for name, value in row["metrics"].items():
-        print(f"{shown(name):14} {value if value is None else round(value, 4)}")
+        print(f"{shown(name):14} {_number(value)}")
     if out is not None:
         print(f"saved in {shown(out)}")
+
+
+def _number(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "—"
+    return str(round(value, 4)) if math.isfinite(value) else "∞" if value > 0 else "−∞"
 
 
 CHOICES = {

@@ -547,19 +547,16 @@ def heat_map(
     names = [_short(v) for v in x], [_short(v) for v in y]
     width = float(np.clip(1.7 + 0.075 * max(map(len, names[1])) + 0.5 * columns, 3.6, 9.5))
     figure, axes = _axes(float(np.clip(1.2 + 0.36 * rows, 1.8, 8)), width)
-    low, high = (0.0, 1.0) if percent else (np.nanmin(values), np.nanmax(values))
-    picture = axes.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    known = values[np.isfinite(values)]
+    low, high = (0.0, 1.0) if percent or not known.size else (known.min(), known.max())
+    shown = np.clip(values, low, high)  # infinite values have the last colour
+    picture = axes.imshow(shown, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     if columns <= 16:
         for i, j in np.ndindex(rows, columns):
-            if np.isfinite(values[i, j]):
-                shade = (values[i, j] - low) / ((high - low) or 1)
-                _value(
-                    axes,
-                    j,
-                    i,
-                    f"{100 * values[i, j]:.1f}" if percent else f"{values[i, j]:.3g}",
-                    shade,
-                )
+            if not np.isnan(values[i, j]):
+                shade = (shown[i, j] - low) / ((high - low) or 1)
+                text = f"{100 * values[i, j]:.1f}" if percent else f"{values[i, j]:.3g}"
+                _value(axes, j, i, text.replace("inf", "∞"), shade)
     step = (-(-columns // 24), -(-rows // 24))
     turned = (
         {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}

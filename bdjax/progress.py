@@ -3,7 +3,6 @@ from elsewhere; and how it is asked to stop.
 """
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -15,7 +14,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from bdjax import schema
 from bdjax.own import saving
+from bdjax.types import BadInput
 
 HEARTBEAT = 5.0
 """Seconds between two writes of `progress.json`; a run that was silent for ten times as long is not
@@ -134,9 +135,9 @@ class Board(AbstractContextManager):
         """Replaces the file; a full disk does not end a run for it."""
         if self.path is not None:
             self.facts["updated"] = time.time()
-            with contextlib.suppress(OSError), saving(self.path.parent) as place:
+            with contextlib.suppress(OSError, BadInput), saving(self.path.parent) as place:
                 new = place / "new" / self.path.name
-                new.write_text(json.dumps(self.facts, ensure_ascii=False))
+                new.write_text(schema.dump(self.facts, "progress"), encoding="utf-8")
                 os.replace(new, self.path)
 
     def _beat(self) -> None:
@@ -168,13 +169,15 @@ class Board(AbstractContextManager):
 
 
 def boards(folder: Path) -> list[dict[str, Any]]:
-    """What the runs that work on a results folder wrote, one a shard;
-    damaged files are left out.
+    """What the runs that work on a results folder wrote, one a shard; damaged files are left out,
+    and a line tells.
     """
     found = []
     for path in sorted(folder.glob("progress*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(json.loads(path.read_text()))
+        try:
+            found.append(schema.read_json(path, "progress"))
+        except BadInput as error:
+            print(f"bdjax: left out: {error}", file=sys.stderr)
     return found
 
 

@@ -26,7 +26,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from bdjax import plots
+from bdjax import plots, schema
 from bdjax.own import beside, kind, renamed, sweep
 from bdjax.progress import kept, shown
 from bdjax.store import Store, result_files
@@ -187,20 +187,24 @@ def _different(rows: Iterable[Row], field: str) -> list[str]:
     return list(dict.fromkeys(str(row[field]) for row in rows if row.get(field)))
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def measured(value: Any) -> bool:
+    """Whether a metric is a number, be it infinite; NaN and None are what was not measured."""
+    return isinstance(value, (int, float)) and not math.isnan(value)
 
 
 def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
-    known = [float(v) for v in values if _finite(v)]
-    mean = statistics.fmean(known) if known else None
-    paper = float(paper) if _finite(paper) else None
+    known = [float(v) for v in values if measured(v)]
+    finite = all(map(math.isfinite, known))
+    mean = (statistics.fmean(known) if finite else sum(known)) if known else None
+    mean = mean if measured(mean) else None  # ∞ and −∞ have none
+    paper = float(paper) if measured(paper) else None
+    delta = None if mean is None or paper is None else mean - paper
     return {
         "n": len(known),
         "mean": mean,
-        "sd": statistics.stdev(known) if len(known) > 1 else None,
+        "sd": statistics.stdev(known) if len(known) > 1 and finite else None,
         "paper": paper,
-        "delta": None if mean is None or paper is None else mean - paper,
+        "delta": delta if measured(delta) else None,
     }
 
 
@@ -251,6 +255,8 @@ def _digits(value: float) -> int:
 
 
 def _number(value: float, digits: int, sign: bool = False) -> str:
+    if math.isinf(value):
+        return f"{value:+}".replace("inf", "∞").replace("-", "−").lstrip("" if sign else "+")
     if value and abs(value) < 0.5 * 10**-digits and digits == 3:
         return f"{value:{'+' if sign else ''}.1e}".replace("-", "−")
     text = f"{value:{'+' if sign else ''}.{digits}f}"
@@ -261,14 +267,15 @@ def _scaled(metric: str, stat: Mapping[str, Any]) -> tuple[float, int]:
     """The factor and the number of decimals with which `stat` is printed."""
     if is_percent(metric):
         return 100.0, 1
-    whole = all(v is None or v == round(v) for v in (stat["mean"], stat["sd"]))
+    known = [v for v in (stat["mean"], stat["sd"]) if v is not None and math.isfinite(v)]
+    whole = all(v == round(v) for v in known)
     return 1.0, 0 if whole else _digits(stat["mean"] if stat["mean"] is not None else 0.0)
 
 
 def ours(metric: str, stat: Mapping[str, Any] | None, n: int) -> str:
     """`91.2 ± 0.3`; the number of values too, where it is not the row's `n`."""
     if stat is None or stat["mean"] is None:
-        return "—"
+        return "±∞" if stat and stat["n"] else "—"
     factor, digits = _scaled(metric, stat)
     text = _number(factor * stat["mean"], digits)
     if stat["sd"] is not None:
@@ -280,6 +287,8 @@ def paper(metric: str, stat: Mapping[str, Any] | None) -> str:
     """The paper's number with the decimals that the paper gave."""
     if stat is None or stat["paper"] is None:
         return "—"
+    if math.isinf(stat["paper"]):
+        return _number(stat["paper"], 0)
     return (
         f"{100 * stat['paper']:.2f}".rstrip("0").rstrip(".")
         if is_percent(metric)
@@ -464,7 +473,7 @@ def write(
     if odd := [p.name for p in section.pictures if not plain_name(p.name)]:
         raise BadInput(f"a figure is called '{odd[0]}': give a name without / \\ :")
     files = {f"figures/{picture.name}.png": picture.png for picture in section.pictures}
-    files["report.json"] = json.dumps(about, indent=1, ensure_ascii=False).encode()
+    files["report.json"] = schema.dump(about, "report", indent=1).encode()
     return _save(Path(folder), files | _documents([section], title))
 
 
@@ -533,18 +542,9 @@ def load(folder: str | Path) -> Section:
     section = Section(str(rows[0].get("experiment") or folder.name), rows)
     if not (folder / "report.json").exists():
         return section
-    try:
-        about = json.loads((folder / "report.json").read_text())
-        figures = about.pop("figures")
-        section = section._replace(
-            **about | {"trends": [Trend(*trend) for trend in about["trends"]]}
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{folder}/report.json is damaged: delete it, the rows are in results.jsonl"
-        ) from error
+    about = schema.read_json(folder / "report.json", "report")
     pictures = []
-    for name, title, caption in figures:
+    for name, title, caption in about["figures"]:
         if (png := _figure(folder, name)) is None:
             print(
                 f"{shown(folder)}: figure {shown(name)} is left out: it is no PNG in its figures/",
@@ -552,7 +552,9 @@ def load(folder: str | Path) -> Section:
             )
         else:
             pictures.append(Picture(name, title, caption, png))
-    return section._replace(pictures=pictures)
+    trends = [Trend(*trend) for trend in about["trends"]]
+    parts = {name: about[name] for name in ("title", "notes", "seconds", "command")}
+    return section._replace(pictures=pictures, trends=trends, **parts)
 
 
 def _figure(folder: Path, name: Any) -> bytes | None:
@@ -563,8 +565,8 @@ def _figure(folder: Path, name: Any) -> bytes | None:
         return None
     path = folder / "figures" / f"{name}.png"
     try:
-        content = path.read_bytes() if kind(path) == "file" else b""
-    except OSError:
+        content = schema.content(path) if kind(path) == "file" else b""
+    except BadInput:
         return None
     return content if content.startswith(PNG) else None
 
@@ -645,7 +647,9 @@ def _columns(table: Mapping[str, Any]) -> list[_Column]:
         label, hint = label_of(metric), HINTS.get(metric, "")
 
         def value(name: str, stats=stats) -> list[Any]:
-            return ["" if stat is None or stat[name] is None else stat[name] for stat in stats]
+            found = [None if stat is None else stat[name] for stat in stats]
+            # As JavaScript writes infinite numbers.
+            return ["" if v is None else str(v).replace("inf", "Infinity") for v in found]
 
         mine = [
             _Cell(ours(metric, s, line["n"]), v) for s, line, v in zip(stats, lines, value("mean"))
@@ -837,7 +841,7 @@ def _known(row: Row) -> dict[str, Any]:
     return {
         m: reported.get(m)
         for m in dict.fromkeys([*FIRST, *reported])
-        if row["metrics"].get(m) is not None
+        if measured(row["metrics"].get(m))
     }
 
 
@@ -903,15 +907,17 @@ def pivot(rows: Iterable[Row], x: str, y: str | None, metric: str) -> Pivot:
     cells: dict[tuple[Any, Any], list[float]] = {}
     for row in rows:
         place = (lookup(row, x), "" if y is None else lookup(row, y))
-        if None not in place and _finite(row["metrics"].get(metric)):
+        if None not in place and measured(row["metrics"].get(metric)):
             cells.setdefault(place, []).append(float(row["metrics"][metric]))
     if not cells:
         _explain(rows, [axis for axis in (x, y) if axis], metric)
     xs, ys = (_ordered(place[i] for place in cells) for i in (0, 1))
-    values = [[cells.get((i, j), []) for i in xs] for j in ys]
-    mean = np.array([[np.mean(v) if v else np.nan for v in line] for line in values])
-    sd = np.array([[np.std(v, ddof=1) if len(v) > 1 else np.nan for v in line] for line in values])
-    return Pivot(xs, ys, mean, sd, np.array([[len(v) for v in line] for line in values]))
+    stats = [[_stat(cells.get((i, j), []), None) for i in xs] for j in ys]
+    # None becomes NaN.
+    mean, sd = (
+        np.array([[stat[k] for stat in line] for line in stats], np.float64) for k in ("mean", "sd")
+    )
+    return Pivot(xs, ys, mean, sd, np.array([[stat["n"] for stat in line] for line in stats]))
 
 
 def _ordered(values: Iterable[Any]) -> list[Any]:
@@ -947,7 +953,8 @@ def pivot_figures(rows: Iterable[Row], x: str, y: str | None, metric: str) -> li
         Figure(
             f"{name}-lines",
             f"{title}: lines",
-            f"Mean and one sample standard deviation, {counts}.",
+            f"Mean and one sample standard deviation, {counts}."
+            + (" Infinite means are not drawn." if np.isinf(table.mean).any() else ""),
             curve,
         )
     ]
@@ -972,7 +979,7 @@ def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str,
     rows = [row for row in rows if not row.get("error")]
     victims: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        if row.get("defense") and not row.get("oracle") and _finite(row["metrics"].get(metric)):
+        if row.get("defense") and not row.get("oracle") and measured(row["metrics"].get(metric)):
             config = dict(row.get("config") or {})
             defense = json.dumps([row["defense"], config.pop("defense", None)])
             victim = json.dumps([config, *(row.get(field) for field in FIELDS[:3])])

@@ -3,8 +3,8 @@ checkpoints.
 
 Everything but the JSONL is written to a temporary name and renamed, and replaces only what bdjax
 wrote (`bdjax.own`). A line is written in one piece and fsynced; a line torn by a crash is cut off
-by the next writer. Nothing that is read back can run code: JSON, `.npz` without pickles, Orbax
-arrays.
+by the next writer. Nothing that is read back can run code, and none of it is trusted
+(`bdjax.schema`): JSON, `.npz` without pickles, Orbax arrays.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,9 +24,10 @@ from typing import Any
 import jax
 import numpy as np
 from filelock import FileLock, Timeout
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bdjax import __version__, own, registry
-from bdjax.datasets.base import data_dir
+from bdjax import __version__, own, registry, schema
+from bdjax.datasets.base import data_dir, fingerprint
 from bdjax.models.layers import build
 from bdjax.own import explained, renamed
 from bdjax.progress import kept
@@ -33,6 +35,10 @@ from bdjax.types import BadInput, Model, Variables
 
 FOLDERS = ("arrays", "victims", "partial", "prepared")
 """Parts of a results folder; what they hold is named by hashes."""
+
+
+PIXELS = [0.0, 1.0]
+"""The range of pixels that every net takes."""
 
 
 class Store:
@@ -48,7 +54,7 @@ class Store:
         self.lock = FileLock(self.folder / f".results{self.suffix}.lock", timeout=0)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The finished rows of all shards, each run once; a torn last line is left out."""
+        """The finished rows of all shards, as `read_rows` gives them."""
         return read_rows(result_files(self.folder))
 
     def ready(self) -> None:
@@ -111,9 +117,7 @@ class Store:
                 end, glue = _appendable(self.results)
                 known = {row["run"] for row in read_rows([self.results])} if end else set()
                 new = {row["run"]: row for row in rows if row["run"] not in known}.values()
-                text = "".join(
-                    json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in new
-                )
+                text = "".join(schema.dump(row, "row") + "\n" for row in new)
                 with open(self.results, "ab") as file:
                     try:
                         file.truncate(end)
@@ -127,12 +131,12 @@ class Store:
     def save_arrays(self, run: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Arrays of a run, for its figures."""
         with renamed(self.folder / "arrays" / f"{run}.npz", zipfile.is_zipfile) as path:
-            np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+            schema.write_arrays(path, arrays, "arrays", packed=True)
 
     def arrays(self, run: str) -> dict[str, np.ndarray]:
         """The arrays of a run; empty where it left none."""
         path = self.folder / "arrays" / f"{run}.npz"
-        return dict(np.load(path, allow_pickle=False)) if path.exists() else {}
+        return schema.read_arrays(path, "arrays") if path.exists() else {}
 
 
 @contextmanager
@@ -299,37 +303,72 @@ def result_files(folder: Path) -> list[Path]:
     ]
 
 
+_said: set[str] = set()
+
+
+def say_once(line: str) -> None:
+    """A line for the user that is not repeated."""
+    if line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
 def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The rows of results files, each run once; a torn last line is left out."""
+    """The rows of results files, each run once. What was measured is a float, NaN where it was not.
+    A torn last line is left out; so are odd rows, of which one line tells.
+    """
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
-        for line in path.read_bytes().splitlines():
+        *lines, last = schema.content(path, schema.KINDS["row"].most).split(b"\n")
+        odd = []
+        for number, line in enumerate([*lines, last], 1):
             try:
-                row = json.loads(line)
+                row = schema.understood(line, "row")
                 found.setdefault(row["run"], row)
-            except (ValueError, KeyError, TypeError):
-                continue
+            except schema.Newer as error:
+                raise BadInput(f"{path}: row {number} {error}") from None
+            except BadInput as error:
+                if number <= len(lines):
+                    odd.append(f"line {number}: {error}")
+        if odd:
+            say_once(
+                f"{len(odd)} of {len(lines)} rows of {path} are odd and left out ({odd[0][:200]})"
+            )
     return list(found.values())
 
 
 def recall(name: str) -> dict[str, Any]:
-    """What was measured on this machine and kept in the file `name` of the user's cache."""
+    """What was measured on this machine and kept in the file `name.json` of the user's cache."""
     try:
-        found = json.loads((data_dir() / name).read_text())
-        return found if isinstance(found, dict) else {}
-    except (OSError, ValueError):
+        found = schema.read_json(data_dir() / f"{name}.json", name)
+    except BadInput:  # not there yet, or damaged: it is measured again
         return {}
+    return {key: value for key, value in found.items() if key != "format"}
 
 
 def remember(name: str, key: str, value: Any) -> None:
     """Keeps `value` for `recall`; a cache that cannot be written is no error."""
-    with contextlib.suppress(BadInput), renamed(data_dir() / name, _remembered) as path:
-        path.write_text(json.dumps({**recall(name), key: value}, indent=1))
+    file = data_dir() / f"{name}.json"
+    with contextlib.suppress(BadInput), renamed(file, _remembered) as path:
+        path.write_text(schema.dump({**recall(name), key: value}, name, indent=1))
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their places in it, such as `params/conv_1/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/") or "value": leaf
+        for path, leaf in leaves
+    }
+    if len(found) < len(leaves):
+        raise ValueError("two leaves of the tree have the same name")
+    return found
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """A pytree of arrays as an Orbax checkpoint; as `.npz` where JAX knows of other hosts: Orbax
-    would wait for them, and let the first one alone write.
+    """A pytree of arrays as an Orbax checkpoint, its leaves in nested dicts by their names; as
+    `.npz` where JAX knows of other hosts: Orbax would wait for them, and let the first one alone
+    write.
     """
     with renamed(path, old_checkpoint) as temporary:
         write_tree(temporary, tree)
@@ -337,13 +376,14 @@ def save_tree(path: Path, tree: Any) -> None:
 
 def write_tree(path: Path, tree: Any) -> None:
     """`save_tree` into a folder that is itself being written."""
-    leaves = {f"{i:04d}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+    leaves = {name: np.asarray(leaf) for name, leaf in named(tree).items()}
     if jax.process_count() > 1:
         path.mkdir()
-        np.savez(path / "leaves.npz", **leaves)  # type: ignore[arg-type]
+        schema.write_arrays(path / "leaves.npz", leaves, "leaves")
     else:
+        about, nested = {"format": schema.KINDS["leaves"].format}, unflatten_dict(leaves, sep="/")
         with _checkpointer() as checkpointer:
-            checkpointer.save(path.absolute(), leaves)
+            checkpointer.save(path.absolute(), nested, custom_metadata=about)
 
 
 def _checkpointer() -> Any:
@@ -356,22 +396,50 @@ def _checkpointer() -> Any:
 
 def load_tree(path: Path, like: Any) -> Any:
     """The pytree saved at `path`, with the structure of `like`; `BadInput` where it is damaged or
-    of other shapes.
+    of other shapes. Nothing is read before its declared shapes are those of `like`.
     """
+    expected = named(like)
+
+    def names(found: Mapping[str, Any]) -> list[str]:
+        # bdjax 0.1 numbered the leaves.
+        old = [f"{i:04d}" for i in range(len(expected))]
+        place = old if found.keys() == set(old) else list(expected)
+        kinds = [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in expected.values()]
+        for name, kind in zip(place, kinds, strict=True):
+            if name not in found:
+                reason = f"it has no {name}"
+            elif (tuple(found[name].shape), np.dtype(found[name].dtype)) != kind:
+                reason = f"{name} is {found[name].dtype} {list(found[name].shape)}"
+            elif len(found) > len(place):
+                reason = f"it has {len(found)} arrays"
+            else:
+                continue
+            raise BadInput(
+                f"the checkpoint {path} does not fit the model that its description names: {reason}"
+            )
+        return place
+
     try:
+        for folder, _, files in os.walk(path):
+            for file in files:
+                schema.plain_file(os.path.join(folder, file))
         if (path / "leaves.npz").exists():
-            saved = dict(np.load(path / "leaves.npz", allow_pickle=False))
+            saved = schema.read_arrays(path / "leaves.npz", "leaves")
+            place = names(saved)
         else:
             with _checkpointer() as checkpointer:
-                saved = checkpointer.restore(path.absolute())
-        leaves = [np.asarray(saved[name]) for name in sorted(saved)]
+                about = checkpointer.metadata(path.absolute())
+                made, known = (about.custom_metadata or {}).get("format", 0), schema.KINDS["leaves"]
+                if schema.fitted(made, schema.COUNT, "format") > known.format:
+                    raise BadInput(f"{path} was written by a newer bdjax: update bdjax")
+                place = names(flatten_dict(about.item_metadata.tree, sep="/"))
+                saved = flatten_dict(checkpointer.restore(path.absolute()), sep="/")
+        leaves = [np.asarray(saved[name]) for name in place]
+    except BadInput:
+        raise
     except Exception as error:
         raise BadInput(f"the checkpoint {path} is damaged or incomplete: {_line(error)}") from error
-    expected, structure = jax.tree.flatten(like)
-    shapes = [(tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in expected]
-    if shapes != [(leaf.shape, leaf.dtype) for leaf in leaves]:
-        raise BadInput(f"the checkpoint {path} does not fit the model that its description names")
-    return jax.tree.unflatten(structure, leaves)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def _line(error: BaseException) -> str:
@@ -381,22 +449,30 @@ def _line(error: BaseException) -> str:
 def save_model(
     path: str | Path, net: Any, model: Model, variables: Variables, **about: Any
 ) -> None:
-    """A model folder: `model.json` (the net, its images, and `about`: attack, dataset, metrics …),
-    arrays and `variables`.
+    """A model folder: `model.json` (the net, its images, and `about`: attack, dataset, metrics, the
+    `seed` of its training …), arrays and `variables`.
+
+    Of the data set it keeps the fingerprint, and the places of its files as absolute paths.
     """
     arrays: dict[str, np.ndarray] = {}
+    about = {key: value for key, value in about.items() if value is not None}
+    if (source := about.get("dataset")) is not None:
+        kept = about.get("fingerprint") or fingerprint(source.load())
+        about |= {"fingerprint": kept, "dataset": source.placed()}
     described = {
         "net": net,
         "shape": model.shape,
         "classes": model.classes,
+        "pixels": PIXELS,
         "masks": sorted(variables.get("masks", {})),
+        **about,
     }
-    text = json.dumps(registry.describe({**described, **about}, arrays), indent=1)
+    text = schema.dump(registry.describe(described, arrays), "model", indent=1)
     with renamed(own.whole(Path(path), old_model), old_model) as temporary:
         temporary.mkdir()
         write_tree(temporary / "variables", variables)
-        np.savez(temporary / "arrays.npz", **arrays)  # type: ignore[arg-type]
-        (temporary / "model.json").write_text(text)
+        schema.write_arrays(temporary / "arrays.npz", arrays, "arrays")
+        (temporary / "model.json").write_text(text, encoding="utf-8")
 
 
 def copy_model(path: Path, to: Path) -> None:
@@ -407,35 +483,55 @@ def copy_model(path: Path, to: Path) -> None:
 
 def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]:
     """`(net, model, variables, about)` of a model folder; `attack`, `dataset`, `recipe` and
-    `defenses` (those applied, in order) in `about` are revived.
+    `defenses` (those applied, in order) in `about` are revived. `seed` and `fingerprint` are None
+    where bdjax 0.1 wrote the folder. Relative paths of the data set start at the folder.
     """
     path = Path(path)
-    if not (path / "model.json").is_file():
+    if not (path / "model.json").exists():
         raise BadInput(
             f"{path} is no model folder: it has no model.json (`bdjax train --out {path}` makes "
             "one)"
         )
+    about = {"seed": None, "fingerprint": None, **schema.read_json(path / "model.json", "model")}
+    if (pixels := about.pop("pixels", PIXELS)) != PIXELS:
+        raise BadInput(f"{path}: the net takes pixels of the range {pixels}; bdjax gives {PIXELS}")
+    arrays = schema.read_arrays(path / "arrays.npz", "arrays")
     try:
-        about = json.loads((path / "model.json").read_text())
-        arrays = dict(np.load(path / "arrays.npz", allow_pickle=False))
         net = registry.revive("model", about.pop("net"), arrays)
-        shape, classes = tuple(map(int, about.pop("shape"))), int(about.pop("classes"))
-        masked = list(about.pop("masks"))
+        shape, classes, masked = tuple(about.pop("shape")), about.pop("classes"), about.pop("masks")
         for kind in ("attack", "dataset", "recipe"):
             about[kind] = registry.revive(kind, about.get(kind), arrays)
         about["defenses"] = registry.revive("defense", about.get("defenses", []), arrays)
+        for part in (net, about["attack"], about["dataset"], about["recipe"], *about["defenses"]):
+            registry.validate(part)
+        # What 0.1 wrote is relative to where it ran, which nobody knows: it is looked for here.
+        if about.pop("format") and about["dataset"] is not None:
+            about["dataset"] = about["dataset"].placed(path)
+        model = build(net, shape, classes)  # type: ignore[arg-type]
+        for defense in about["defenses"]:
+            model = defense.wrap(model)
+        like = dict(jax.eval_shape(model.init, jax.random.key(0)))
+        if masked:
+            probe = jax.ShapeDtypeStruct((1, *shape), np.float32)
+            acts = jax.eval_shape(lambda v, x: model.apply(v, x).acts, like, probe)
+            like["masks"] = {
+                site: jax.ShapeDtypeStruct(acts[site].shape[-1:], np.float32) for site in masked
+            }
     except BadInput:
         raise
     except Exception as error:
         raise BadInput(f"{path}: the model's description is damaged: {_line(error)}") from error
-    model = build(net, shape, classes)  # type: ignore[arg-type]
-    for defense in about["defenses"]:
-        model = defense.wrap(model)
-    like = dict(jax.eval_shape(model.init, jax.random.key(0)))
-    if masked:
-        probe = jax.ShapeDtypeStruct((1, *shape), np.float32)
-        acts = jax.eval_shape(lambda v, x: model.apply(v, x).acts, like, probe)
-        like["masks"] = {
-            site: jax.ShapeDtypeStruct(acts[site].shape[-1:], np.float32) for site in masked
-        }
     return net, model, load_tree(path / "variables", like), about
+
+
+def check_data(about: Mapping[str, Any], where: object, strict: bool = False) -> None:
+    """Holds the data set of a saved net against what it was trained on: a line where it is other
+    data now, and `BadInput` with `strict`.
+    """
+    if about["fingerprint"] in (None, fingerprint(about["dataset"].load())):
+        return
+    source = getattr(about["dataset"], "path", "") or registry.name_of(about["dataset"])
+    line = f"{where}: the data set {source} is not what the net was trained on"
+    if strict:
+        raise BadInput(f"{line}: put back that data; this defense looks for its poisoned rows")
+    say_once(f"bdjax: {line}: ACC and ASR are those on other data")

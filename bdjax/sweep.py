@@ -10,7 +10,6 @@ their rows are merged by whoever reads them.
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import mesh, metrics, own, registry
+from bdjax import mesh, metrics, own, registry, schema
 from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
 from bdjax.datasets.base import Source
@@ -131,10 +130,14 @@ class Cell:
         )
 
     @cached_property
+    def data(self) -> str:
+        """Content hash of the data set, as it was when it was first asked for."""
+        return fingerprint(self.dataset.load())
+
+    @cached_property
     def victim(self) -> str:
         """Content hash of everything that decides the victim's weights."""
-        data = fingerprint(self.dataset.load())
-        return registry.digest(data, self.model, self.recipe, self.attack, self.seed)
+        return registry.digest(self.data, self.model, self.recipe, self.attack, self.seed)
 
     @cached_property
     def run(self) -> str:
@@ -419,9 +422,11 @@ class Runner:
         attack, variables, _ = jax.tree.map(jnp.asarray, victims[cell.victim])
         return model, attack, variables
 
-    def defend(self, cell: Cell, model: Model, variables: Any) -> tuple[dict[str, Any], Any]:
+    def defend(
+        self, cell: Cell, model: Model, variables: Any, trained: int | None = None
+    ) -> tuple[dict[str, Any], Any]:
         """The row of `cell` for a given victim, and the repaired variables where its defense
-        repairs.
+        repairs. `trained`: the seed of the victim's training, the cell's if not given.
         """
         check(cell)
         _, shared = self._data(cell)
@@ -429,7 +434,7 @@ class Runner:
         try:
             with self.stop:
                 victims = [(cell.attack, variables)]
-                return self._judged([cell], model, shared, victims, none, True)
+                return self._judged([cell], model, shared, victims, none, True, trained)
         except Unfit as error:
             self.unfit.append(cell)
             raise BadInput(self.complaint()) from error
@@ -449,12 +454,14 @@ class Runner:
     def _data(self, cell: Cell) -> tuple[Model, Any]:
         start = time.monotonic()
         data = cell.dataset.load()
-        if self.last[0] != cell.dataset:
+        if fingerprint(data) != cell.data:
+            raise BadInput(f"{data.name}: its files changed while this ran: start again")
+        if self.last[0] is not data:
             splits = tuple(
                 Split(jnp.asarray(s.image), jnp.asarray(s.label))
                 for s in (data.train, data.clean, data.test)
             )
-            self.last = cell.dataset, mesh.place(splits, jnp.zeros(1), self.places)[0]
+            self.last = data, mesh.place(splits, jnp.zeros(1), self.places)[0]
         self.clock.add("data", start)
         model = build(cell.model, data.shape, data.classes)
         self._at_hand(model)
@@ -535,9 +542,7 @@ class Runner:
         if self.members is None:
             self.members = {}
             for path in folder.glob("*/members.json"):
-                self.members |= {
-                    name: (path.parent, i) for i, name in enumerate(json.loads(path.read_text()))
-                }
+                self.members |= {name: (path.parent, i) for i, name in enumerate(_held(path))}
         names = list(dict.fromkeys(cell.victim for cell in cells))
         seconds = {"compile": 0.0, "run": 0.0}
         before = self.clock.split()
@@ -549,7 +554,7 @@ class Runner:
             with renamed(folder / registry.digest(names), old_victims) as temporary:
                 temporary.mkdir()
                 write_tree(temporary / "arrays", (trained, losses))
-                (temporary / "members.json").write_text(json.dumps(names))
+                (temporary / "members.json").write_text(schema.dump({"victims": names}, "members"))
             own.remove(self._partial(missing), old_checkpoint)
             assert self.members is not None
             self.members |= {
@@ -561,7 +566,7 @@ class Runner:
             seconds = self.clock.split(before, len(missing))
         one = jax.eval_shape(lambda: (_untrained(cells[0], model, shared), jnp.zeros(())))
         for path in dict.fromkeys(self.members[name][0] for name in names if name in self.members):
-            held = json.loads((path / "members.json").read_text())
+            held = _held(path / "members.json")
             some = [len(held)]
             like = jax.tree.map(
                 lambda leaf, some=some: jax.ShapeDtypeStruct((*some, *leaf.shape), leaf.dtype), one
@@ -716,7 +721,7 @@ class Runner:
             f"{device_name()}, jax {jax.__version__}, {fn.__name__.strip('_')} "
             f"{registry.digest(text)}"
         )
-        known = recall("lanes.json").get(name, {"lanes": 0, "tried": 0})
+        known = recall("lanes").get(name, {"lanes": 0, "tried": 0})
         if known["lanes"] == known["tried"] < each:  # more lanes than were ever at hand
             start = time.monotonic()
 
@@ -733,7 +738,7 @@ class Runner:
                     return math.inf
 
             known = {"lanes": mesh.widest(seconds, each), "tried": each}
-            remember("lanes.json", name, known)
+            remember("lanes", name, known)
             say(
                 f"{fn.__name__.strip('_')}: {known['lanes']} lanes are fastest on {device_name()}",
                 self.quiet,
@@ -758,6 +763,7 @@ class Runner:
         victims: Any,
         seconds: Any,
         keep: bool = False,
+        trained: int | None = None,
     ) -> tuple[dict[str, Any], Any]:
         """Applies one defense (or none) to the victims of `cells`, `(attack, variables)` each, and
         writes the rows.
@@ -774,14 +780,15 @@ class Runner:
         defenses = self._prepared(cells, model, shared)
         self.stop.check()
         victims = victims or [(bound(cell, shared), cell.recipe) for cell in cells]
-        if stage == "samples":
-            victims = [
-                (attack, (net, cell.recipe))
-                for (attack, net), cell in zip(victims, cells, strict=True)
-            ]
-        # The suspects must be sought among the very rows that the victim was trained on: there the
-        # key is the training's.
         keys = [jax.random.key(cell.seed) for cell in cells]
+        if stage == "samples":
+            # The suspects must be sought among the very rows that the victim was trained on: the
+            # key of these is the training's.
+            known = keys if trained is None else [jax.random.key(trained)] * len(cells)
+            victims = [
+                (attack, (net, cell.recipe, key))
+                for (attack, net), cell, key in zip(victims, cells, known, strict=True)
+            ]
         keys = keys if stage == "samples" else [jax.random.fold_in(key, 1) for key in keys]
         keys, defenses, (attacks, given) = self._stacked(
             list(zip(keys, defenses, victims, strict=True))
@@ -820,9 +827,8 @@ class Runner:
         for i, cell in enumerate(cells):
             if arrays:
                 self.store.save_arrays(cell.run, take(arrays, i))
-            rows.append(
-                self._row(cell, {name: plain(value[i]) for name, value in found.items()}, spent)
-            )
+            measured = {name: np.asarray(value[i]).item() for name, value in found.items()}
+            rows.append(self._row(cell, measured, spent))
         self._written(rows)
         return rows[0], take(repaired, 0) if keep and repaired is not None else None
 
@@ -833,9 +839,8 @@ class Runner:
         defense = cells[0].defense
         if defense is None or type(defense).prepare is Defense.prepare:
             return [cell.defense for cell in cells]
-        data = fingerprint(cells[0].dataset.load())
         paths = [
-            self.store.folder / "prepared" / registry.digest(data, c.model, c.defense)
+            self.store.folder / "prepared" / registry.digest(c.data, c.model, c.defense)
             for c in cells
         ]
         for path, cell in dict(zip(paths, cells, strict=True)).items():
@@ -1096,8 +1101,8 @@ def _samples(
     model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, given: Any
 ) -> Judged:
     """ACC and ASR are those of a net that is trained again, without the suspects."""
-    variables, recipe = given
-    train = poisoned_set(jax.random.fold_in(key, 2), shared[0], attack, model.classes)
+    variables, recipe, trained = given
+    train = poisoned_set(jax.random.fold_in(trained, 2), shared[0], attack, model.classes)
     result: Suspects = defense(jax.random.fold_in(key, 1), model, variables, train)
     exists = jnp.arange(train.plan.kind.shape[0]) < train.plan.size
     poison, removed = (train.plan.kind > 0) & exists, result.removed & exists
@@ -1107,7 +1112,7 @@ def _samples(
         "auroc": metrics.auroc(result.score, result.score, exists & ~poison, poison), **result.info,
     }  # fmt: skip
     extra = defense.report(key, model, variables, shared[2], attack, result)
-    again, _ = fit(jax.random.fold_in(key, 3), model, recipe, without(train, result.removed))
+    again, _ = fit(jax.random.fold_in(trained, 3), model, recipe, without(train, result.removed))
     return *split_scalars({**found, **extra}), again
 
 
@@ -1117,10 +1122,9 @@ JUDGES: dict[str, Callable[..., Judged]] = {
 }  # fmt: skip
 
 
-def plain(value: Any) -> float | int | None:
-    """A scalar for JSON; None for NaN and infinities, which JSON does not have."""
-    number = np.asarray(value).item()
-    return number if not isinstance(number, float) or math.isfinite(number) else None
+def _held(path: Path) -> list[str]:
+    """The victims whose arrays lie beside a `members.json`."""
+    return schema.read_json(path, "members")["victims"]
 
 
 def device_name() -> str:

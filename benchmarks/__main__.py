@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bdjax import plots, registry, report
+from bdjax import plots, registry, report, schema
 from bdjax.experiment import local_devices
 from bdjax.progress import Stop, kept, shown
 from bdjax.registry import near
@@ -99,7 +99,8 @@ def bench(
             for row in _alone(name, scale, repeats, store, devices, stop):
                 store.append([row])
                 made.append(row)
-                print(json.dumps(flat(row)) if json_ else shown(line(row)), flush=True)
+                text = json.dumps(schema.finite(flat(row))) if json_ else shown(line(row))
+                print(text, flush=True)
                 stop.check()
     if json_:
         return
@@ -141,7 +142,7 @@ def line(row: dict[str, Any]) -> str:
         f"{found['rate']:.3g}",
         f"{found['peak_mb']:.0f}",
     ]
-    cells += ["–" if share is None else f"{100 * share:.0f} %"]
+    cells += [f"{100 * share:.0f} %" if report.measured(share) else "–"]
     cells += [
         f"{found[name]:.{digits}f}" if name in found else "–"
         for name, digits in (("torch_s", 3), ("ratio", 2))

@@ -226,7 +226,7 @@ def short(row: dict) -> str:
     m = row["metrics"]
 
     def share(name: str) -> str:
-        return "–" if m.get(name) is None else f"{100 * m[name]:.0f}"
+        return f"{100 * m[name]:.0f}" if report.measured(m.get(name)) else "–"
 
     if "infected" in m:
         return f"{'✓' if m['infected'] else '✗'} {m['anomaly_index']:.1f}"

@@ -513,7 +513,7 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         row, scores = arrays(THREE, f"{cell.row}, sum")[0]
         boundary, far = row["metrics"]["boundary_at_1"], row["metrics"]["far_at_1"]
         caption = "First run. The boundary is that of an FRR of 1 %"
-        caption += "." if far is None else f"; FAR there: {100 * far:.2f} %."
+        caption += f"; FAR there: {100 * far:.2f} %." if report.measured(far) else "."
         picture = plots.entropies(
             scores["score_clean"], scores["score_trojan"], boundary, "entropy of the blends, bits"
         )

@@ -667,7 +667,7 @@ def left(rows: list[dict], column: str, name: str, table: str | None = None) -> 
         for r in rows
         if (r["table"], r["row"]) == key and not r.get("error")
     ]
-    known = [value for value in found if value is not None]
+    known = [value for value in found if report.measured(value)]
     return statistics.fmean(known) if known else float("nan")
 
 
@@ -681,7 +681,7 @@ def swept_outcomes(rows: list[dict], column: str) -> Iterator[tuple[str, float]]
     for row in rows:
         if row["table"] == swept(column) and not row.get("error"):
             worked = (before.get((row["row"], row["seed"])) or 0) >= WORKS
-            if worked and (value := outcome(row["metrics"], column)) is not None:
+            if worked and report.measured(value := outcome(row["metrics"], column)):
                 yield row["row"], value
 
 

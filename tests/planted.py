@@ -57,3 +57,11 @@ def units(*, threshold: float = 0.0, lift: float = 1.0):
         "logits": {"kernel": jnp.asarray(head), "bias": jnp.zeros(4)},
     }
     return build(Units(), (8, 8, 1), 4), {"params": params}, lit_rows(0.5)
+
+
+def row(run: str, **fields) -> dict:
+    """A finished row of a results file, as short as one may be."""
+    return {
+        "run": run, "table": "T", "row": "R", "metrics": {},
+        "seconds": {"compile": 0.0, "run": 1.0}, **fields,
+    }  # fmt: skip

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from planted import row
 
 from bdjax import cli, registry
 
@@ -147,7 +148,7 @@ def test_mistakes_get_one_clear_line_and_code_2(capsys, tmp_path, args, words):
 
 
 def test_no_resume_refuses_a_folder_that_has_rows(capsys, tmp_path):
-    (tmp_path / "results.jsonl").write_text('{"run": "a"}\n')
+    (tmp_path / "results.jsonl").write_text(json.dumps(row("a")) + "\n")
     code, _, err = bdjax(
         capsys, "sweep", "experiments/sweep_defenses.py", "--out", str(tmp_path), "--no-resume"
     )

@@ -11,11 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types"}, {"registry"}, {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"},
-    {"train"}, {"store", "channels"}, {"attacks"}, {"defenses", "analysis", "zoo"}, {"sweep"},
+    {"types", "__version__"}, {"registry", "schema", "own"},
+    {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"}, {"train"},
+    {"store", "channels"}, {"attacks"},
+    {"defenses", "analysis", "zoo"}, {"sweep"},
     {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
-CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax"}
+CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
 LATE = {"augment", "plots", "report", "experiment", "cli", "__main__"}
 FILES = sorted((ROOT / "bdjax").rglob("*.py"))
 

@@ -236,7 +236,7 @@ def test_what_version_01_left_is_taken(tmp_path, made):
     figure = report.Figure("curve", "A curve", "Sample.", report.plots.curves([1], {"a": [0.1]}))
     folder = results(tmp_path / "out")
     report.write(folder, [ROW], [figure])
-    store.remember("lanes.json", "x", 1)
+    store.remember("lanes", "x", {"lanes": 1, "tried": 1})
     hashed = "0123456789abcdef"
     Store(folder).save_arrays(hashed, {"a": np.zeros(3)})
     for part in ("partial", "prepared"):
@@ -581,7 +581,7 @@ def test_a_page_shows_no_file_from_elsewhere(tmp_path, capsys):
     os.mkfifo(folder / "figures" / "pipe.png")
     for name in (
         str(png.with_suffix("")), "../../secret/figures/hidden", "link", "text", "pipe", "absent",
-        "..", "", "a\0b", 3, "n" * 300,
+        "..", "", "a\0b", "n" * 300,
     ):  # fmt: skip
         about["figures"] = [["curve", "Good", ""], [name, "Bad", "caption"]]
         (folder / "report.json").write_text(json.dumps(about))

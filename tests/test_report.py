@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bdjax import datasets, plots, report
+from bdjax import datasets, plots, registry, report
 from bdjax.attacks.badnets import BadNets
 from bdjax.types import BadInput
 
@@ -32,7 +32,7 @@ CHROMIUM = next(
 def cell(row, seed=0, metrics=None, **fields):
     """A row as the store holds it, with sample values."""
     return {
-        "run": f"{row}-{seed}-{fields.get('config')}", "experiment": "sample", "scale": "cpu",
+        "run": registry.digest(row, seed, fields), "experiment": "sample", "scale": "cpu",
         "table": "Table I", "row": row, "dataset": "fashion-mnist-sample", "model": "cnn",
         "attack": "badnets", "defense": None, "seed": seed, "config": {}, "metrics": metrics or {},
         "reported": {}, "seconds": {"compile": 3.0, "run": 40.0}, "oracle": False,
@@ -284,7 +284,7 @@ def test_bad_folders_get_one_clear_line(rows, tmp_path):
         report.merge([store(tmp_path / "empty", [])], tmp_path / "out")
     folder = store(tmp_path / "damaged", rows)
     (folder / "report.json").write_text('{"title": ')
-    with pytest.raises(BadInput, match="is damaged: delete it"):
+    with pytest.raises(BadInput, match=r"is damaged: .*: delete it"):
         report.merge([folder])
     with pytest.raises(BadInput, match="cannot write") as error:
         report.write(tmp_path / "file" / "out", rows)
@@ -497,3 +497,46 @@ def test_votes_heat_maps_and_boxes():
     drawn(plots.boxes({"few": [1.0, 2.0], "many": np.arange(100.0)}, line=3))
     drawn(plots.images(np.full((2, 3, 4, 6, 3), np.nan), ["a", "b"], ["x", "y", "z\nz"]))
     drawn(plots.curves(["sum", "average"], {"$x": [0.1, 0.2]}, percent=True))
+
+
+def test_infinite_and_not_measured_differ_everywhere(tmp_path):
+    values = {
+        "all": ("inf", "inf"),
+        "one": (1.5, "inf"),
+        "none": (None, None),
+        "both": ("inf", "-inf"),
+    }
+    lines = [
+        cell(name, seed, {"acc_test": 0.9, "index": value}, defense="d", config={"lr": name})
+        for name, pair in values.items()
+        for seed, value in enumerate(pair)
+    ]
+    folder = store(tmp_path, lines)
+    found = report.load(folder).rows
+    (table,) = report.aggregate(found)
+    shown = {
+        line["row"]: report.ours("index", line["metrics"].get("index"), 2) for line in table["rows"]
+    }
+    assert shown == {"all": "∞", "one": "∞", "none": "—", "both": "±∞"}
+    page = report.merge([folder], None, "lr", None, "index").read_text()
+    assert 'data-value="Infinity">∞<' in page and 'data-value="">—<' in page
+    with open(folder / "table.csv") as file:
+        assert [line["index"] for line in csv.DictReader(file)] == ["inf", "inf", "", ""]
+    text = (folder / "table.md").read_text()
+    assert [f"| {name} | 90.0 ± 0.0 | {cell} |" in text for name, cell in shown.items()] == [
+        True
+    ] * 4
+    printed = Console(file=io.StringIO(), width=110)
+    report.print_table(found, printed)
+    text = printed.file.getvalue()  # type: ignore[attr-defined]
+    assert all(re.search(rf"^{name} .*∞", text, re.M) for name in ("all", "one"))
+    assert re.search("^none .*—", text, re.M)
+    mean = report.pivot(found, "lr", None, "index").mean
+    assert np.isinf(mean[0, :2]).all() and np.isnan(mean[0, 2:]).all()
+    alike = [row | {"config": {}, "defense": row["row"]} for row in found]
+    assert {row["defense"] for row in report.best(alike, "index")} < {"all", "one"}
+    assert "index 2 → ∞ (Δ +∞)" in report.line(found[0] | {"reported": {"index": 2.0}})
+    assert report.paper("index", report._stat([1.0], np.inf)) == "∞"
+    assert report.delta("index", report._stat([1.0], np.inf)) == "−∞"
+    figure = plots.heat_map([[np.inf, 1.0], [np.nan, 2.0]], [1, 2], [1, 2])
+    assert "∞" in {text.get_text() for text in figure.axes[0].texts}

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import chex
 import jax
 import numpy as np
 import pytest
+from planted import row
 
 from bdjax.attacks.blended import Blended
 from bdjax.models.layers import build
@@ -20,21 +22,23 @@ from bdjax.models.shamshiri import Ffnn
 from bdjax.store import Store, load_model, load_tree, renamed, save_model, save_tree
 from bdjax.types import BadInput
 
+HERE = Path(__file__).parent
+
 
 def test_rows_come_back_once_and_in_order(tmp_path):
     store = Store(tmp_path / "out")
-    store.append([{"run": "a", "x": 1}, {"run": "b", "x": 2}])
-    store.append([{"run": "a", "x": 3}, {"run": "c", "x": 4}])
+    store.append([row("a", x=1), row("b", x=2)])
+    store.append([row("a", x=3), row("c", x=4)])
     assert [(row["run"], row["x"]) for row in store.rows()] == [("a", 1), ("b", 2), ("c", 4)]
 
 
 def test_a_torn_last_line_is_left_out_and_then_cut_off(tmp_path):
     store = Store(tmp_path)
-    store.append([{"run": "a"}])
+    store.append([row("a")])
     with open(store.results, "ab") as file:
         file.write(b'{"run": "torn", "metr')
     assert [row["run"] for row in store.rows()] == ["a"]
-    store.append([{"run": "b"}])
+    store.append([row("b")])
     assert [json.loads(line)["run"] for line in store.results.read_text().splitlines()] == [
         "a",
         "b",
@@ -43,10 +47,13 @@ def test_a_torn_last_line_is_left_out_and_then_cut_off(tmp_path):
 
 def test_two_processes_on_one_store_double_nothing(tmp_path):
     code = (
-        "import sys; from bdjax.store import Store; s = Store(sys.argv[1]);"
-        "[s.append([{'run': str(i), 'by': sys.argv[2]}]) for i in range(60)]"
+        "import sys; from bdjax.store import Store; from planted import row;"
+        "s = Store(sys.argv[1]); [s.append([row(str(i), by=sys.argv[2])]) for i in range(60)]"
     )
-    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in "ab"]
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=HERE)
+        for name in "ab"
+    ]
     assert [process.wait(120) for process in running] == [0, 0]
     runs = [
         json.loads(line)["run"] for line in (tmp_path / "results.jsonl").read_text().splitlines()
@@ -56,10 +63,10 @@ def test_two_processes_on_one_store_double_nothing(tmp_path):
 
 def test_kill_9_while_appending_leaves_a_store_that_loads(tmp_path):
     code = (
-        "import sys; from bdjax.store import Store; s = Store(sys.argv[1]);"
-        "i = 0\nwhile True: s.append([{'run': str(i), 'pad': 'x' * 5000}]); i += 1"
+        "import sys; from bdjax.store import Store; from planted import row;"
+        "s = Store(sys.argv[1])\ni = 0\nwhile True: s.append([row(str(i), pad='x' * 5000)]); i += 1"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=HERE)
     until = time.monotonic() + 60
     while time.monotonic() < until and len(Store(tmp_path).rows()) < 5:
         time.sleep(0.05)
@@ -68,7 +75,7 @@ def test_kill_9_while_appending_leaves_a_store_that_loads(tmp_path):
     store = Store(tmp_path)
     count = len(store.rows())
     assert count >= 5
-    store.append([{"run": "after"}])
+    store.append([row("after")])
     assert len(store.rows()) == count + 1
 
 
@@ -84,7 +91,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 
 def test_full_disk_is_one_clear_line_and_leaves_whole_lines(tmp_path, monkeypatch):
     store = Store(tmp_path)
-    store.append([{"run": "a"}])
+    store.append([row("a")])
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -94,9 +101,9 @@ def test_full_disk_is_one_clear_line_and_leaves_whole_lines(tmp_path, monkeypatc
         pytest.raises(BadInput, match=r"cannot write .*the disk is full"),
     ):
         patch.setattr(os, "fsync", full)
-        store.append([{"run": "b"}])
-    assert store.results.read_text().splitlines() == ['{"run": "a"}']
-    store.append([{"run": "b"}])
+        store.append([row("b")])
+    assert [row["run"] for row in store.rows()] == ["a"]
+    store.append([row("b")])
     assert len(store.rows()) == 2
 
 

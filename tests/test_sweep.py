@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from bdjax import experiment, mesh, progress, registry, report, sweep
+from bdjax import experiment, mesh, progress, registry, report, schema, sweep
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.repair.fine_pruning import FinePruning
@@ -74,7 +74,7 @@ def test_rows_have_what_scripts_rely_on(unbroken):
 def test_the_victim_of_several_defenses_is_trained_once(unbroken):
     runner, _ = unbroken
     (members,) = (runner.store.folder / "victims").glob("*/members.json")
-    assert len(json.loads(members.read_text())) == 5  # LPSF trains its own
+    assert len(json.loads(members.read_text())["victims"]) == 5  # LPSF trains its own
     assert not (runner.store.folder / "partial").exists() or not list(
         (runner.store.folder / "partial").iterdir()
     )
@@ -518,7 +518,8 @@ def test_lanes_are_measured_once_and_remembered(unbroken, tmp_path, monkeypatch)
     assert tried == [4, 4, 4] and set(first.widths.values()) == {2}  # begin, epoch, evaluate
     for one, other in zip(rows, found, strict=False):
         assert one["metrics"] == pytest.approx(other["metrics"], abs=0.02)
-    kept = json.loads((tmp_path / "cache" / "lanes.json").read_text())
+    kept = schema.read_json(tmp_path / "cache" / "lanes.json", "lanes")
+    assert kept.pop("format") == 1
     assert len(kept) == 3 and all(entry == {"lanes": 2, "tried": 4} for entry in kept.values())
     assert all("cpu" in name for name in kept)
     Runner(

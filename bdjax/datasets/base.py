@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import os
+import stat
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -44,9 +46,31 @@ class Source:
         raise TypeError(f"{type(self).__name__} must define read()")
 
     def load(self) -> Dataset:
-        """The data set in memory, read-only: later calls return the same arrays."""
+        """The data set in memory, read-only: later calls return the same arrays, unless a file was
+        changed since.
+        """
         validate(self)
-        return _load(dataclasses.replace(self, data_dir=str(data_dir(self.data_dir))))
+        source = dataclasses.replace(self, data_dir=str(data_dir(self.data_dir)))
+        return _load(source, _stamp(source.watched()))
+
+    def watched(self) -> list[Path]:
+        """The files and folders that `read` looks at."""
+        return []
+
+    def found(self, path: str) -> Path:
+        """Where `read` looks for a file given as `path`."""
+        return Path(path).expanduser()
+
+    def placed(self, folder: Path | None = None) -> "Source":
+        """The same source with absolute paths; relative ones start at `folder`, or are where `read`
+        finds them.
+        """
+        places = {}
+        for name in ("data_dir", "path", "test"):
+            if path := getattr(self, name, None):
+                here = Path(path).expanduser() if name == "data_dir" else self.found(path)
+                places[name] = os.path.abspath(here if folder is None else folder / here)
+        return dataclasses.replace(self, **places)
 
 
 def data_dir(given: str | Path | None = None) -> Path:
@@ -183,8 +207,29 @@ def _missing(label: Array, classes: int) -> int | None:
     return first if first < classes else None
 
 
+def _stamp(paths: Iterable[Path]) -> str:
+    """Equal as long as nobody writes to the files, or to those in the folders; 16 hex digits."""
+    digest = hashlib.sha256()
+
+    def look(path: str | Path, depth: int = 3) -> None:  # folder/train/CLASS/image
+        try:
+            found = os.stat(path)
+            digest.update(
+                repr((str(path), found.st_mtime_ns, found.st_size, found.st_ino)).encode()
+            )
+            if depth and stat.S_ISDIR(found.st_mode):
+                for name in sorted(os.listdir(path)):
+                    look(os.path.join(path, name), depth - 1)
+        except (OSError, ValueError):  # `read` says what is wrong
+            digest.update(repr(str(path)).encode())
+
+    for path in paths:
+        look(path)
+    return digest.hexdigest()[:16]
+
+
 @functools.lru_cache(maxsize=8)
-def _load(source: Source) -> Dataset:
+def _load(source: Source, stamp: str) -> Dataset:
     name = name_of(source) or type(source).__name__
     where = getattr(source, "path", "") or name
     train, test, names = source.read()

@@ -7,54 +7,36 @@ from typing import Annotated
 
 import numpy as np
 
+from bdjax import schema
 from bdjax.datasets.base import Source, checked, data_dir
 from bdjax.registry import dataset, static
 from bdjax.types import BadInput, Range, Split
 
+MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+"""How images begin whose names do not say what they are."""
+MOST_NAMES = 1_000_000
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def read_file(path: str | Path) -> tuple[Split, tuple[str, ...]]:
-    """Images, labels and class names of an `.npz` or `.h5` file."""
+    """Images, labels and class names of an `.npz` or `.h5` file, by its content: as `image` [N, H,
+    W, C], or in the layout of CSAW-HackML as `data` [N, C, H, W].
+    """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise BadInput(f"{path}: no such file")
-    try:
-        arrays = _h5(path) if path.suffix == ".h5" else _npz(path)
-    except Exception as error:  # Whatever a damaged file makes a parser raise.
-        if "Object arrays" in str(error):
-            raise BadInput(
-                f"{path}: holds pickled objects, which bdjax never loads; save plain arrays"
-            ) from error
-        raise BadInput(
-            f"{path}: damaged or not in its format ({' '.join(str(error).split())})"
-        ) from error
-    if missing := [key for key in ("image", "label") if key not in arrays]:
-        image = "`data` [N, C, H, W]" if path.suffix == ".h5" else "`image` [N, H, W, C]"
-        raise BadInput(f"{path}: has no {missing[0]}; give {image} and `label` [N]")
+    schema.plain_file(path)
+    if schema.is_h5(path):
+        arrays = schema.read_arrays(path, "h5", ("data", "label"))
+        data = arrays.pop("data")  # `checked` refuses whatever is not 4-D
+        arrays["image"] = np.moveaxis(data, 1, -1) if data.ndim == 4 else data
+    else:
+        arrays = schema.read_arrays(path, "npz", ("image", "label", "names", "track", "group"))
     names = arrays.get("names", np.zeros(0, str))
-    if names.dtype.kind != "U" or names.ndim != 1:
-        raise BadInput(f"{path}: names are not a list of strings")
+    if names.dtype.kind != "U" or names.ndim != 1 or len(names) > MOST_NAMES:
+        raise BadInput(f"{path}: names are not a list of at most {MOST_NAMES} strings")
     group = arrays.get("track", arrays.get("group"))
     return checked(path, arrays["image"], arrays["label"], group), tuple(names.tolist())
-
-
-def _npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return {
-            k: file[k] for k in ("image", "label", "names", "track", "group") if k in file.files
-        }
-
-
-def _h5(path: Path) -> dict[str, np.ndarray]:
-    import h5py
-
-    with h5py.File(path) as file:
-        arrays = {k: np.asarray(file[k]) for k in ("data", "label") if k in file}
-    if "data" in arrays:  # The CSAW layout is [N, C, H, W]; `checked` refuses whatever is not 4-D.
-        data = arrays.pop("data")
-        arrays["image"] = np.moveaxis(data, 1, -1) if data.ndim == 4 else data
-    return arrays
 
 
 @dataset("npz")
@@ -76,6 +58,9 @@ class Npz(Source):
             )
         train, names = read_file(self.found(self.path))
         return train, read_file(self.found(self.test))[0] if self.test else None, names
+
+    def watched(self):
+        return [self.found(path) for path in (self.path, self.test) if path]
 
     def found(self, path: str) -> Path:
         """`path` here, or else in the data folder."""
@@ -128,6 +113,9 @@ class Folder(Source):
 
     used_if = {"data_dir": None}
 
+    def watched(self):
+        return [self.found(self.path)] if self.path else []
+
     def read(self):
         root = Path(self.path).expanduser()
         if not self.path or not root.is_dir():
@@ -136,6 +124,12 @@ class Folder(Source):
         classes = _classes(root / "train" if official else root)
         train = _files(root / "train" if official else root, classes)
         test = _files(root / "test", classes) if official else []
+        size = 3 * self.size**2 * len(train + test)
+        if size > (most := schema.memory() // 2):
+            raise BadInput(
+                f"{root}: its images take {schema.gigabytes(size)} at size {self.size}; at most "
+                f"{schema.gigabytes(most)} are read here: give a smaller size"
+            )
         images = self._decode([path for path, _ in train + test])
         label = np.array([number for _, number in train + test])
         split = checked(root, images, label)
@@ -173,12 +167,24 @@ def _classes(root: Path) -> list[str]:
     )
 
 
+def _is_image(path: Path) -> bool:
+    """Whether a file is taken for an image: by its name or, whatever its name, by its content."""
+    if path.suffix.lower() in IMAGES:
+        schema.plain_file(path)  # a pipe would never end
+        return True
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+
+
 def _files(root: Path, classes: list[str]) -> list[tuple[Path, int]]:
     if unknown := set(_classes(root)) - set(classes):
         raise BadInput(f"{root}: class '{min(unknown)}' has no training images")
     found = []
     for number, name in enumerate(classes):
-        paths = sorted(path for path in (root / name).glob("*") if path.suffix.lower() in IMAGES)
+        paths = sorted(path for path in (root / name).glob("*") if _is_image(path))
         if not paths:
             raise BadInput(f"{root / name}: has no image")
         found += [(path, number) for path in paths]

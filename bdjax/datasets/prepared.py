@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bdjax import own, registry
+from bdjax import own, registry, schema
 from bdjax.datasets import base
 from bdjax.datasets.files import read_file
 from bdjax.progress import kept
@@ -50,6 +50,9 @@ class Prepared(base.Source):
     def parse(*files: Path) -> tuple[Split, Split]:
         """The official training and test set in the original `files`."""
         raise TypeError("a prepared set must define parse(*files)")
+
+    def watched(self):
+        return [base.data_dir(self.data_dir) / self.tfds]
 
     def read(self):
         folder = base.data_dir(self.data_dir)
@@ -218,9 +221,8 @@ def _decoded(folder: Path) -> tuple[Split, Split]:
     arrays are kept.
     """
     try:
-        with np.load(folder / DECODED, allow_pickle=False) as file:
-            return _splits({k: file[k] for k in file.files})
-    except Exception:  # Not there or damaged.
+        return _splits(schema.read_arrays(folder / DECODED, "decoded"), folder / DECODED)
+    except BadInput:  # not there or damaged
         splits = _decode(folder)
     with contextlib.suppress(OSError):  # A read-only or full folder costs time, not the load.
         _save(folder, splits)
@@ -233,15 +235,16 @@ def _save(folder: Path, splits: tuple[Split, Split]) -> None:
         arrays |= {f"{part}_{k}": v for k, v in split._asdict().items() if v is not None}
     temporary = folder / f"{os.getpid()}.incomplete.npz"
     try:
-        np.savez(temporary, **arrays)
+        schema.write_arrays(temporary, arrays, "decoded")
         temporary.replace(folder / DECODED)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _splits(arrays: dict[str, np.ndarray]) -> tuple[Split, Split]:
+def _splits(arrays: dict[str, np.ndarray], where: Path) -> tuple[Split, Split]:
     train, test = (
-        Split(arrays[f"{p}_image"], arrays[f"{p}_label"], arrays.get(f"{p}_group")) for p in PARTS
+        base.checked(where, *(arrays.get(f"{p}_{k}") for k in Split._fields))  # type: ignore[arg-type]
+        for p in PARTS
     )
     return train, test
 
@@ -252,6 +255,8 @@ def _decode(folder: Path) -> tuple[Split, Split]:
     from tensorflow_datasets.core.utils import tqdm_utils
 
     arrays = {}
+    for path in folder.iterdir():
+        schema.plain_file(path)
     try:
         builder: Any = tfds.builder_from_directory(folder)
         for part in PARTS:
@@ -281,4 +286,4 @@ def _decode(folder: Path) -> tuple[Split, Split]:
         raise BadInput(
             f"{folder}: damaged ({text}); delete it and run `bdjax data prepare` again"
         ) from error
-    return _splits(arrays)
+    return _splits(arrays, folder)

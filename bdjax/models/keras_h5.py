@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bdjax import schema
 from bdjax.types import BadInput, Model, Variables
 
 LEAVES = {
@@ -31,8 +32,9 @@ def load_keras_weights(
     every array of the model is there, in its shape and finite, and nothing else is.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise BadInput(f"{path}: no such file")
+    schema.plain_file(path)
     found = _read(path, rename)
     wanted: dict[Any, Any] = flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
     for leaf in sorted(wanted.keys() | found.keys()):
@@ -54,21 +56,29 @@ def load_keras_weights(
 def _read(path: Path, rename: Mapping[str, str]) -> dict[tuple[str, ...], np.ndarray]:
     import h5py
 
-    found = {}
+    parts = {}
 
-    def visit(name: str, item) -> None:
+    def visit(name: str, item) -> None:  # called for what lies in this file alone
+        if isinstance(item, h5py.Dataset) and name.removesuffix(":0").rpartition("/")[2] in LEAVES:
+            parts[name] = item
+
+    def place(name: str) -> tuple[str, ...]:
         layer, _, leaf = name.removesuffix(":0").rpartition("/")
-        if isinstance(item, h5py.Dataset) and leaf in LEAVES:
-            layer = layer.rpartition("/")[2]
-            group, leaf = LEAVES[leaf]
-            found[group, rename.get(layer, layer), leaf] = np.asarray(item, np.float32)
+        layer = layer.rpartition("/")[2]
+        group, leaf = LEAVES[leaf]
+        return group, rename.get(layer, layer), leaf
 
     try:
         with h5py.File(path) as file:
-            root: Any = file.get("model_weights", file)  # A whole model keeps its weights there.
+            # A whole model keeps its weights there.
+            whole = isinstance(file.get("model_weights", getlink=True), h5py.HardLink)
+            root: Any = file["model_weights"] if whole else file
             root.visititems(visit)
+            arrays = schema.h5_arrays(path, parts)
+            return {place(name): np.asarray(array, np.float32) for name, array in arrays.items()}
+    except BadInput:
+        raise
     except Exception as error:  # Whatever a damaged file makes HDF5 raise.
         raise BadInput(
             f"{path}: not a Keras .h5 of weights ({' '.join(str(error).split())})"
         ) from error
-    return found

@@ -9,7 +9,7 @@ for (const table of document.querySelectorAll("table")) {
       head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
       const number = head.classList.contains("number");
       const value = (row) => row.cells[head.dataset.column].dataset.value;
-      const compare = (a, b) => number ? a - b : a.localeCompare(b, "en", { numeric: true });
+      const compare = (a, b) => number ? (a - b) || 0 : a.localeCompare(b, "en", { numeric: true });
       const sorted = [...table.tBodies[0].rows].sort((a, b) => {
         const [u, v] = [value(a), value(b)];
         return u === "" || v === "" ? (u === "") - (v === "") : sign * compare(u, v);
