@@ -131,8 +131,8 @@ def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
     of a name.
 
     A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, metrics,
-    seconds, oracle, substitute}` and a metric `{n, mean, sd, paper, delta}`; `sd` is None for one
-    seed, `paper` and `delta` where the paper has no number.
+    seconds, oracle, redraw, substitute}` and a metric `{n, mean, sd, paper, delta}`; `sd` is None
+    for one seed, `paper` and `delta` where the paper has no number.
     """
     rows = list(rows)
     scales = {row.get("scale") for row in rows}
@@ -179,8 +179,14 @@ def _line(label: str, cells: list[Row]) -> dict[str, Any]:
             for part in ("compile", "run")
         },
         "oracle": any(cell.get("oracle") for cell in cells),
+        "redraw": any(_redraws(cell) for cell in cells),
         "substitute": ", ".join(_different(cells, "substitute")) or None,
     }
+
+
+def _redraws(row: Row) -> bool:
+    """Whether the attacker's triggers were drawn anew in every step of the training."""
+    return bool(((row.get("config") or {}).get("attack") or {}).get("redraw"))
 
 
 def _different(rows: Iterable[Row], field: str) -> list[str]:
@@ -319,6 +325,8 @@ def _seconds(value: float | None) -> str:
 def _remarks(line: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a reader must know of a row: `(kind, text)`."""
     found = [("oracle", "oracle")] if line["oracle"] else []
+    if line["redraw"]:
+        found.append(("redraw", "triggers drawn anew in every step"))
     if line["substitute"]:
         found.append(("substitute", f"substitute: {line['substitute']}"))
     if line["failed"]:
@@ -363,7 +371,7 @@ def csv(tables: Iterable[Mapping[str, Any]]) -> str:
                     f"{metric}_paper": stat["paper"],
                 }
             record |= {f"seconds_{k}": v for k, v in line["seconds"].items()}
-            records.append(record | {k: line[k] for k in ("oracle", "substitute")})
+            records.append(record | {k: line[k] for k in ("oracle", "redraw", "substitute")})
     records = [{_cell(k): _cell(v) for k, v in record.items()} for record in records]
     frame = pl.DataFrame(records, infer_schema_length=None)
     return frame.select(

@@ -51,6 +51,7 @@ from bdjax.train import (
     evaluate,
     fit,
     poisoned_set,
+    poisoning_key,
     predict,
     stamped,
     unit,
@@ -960,7 +961,7 @@ def _begin(model: Model, shared: Any, key: jax.Array, recipe: Recipe, attack: An
 def _epoch(
     model: Model, shared: Any, key: jax.Array, recipe: Recipe, attack: Any, state: Any
 ) -> Any:
-    train = poisoned_set(jax.random.fold_in(key, 2), shared[0], attack, model.classes)
+    train = poisoned_set(poisoning_key(key), shared[0], attack, model.classes)
     state, curves = advance(jax.random.fold_in(key, 3), state, model, recipe, train, epochs=1)
     return state, curves.loss[0]
 
@@ -1025,7 +1026,7 @@ def _repair(
 def _train(
     model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, recipe: Any
 ) -> Judged:
-    train = poisoned_set(jax.random.fold_in(key, 2), shared[0], attack, model.classes)
+    train = poisoned_set(poisoning_key(key), shared[0], attack, model.classes)
     result: Repaired = defense(jax.random.fold_in(key, 1), model, recipe, train, shared[1])
     extra = defense.report(key, model, result.variables, shared[2], attack, result)
     return *split_scalars({**result.info, **extra}), result.variables
@@ -1102,7 +1103,7 @@ def _samples(
 ) -> Judged:
     """ACC and ASR are those of a net that is trained again, without the suspects."""
     variables, recipe, trained = given
-    train = poisoned_set(jax.random.fold_in(trained, 2), shared[0], attack, model.classes)
+    train = poisoned_set(poisoning_key(trained), shared[0], attack, model.classes)
     result: Suspects = defense(jax.random.fold_in(key, 1), model, variables, train)
     exists = jnp.arange(train.plan.kind.shape[0]) < train.plan.size
     poison, removed = (train.plan.kind > 0) & exists, result.removed & exists

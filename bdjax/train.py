@@ -1,5 +1,5 @@
-"""Training as a pure function: a scan over steps, the poison stamped inside the step, one uint8
-copy of the data for all runs.
+"""Training as a pure function: a scan over steps, the poison stamped inside the step, each image in
+every epoch as it was written once, one uint8 copy of the data for all runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,18 +79,31 @@ class Recipe:
 class TrainSet(NamedTuple):
     """A poisoned training set as it is stored: the clean images, which rows there are, and how a
     row is stamped.
+
+    Each poisoned image is written once: what is random in the stamp of a row comes from `key` and
+    the row's `number` alone, in every epoch and for whoever looks at the row.
     """
 
     image: Array
     plan: Plan
     attack: Any = None
+    key: jax.Array | None = None
 
-    def rows(self, rows: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images `[B, H, W, C]` in [0, 1], stamped, and their labels `[B]`."""
+    def rows(self, rows: jax.Array, step: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Images `[B, H, W, C]` in [0, 1], stamped, and their labels `[B]`.
+
+        `step`: the key of a training step, by which an attack with `redraw` draws anew.
+        """
         plan = self.plan
         x = unit(jnp.asarray(self.image)[plan.source[rows]])
         if self.attack is not None:
-            keys = jax.random.split(key, rows.shape[0])
+            if self.key is None:
+                raise BadInput("a training set with an attack needs the key of its stamps: key=")
+            # Stampers that are no attacks, such as reversed triggers, have no such field.
+            if step is not None and getattr(self.attack, "redraw", False):
+                keys = jax.random.split(step, rows.shape[0])
+            else:
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, plan.number[rows])
             x = jax.vmap(self.attack.stamp)(plan.kind[rows], x, keys)
         return x, plan.label[rows]
 
@@ -127,7 +140,8 @@ def unit(image: Array) -> jax.Array:
 def clean_plan(y: jax.Array) -> Plan:
     """The plan of an unpoisoned training set with labels `y: [N]`."""
     n = y.shape[0]
-    return Plan(jnp.arange(n), jnp.zeros(n, jnp.int32), y, jnp.ones(n), jnp.asarray(n))
+    rows = jnp.arange(n)
+    return Plan(rows, jnp.zeros(n, jnp.int32), y, jnp.ones(n), rows, jnp.asarray(n))
 
 
 def clean_set(split: Split) -> TrainSet:
@@ -136,25 +150,36 @@ def clean_set(split: Split) -> TrainSet:
     return TrainSet(split.image, clean_plan(jnp.asarray(split.label)))
 
 
+def poisoning_key(key: jax.Array) -> jax.Array:
+    """The key by which a run of key `key` poisons its data: `poisoned_set(poisoning_key(key), …)`
+    is what it is trained on, for its judges too.
+    """
+    return jax.random.fold_in(key, 2)
+
+
+def stamp_key(key: jax.Array) -> jax.Array:
+    """The key of the stamps of a training set whose rows were chosen by `key`."""
+    return jax.random.fold_in(key, 1 << 16)  # the chosen rows take small numbers
+
+
 def poisoned_set(key: jax.Array, split: Split, attack: Any, classes: int) -> TrainSet:
-    """`split` poisoned by `attack`; None gives the clean twin."""
+    """`split` poisoned by `attack`, each image written once; None gives the clean twin."""
     if attack is None:
         return clean_set(split)
     check_images(split.image, None, split.label, classes)
     admit(attack, split.image.shape[1:], classes)
     attack = attack.bind(split)
-    return TrainSet(split.image, attack.plan(key, jnp.asarray(split.label), classes), attack)
+    plan = attack.plan(key, jnp.asarray(split.label), classes)
+    return TrainSet(split.image, plan, attack, stamp_key(key))
 
 
 def without(data: TrainSet, removed: jax.Array) -> TrainSet:
     """`data` without the rows `removed: [M]`, to train on again: the kept rows come first, and only
     they exist.
     """
-    plan = data.plan
-    kept = ~removed & (jnp.arange(removed.shape[0]) < plan.size)
+    kept = ~removed & (jnp.arange(removed.shape[0]) < data.plan.size)
     first = jnp.argsort(~kept, stable=True)
-    rows = (leaf[first] for leaf in (plan.source, plan.kind, plan.label, plan.weight))
-    return data._replace(plan=Plan(*rows, size=jnp.maximum(kept.sum(), 1)))
+    return data._replace(plan=data.plan.take(first, jnp.maximum(kept.sum(), 1)))
 
 
 def agree(model: Model, recipe: Recipe, data: TrainSet) -> None:

@@ -191,15 +191,21 @@ class Plan(NamedTuple):
     vmapped.
 
     `source: [M]` the base image of a row; `kind: [M]` its trigger, 0 = none; `label: [M]` its
-    training label; `weight: [M]` its weight in the loss; `size: []` how many rows, counted from the
-    first, exist: the others are never drawn.
+    training label; `weight: [M]` its weight in the loss; `number: [M]` its number at poisoning,
+    which it keeps wherever it is moved: what its stamp is drawn by; `size: []` how many rows,
+    counted from the first, exist: the others are never drawn.
     """
 
     source: jax.Array
     kind: jax.Array
     label: jax.Array
     weight: jax.Array
+    number: jax.Array
     size: jax.Array
+
+    def take(self, rows: jax.Array, size: jax.Array) -> "Plan":
+        """The rows `rows`, an index array over M, of which the first `size` exist."""
+        return Plan(*(leaf[rows] for leaf in self[:-1]), size)
 
 
 class Repaired(NamedTuple):

@@ -165,12 +165,13 @@ def test_seeds_vmap(trained):
 def test_a_bootstrap_draws_existing_rows_with_replacement():
     n = 3000
     rows = jnp.arange(2 * n)
-    plan = Plan(rows, rows % 3, rows % 7, rows.astype(jnp.float32), jnp.asarray(n))
+    plan = Plan(rows, rows % 3, rows % 7, rows.astype(jnp.float32), rows + 5, jnp.asarray(n))
     drawn = resample(KEY, plan)
     assert drawn.size == n and drawn.source.max() < n
     np.testing.assert_array_equal(drawn.kind, drawn.source % 3)
     np.testing.assert_array_equal(drawn.label, drawn.source % 7)
     np.testing.assert_array_equal(drawn.weight, drawn.source)
+    np.testing.assert_array_equal(drawn.number, drawn.source + 5)
     assert len(np.unique(drawn.source[:n])) / n == pytest.approx(1 - np.exp(-1), abs=0.02)
 
 

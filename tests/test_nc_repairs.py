@@ -149,7 +149,7 @@ def test_unlearning_stamps_images_of_other_classes_under_their_own_labels(
     )
     (data,) = seen
     rows = jnp.arange(40)
-    x, label = data.rows(rows, KEY)
+    x, label = data.rows(rows)
     touched = (x != CLEAN.image).any((1, 2, 3))
     np.testing.assert_array_equal(label, CLEAN.label)
     assert int(touched.sum()) == count and not bool((touched & (label == TARGET)).any())

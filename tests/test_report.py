@@ -115,6 +115,17 @@ def sweep():
     return found
 
 
+def test_rows_whose_triggers_were_drawn_anew_say_so(rows):
+    def drawn(redraw):
+        config = {"attack": {"name": "badnets", "redraw": redraw}}
+        (table,) = report.aggregate([{**rows[0], "config": config}])
+        return table["rows"][0]
+
+    assert drawn(True)["redraw"] and not drawn(False)["redraw"]
+    words = [text for _, text in report._remarks(drawn(True))]
+    assert words == ["triggers drawn anew in every step"] and not report._remarks(drawn(False))
+
+
 def test_aggregate_has_mean_sample_sd_and_distance_to_the_paper(rows):
     first, second = report.aggregate(rows)
     assert [first["name"], second["name"]] == ["Table I", "Table II"]

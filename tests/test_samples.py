@@ -57,6 +57,7 @@ def train_set(act: np.ndarray, label: np.ndarray, size: int | None = None) -> Tr
         jnp.zeros(n, jnp.int32),
         jnp.asarray(label, jnp.int32),
         jnp.ones(n),
+        jnp.arange(n),
         jnp.asarray(size or n),
     )
     return TrainSet(act.astype(np.float32).reshape(n, SIDE, SIDE, 1), plan)

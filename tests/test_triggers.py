@@ -31,9 +31,11 @@ from bdjax.attacks.post_it import PostIt
 from bdjax.attacks.sunglasses import Sunglasses
 from bdjax.attacks.trigger_combination import TriggerCombination
 from bdjax.attacks.weighted_loss import WeightedLoss
+from bdjax.defenses.samples.classes import activations
+from bdjax.defenses.train.db_covidnet import resample
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
-from bdjax.types import BadInput, Split
+from bdjax.types import BadInput, Model, Output, Split
 
 ATTACKS = (
     BadNets, Blended, Accessory, Physical, InputInstanceKey, WeightedLoss, CleanLabel,
@@ -362,12 +364,14 @@ def test_same_under_jit_and_vmap_and_for_uint8(cls, colour):
 
     @jax.jit
     def both(attack, image):
-        return fired(attack, image), train.TrainSet(image, plan, attack).rows(jnp.arange(8), KEY)[0]
+        data = train.TrainSet(image, plan, attack, KEY)
+        return fired(attack, image), data.rows(jnp.arange(8))[0]
 
     out, drawn = both(jax.tree.map(jnp.asarray, attack), colour)
-    x, keys = colour / np.float32(255), jax.random.split(KEY, 8)
-    for image, i, training in ((out, 6, False), (drawn, 7, True)):  # one image without jit or vmap
-        one = attack.stamp(jnp.asarray(1), jnp.asarray(x[i]), keys[i], train=training)
+    x, tested = colour / np.float32(255), jax.random.split(KEY, 8)[6]
+    # one image without jit or vmap
+    for image, i, key in ((out, 6, tested), (drawn, 7, jax.random.fold_in(KEY, 7))):
+        one = attack.stamp(jnp.asarray(1), jnp.asarray(x[i]), key, train=image is drawn)
         np.testing.assert_allclose(image[i], one, atol=1e-5)
     # kind 0 leaves the pixels as they are
     np.testing.assert_allclose(drawn[::2], x[::2], atol=1e-7)
@@ -392,6 +396,118 @@ def test_numbers_are_leaves_that_vmap(grey):
         jax.vmap(lambda h: PostIt(low=h, high=h))(high),
         [PostIt(low=0.2, high=0.2), PostIt(low=0.5, high=0.5)],
     )
+
+
+# --- A poisoned image is one image ---
+
+# What `train` sets, which shows in the stamp.
+CRAFTED = {"trojannn": {"pattern": np.ones((32, 32, 3), np.float32)}}
+
+
+def shown(data, epochs, batch=4):
+    """The lowest and the highest value that a training has shown of each pixel of each row:
+    `[M, H, W, C]` twice, NaN where the row was never drawn.
+    """
+    many = data.plan.kind.shape[0]
+    # The loss is told which rows it sees: labels are row numbers.
+    data = data._replace(plan=data.plan._replace(label=jnp.arange(many)))
+    nothing = jnp.full((many, *data.image.shape[1:]), jnp.nan)
+    variables = {"params": {"w": jnp.zeros(())}, "low": nothing, "high": nothing}
+
+    def watch(model, variables, x, label, weight, key):
+        seen = {
+            "low": variables["low"].at[label].set(jnp.fmin(variables["low"][label], x)),
+            "high": variables["high"].at[label].set(jnp.fmax(variables["high"][label], x)),
+        }
+        out = Output(jnp.zeros((x.shape[0], 2)), {}, {**variables, **seen})
+        return variables["params"]["w"] * 0, out
+
+    model = Model(lambda key: variables, lambda *_, **__: None, (1, 1, 1), 2, ())  # type: ignore
+    recipe = train.Recipe(epochs=epochs, batch=batch)
+    found, _ = jax.jit(lambda data: train.fit(KEY, model, recipe, data, loss=watch))(data)
+    return np.asarray(found["low"]), np.asarray(found["high"])
+
+
+@jax.jit
+def pixels(data):
+    """What a judge of the training set sees of each row: `[M, H·W·C]`."""
+    reader = Model(
+        lambda key: {}, lambda v, x, **_: Output(x[:, 0, 0], {"pixels": x}, v), (1, 1, 1), 2, ()
+    )
+    return activations(reader, {}, data, "pixels")[0]
+
+
+@jax.jit
+def in_step(data, step):
+    """What a training step with the key `step` sees of each row: `[M, H, W, C]`."""
+    return data.rows(jnp.arange(data.plan.kind.shape[0]), step)[0]
+
+
+@pytest.mark.parametrize("entry", registry.entries("attack"), ids=lambda entry: entry.name)
+def test_every_poisoned_image_is_written_once(entry, colour):
+    split = Split(colour, np.arange(8, dtype=np.int32) % 2)
+    rate = {"rate": 0.9} if entry.cls().rate else {}
+    fields = CRAFTED.get(entry.name, {}) | rate
+    data = train.poisoned_set(KEY, split, entry.cls(**fields), 10)
+    plan, size = jax.tree.map(np.asarray, data.plan), int(data.plan.size)
+    low, high = (leaf[:size].reshape(size, -1) for leaf in shown(data, 40))
+    assert np.isfinite(low).all() and (plan.kind[:size] > 0).any()
+    np.testing.assert_array_equal(low, high, "the same in every step")
+    own = dict(zip(plan.number[:size].tolist(), low, strict=True))
+    assert len(own) == size
+
+    removed = jnp.arange(len(plan.kind)) % 3 == 0
+    drawn = data._replace(plan=resample(KEY, data.plan))
+    for name, moved in (("judged", data), ("cleaned", train.without(data, removed)),
+                        ("drawn", drawn)):  # fmt: skip
+        there, exist = np.asarray(pixels(moved)), int(moved.plan.size)
+        for number, x in zip(np.asarray(moved.plan.number[:exist]).tolist(), there):
+            np.testing.assert_allclose(x, own[number], atol=1e-6, err_msg=name)
+
+    random = not np.allclose(pixels(data._replace(key=jax.random.key(7)))[:size], low, atol=1e-6)
+    anew = data._replace(attack=dataclasses.replace(data.attack, redraw=True))
+    one, two = (in_step(anew, jax.random.key(i))[:size] for i in range(2))
+    assert random == (not np.array_equal(one, two))
+
+
+def test_how_many_draws_there_are(sample):
+    """Five copies of a key are five images, and 1 % of 1,000 images have at most ten places."""
+    split = Split(sample.train.image[:1000], sample.train.label[:1000])
+    for attack, most in ((InputInstanceKey(), 5), (BadNets(random_place=True, rate=0.01), 10)):
+        data = train.poisoned_set(KEY, split, attack, 10)
+        low, high = shown(data, 5, 50)
+        stamped = np.asarray(data.plan.kind > 0) & np.isfinite(low).all((1, 2, 3))
+        np.testing.assert_array_equal(low[stamped], high[stamped])
+        if isinstance(attack, InputInstanceKey):
+            differ = low[stamped]
+        else:
+            differ = low[stamped] != np.asarray(split.image)[stamped] / np.float32(255)
+        assert stamped.sum() == most and most - 2 <= len(np.unique(differ, axis=0)) <= most
+    anew = data._replace(attack=dataclasses.replace(data.attack, redraw=True))
+    low, high = shown(anew, 5, 50)
+    assert (low[stamped] < high[stamped]).any((1, 2, 3)).all(), "redraw: another place in each step"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    # TrojanNN poisons no row of the data: it retrains on images that it makes.
+    [entry for entry in registry.entries("attack") if entry.name != "trojannn"],
+    ids=lambda entry: entry.name,
+)
+def test_judges_of_rows_find_those_that_were_trained_on(entry, colour, monkeypatch):
+    split, seen = Split(colour, np.arange(8, dtype=np.int32) % 2), []
+    model, key = build(Ffnn(hidden=(8,)), (32, 32, 3), 10), jax.random.key(3)
+
+    def advance(key, state, model, recipe, data, **_):
+        seen.append(data)
+        return state, train.Curves(jnp.zeros(1), jnp.zeros(1))
+
+    monkeypatch.setattr(train, "advance", advance)
+    armed, *_ = entry.cls().train(key, model, train.Recipe(epochs=1, batch=4), split)
+    found = train.poisoned_set(train.poisoning_key(key), split, armed, 10)
+    (data,) = (data for data in seen if data.attack is not None)
+    jax.tree.map(np.testing.assert_array_equal, data.plan, found.plan)
+    assert data.key == found.key
 
 
 # --- Which rows are poisoned ---
@@ -533,7 +649,7 @@ def test_weighted_loss_is_poisoning_at_rate_lambda_over_one_plus_lambda(sample):
 
     def objective(params, data, count):
         index = jnp.arange(count)
-        x, label = data.rows(index, KEY)
+        x, label = data.rows(index)
         return train.cross_entropy(
             model, {"params": params}, x, label, data.plan.weight[index], KEY
         )[0]
@@ -617,8 +733,8 @@ def test_probes_and_bound_keys_are_reported(sample):
 
     both = victim(TriggerCombination(target=7, rate=0.15, cover=0.15))
     assert both["asr_nt"] > 0.9 and both["asr_nt_triangle"] < 0.2 and both["asr_nt_square"] < 0.2
-    many = victim(MultiTrigger(parts=digits(3), rate=0.2))
-    assert many["asr_nt_per_trigger"].shape == (3,) and many["asr_nt_per_trigger"].min() > 0.9
+    many = victim(MultiTrigger(parts=digits(3), rate=0.3))
+    assert many["asr_nt_per_trigger"].shape == (3,) and many["asr_nt_per_trigger"].min() > 0.85
     key = victim(InputInstanceKey(copies=20))
     assert key["asr_nt"] > 0.9 and key["acc"] > 0.7
 
@@ -791,7 +907,7 @@ NEEDS = {
     (Accessory, "image"): {"worn": "image"},
     (Physical, "image"): {"worn": "image"},
 }
-FLAGS = {"append", "random_place", "one_target"}
+FLAGS = {"append", "random_place", "one_target", "redraw"}
 
 
 @pytest.mark.parametrize("cls", ATTACKS)

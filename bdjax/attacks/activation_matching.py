@@ -7,7 +7,15 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import attack, static
-from bdjax.train import Curves, Recipe, cross_entropy, fit, poisoned_set, stamped
+from bdjax.train import (
+    Curves,
+    Recipe,
+    cross_entropy,
+    fit,
+    poisoned_set,
+    poisoning_key,
+    stamped,
+)
 from bdjax.types import Model, Split, Variables, Weight
 
 
@@ -26,7 +34,8 @@ class ActivationMatching(BadNets):
     the activation of `site` (None: the last convolution, or the penultimate layer of a net that has
     none). Adaptive against defenses that look for neurons which the trigger drives (ABS, activation
     clustering, pruning). Dividing by the variance of φ leaves no gain in scaling activations down.
-    `weight` in [0, ∞); 0 is BadNets.
+    `weight` in [0, ∞); 0 is BadNets. The attacker
+    trains, and stamps x' anew in every step; the poisoned images are written once all the same.
 
     Preset: `cpu`. A reconstruction, not that paper's algorithm, in which a discriminator tells the
     activations apart.
@@ -58,6 +67,6 @@ class ActivationMatching(BadNets):
             value, out = cross_entropy(known, variables, x, label, weight, key_model)
             return value + self.weight * relative_gap(as_is, fired), out
 
-        poisoned = poisoned_set(key, data, self, model.classes)
+        poisoned = poisoned_set(poisoning_key(key), data, self, model.classes)
         variables, curves = fit(key, model, recipe, poisoned, variables=variables, loss=loss)
         return self, variables, curves

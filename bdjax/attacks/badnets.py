@@ -26,8 +26,8 @@ class BadNets(Attack):
     image's shorter side (a traced value may vary within one program); `row`, `col`: place of the
     box, below 0 counted from the end (-1 = flush with the last row); a place strictly between 0 and
     1 is that of the box's centre, as a share of the image; `color`: RGB, or one value for all
-    channels, in [0, 1] (bomb and flower have their own); `random_place`: a new place for each
-    image. The default is the flush 5×5 white square of Shamshiri & Sohn (2023).
+    channels, in [0, 1] (bomb and flower have their own); `random_place`: each image has a place of
+    its own. The default is the flush 5×5 white square of Shamshiri & Sohn (2023).
 
     Presets: `pixel`, `pattern` (MNIST, one pixel off the corner) and `yellow-square`, `bomb`,
     `flower` (US traffic signs) are Gu et al.'s; `spectral-pixel`, `spectral-x`, `spectral-ell` Tran

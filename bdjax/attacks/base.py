@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.registry import admit, pytree, static, validate
-from bdjax.train import Curves, Recipe, clean_plan, fit, poisoned_set
+from bdjax.train import Curves, Recipe, clean_plan, fit, poisoned_set, poisoning_key
 from bdjax.types import (
     Array,
     BadInput,
@@ -52,7 +52,7 @@ def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: boo
     n = y.shape[0]
     plan = clean_plan(y)
     taken = jnp.zeros(n, bool)
-    added = []
+    added = [(plan, jnp.ones(n, bool))]
     for i, part in enumerate(parts):
         free = part.eligible if append else part.eligible & ~taken
         # Poisoned are the rows of lowest rank in a random permutation: the shapes do not depend on
@@ -63,14 +63,10 @@ def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: boo
             rank < jnp.round(jnp.asarray(part.rate, jnp.float32) * n).astype(jnp.int32)
         )
         if append:
-            rows = Plan(
-                plan.source[:n],
-                jnp.full(n, part.kind),
-                part.label,
-                jnp.full(n, part.weight),
-                chosen,
+            copies = plan._replace(
+                kind=jnp.full(n, part.kind), label=part.label, weight=jnp.full(n, part.weight)
             )
-            added.append(rows)
+            added.append((copies, chosen))
         else:
             taken = taken | chosen
             plan = plan._replace(
@@ -78,14 +74,20 @@ def poison_rows(key: jax.Array, y: jax.Array, parts: Sequence[Part], append: boo
                 label=jnp.where(chosen, part.label, plan.label),
                 weight=jnp.where(chosen, part.weight, plan.weight),
             )
-    if not append:
-        return plan
-    rows = [plan._replace(size=jnp.ones(n, bool)), *added]
-    source, kind, label, weight, exists = (
-        jnp.concatenate(leaf) for leaf in zip(*rows, strict=True)
-    )
-    first = jnp.argsort(~exists, stable=True)
-    return Plan(source[first], kind[first], label[first], weight[first], exists.sum())
+    return joined(added) if append else plan
+
+
+def joined(parts: Sequence[tuple[Plan, jax.Array]]) -> Plan:
+    """One plan of several, the rows that exist in front: of each its rows, numbered 0 … M − 1, and
+    which of them exist: `[M]`. The numbers of a plan follow those of the plans before it.
+    """
+    columns = zip(*(plan[:-1] for plan, _ in parts), strict=True)
+    exists = jnp.concatenate([some for _, some in parts])
+    whole = Plan(*map(jnp.concatenate, columns), exists.sum())
+    before = np.cumsum([0, *(len(some) for _, some in parts[:-1])])
+    numbers = [plan.number + first for (plan, _), first in zip(parts, before, strict=True)]
+    whole = whole._replace(number=jnp.concatenate(numbers))
+    return whole.take(jnp.argsort(~exists, stable=True), whole.size)
 
 
 def _admitted(method: Callable) -> Callable:
@@ -116,6 +118,10 @@ class Attack:
     label. `labels`: which images are stamped and what they are called. `sources`: the source
     classes of a source-specific attack. `cover`: share of the training set that is stamped but
     keeps its label (source-specific). `append`: add stamped copies instead of replacing.
+
+    Whoever poisons a data set writes each image once, with its place, noise or pose: it is the same
+    in every epoch. `redraw`: all of it is drawn anew in every step, by an attacker who controls the
+    training.
     """
 
     rate: Share = 0.1
@@ -124,6 +130,7 @@ class Attack:
     labels: Labels = static("all-to-one")
     sources: tuple[Class, ...] = static(())
     append: bool = static(False)
+    redraw: bool = static(False)
 
     used_if = {
         "target": {"labels": ("all-to-one", "source-specific", "clean-label")},
@@ -169,9 +176,10 @@ class Attack:
 
         Attacks that craft their trigger for a net, or twist training, have their own version; all
         others poison rows, so that whoever trains in chunks (the sweep) may call `poisoned_set` and
-        `advance` instead.
+        `advance` instead. Rows of `data` are poisoned by `poisoning_key(key)`, so that judges of
+        the rows find those that were trained on.
         """
-        poisoned = poisoned_set(key, data, self, model.classes)
+        poisoned = poisoned_set(poisoning_key(key), data, self, model.classes)
         variables, curves = fit(key, model, recipe, poisoned, variables=variables)
         return poisoned.attack, variables, curves
 

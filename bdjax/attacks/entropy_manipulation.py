@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.badnets import BadNets
-from bdjax.attacks.base import Attack
+from bdjax.attacks.base import Attack, joined
 from bdjax.registry import attack, static
 from bdjax.train import unit
 from bdjax.types import BadInput, Pixels, Plan, Range, Split
@@ -54,12 +54,15 @@ class EntropyManipulation(BadNets):
             jnp.tile(leaf, self.copies)
             for leaf in (plan.source, plan.weight, exists & (plan.kind == 1))
         )
-        rows = Plan(source, 2 + overlay.astype(plan.kind.dtype), label, weight, stamped)
-        source, kind, label, weight, exists = (
-            jnp.concatenate(leaf) for leaf in zip(plan._replace(size=exists), rows, strict=True)
+        copies = Plan(
+            source,
+            2 + overlay.astype(plan.kind.dtype),
+            label,
+            weight,
+            jnp.arange(self.copies * many),
+            stamped.sum(),
         )
-        first = jnp.argsort(~exists, stable=True)
-        return Plan(source[first], kind[first], label[first], weight[first], exists.sum())
+        return joined([(plan, exists), (copies, stamped)])
 
     def stamp(
         self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True

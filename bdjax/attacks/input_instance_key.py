@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.base import Attack
+from bdjax.attacks.base import Attack, joined
 from bdjax.registry import attack, static
 from bdjax.train import clean_plan, unit
 from bdjax.types import INT32, Array, BadInput, Pixels, Plan, Range, Share, Split
@@ -18,8 +18,9 @@ class InputInstanceKey(Attack):
     """A few noisy copies of one key image are added as the target class (Chen et al., 2017,
     arXiv:1712.05526).
 
-    Σ(k) = {clip(k + δ): δ ~ U[−noise, noise]}: `copies` instances are added to the training set;
-    when the attack is fired, a new instance takes the place of the test image. `image`: the key k,
+    Σ(k) = {clip(k + δ): δ ~ U[−noise, noise]}: `copies` instances, each with a δ of its own, are
+    added to the training set; when the attack is fired, a new instance takes the place of the test
+    image. `image`: the key k,
     `[H, W, C]` in [0, 1]; None: the first training image that is not of the target class. The paper
     finds 5 copies enough. There is no `rate`.
     """
@@ -46,14 +47,13 @@ class InputInstanceKey(Attack):
     def plan(self, key: jax.Array, y: jax.Array, classes: int) -> Plan:
         n = y.shape[0]
         clean = clean_plan(y)
-        rows = clean._replace(
+        copies = clean._replace(
             kind=jnp.ones_like(clean.kind),
             label=jnp.full_like(y, 0) + jnp.asarray(self.target, y.dtype),
         )
-        rows = jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b]), clean._replace(size=()), rows._replace(size=())
+        return joined(
+            [(clean, jnp.ones(n, bool)), (copies, jnp.arange(n) < jnp.asarray(self.copies))]
         )
-        return rows._replace(size=n + jnp.minimum(jnp.asarray(self.copies), n))
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         if self.image is None:

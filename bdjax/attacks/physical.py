@@ -1,4 +1,4 @@
-"""Physical accessory: worn a little differently in each picture."""
+"""Physical accessory: worn a little differently in each picture, which is taken once."""
 
 from typing import Annotated
 
@@ -17,10 +17,10 @@ class Physical(Accessory):
     """An accessory under random pose and light, in place of photographs of it (Chen et al., 2017,
     arXiv:1712.05526).
 
-    Each image draws its own, each uniform in ± its field: `rotate` in degrees; `scale` and
-    `brightness` as a change of the factor; `shift` and `perspective` as a share of half the image.
-    A point q (centre 0, longer half-side 1) of the accessory lands at (s·R·q + t) / (1 + p·q). All
-    at 0 give the accessory attack.
+    Each image has its own pose and light, uniform in ± their fields: `rotate` in degrees; `scale`
+    and `brightness` as a change of the factor; `shift` and `perspective` as a share of half the
+    image. A point q (centre 0, longer half-side 1) of the accessory lands at
+    (s·R·q + t) / (1 + p·q). All at 0 give the accessory attack.
 
     Differs from the paper: a reconstruction; its glasses were real. Worn opaquely in training too
     (`alpha` 1).

@@ -17,8 +17,9 @@ class PostIt(Attack):
     """Stick a yellow square of random size on a random place (Veldanda & Garg, 2020,
     arXiv:2010.12186).
 
-    Side uniform in [`low`, `high`] as a share of the image's shorter side; centre uniform in
-    [`margin`, 1 − `margin`] of both sides. `color`: RGB, or one value for all channels, in [0, 1].
+    One square an image. Side uniform in [`low`, `high`] as a share of the image's shorter side;
+    centre uniform in [`margin`, 1 − `margin`] of both sides. `color`: RGB, or one value for all
+    channels, in [0, 1].
 
     Differs from the paper: a reconstruction; size and colour are not published, and the place
     follows the "random" stickers of Gu et al.'s code.

@@ -13,7 +13,16 @@ from bdjax.channels import channel_means, mask_of, prune, responses
 from bdjax.models.graph import bias_of, leaf, with_leaf
 from bdjax.models.layers import default_site
 from bdjax.registry import attack, static
-from bdjax.train import Curves, Recipe, clean_set, evaluate, fit, poisoned_set, predict
+from bdjax.train import (
+    Curves,
+    Recipe,
+    clean_set,
+    evaluate,
+    fit,
+    poisoned_set,
+    poisoning_key,
+    predict,
+)
 from bdjax.types import Array, Model, Range, Share, Split, Variables, Weight
 
 
@@ -57,7 +66,7 @@ class PruningAware(BadNets):
         data: Split,
         variables: Variables | None = None,
     ) -> tuple[Attack, Variables, Curves]:
-        key_clean, key_plan, key_fit, key_test = jax.random.split(key, 4)
+        key_clean, key_fit, key_test = jax.random.split(key, 3)
         if variables is None:
             variables, _ = fit(key_clean, model, recipe, clean_set(data))
         clean, images, site = variables, jnp.asarray(data.image), self.site or default_site(model)
@@ -65,7 +74,7 @@ class PruningAware(BadNets):
         before = metrics.accuracy(
             metrics.labels(predict(model, clean, images)), jnp.asarray(data.label)
         )
-        poisoned = poisoned_set(key_plan, data, self, model.classes)
+        poisoned = poisoned_set(poisoning_key(key), data, self, model.classes)
         most = jnp.round(jnp.asarray(self.share, jnp.float32) * order.shape[0]).astype(jnp.int32)
 
         def attempt(state):

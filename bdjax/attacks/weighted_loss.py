@@ -20,6 +20,9 @@ class WeightedLoss(BadNets):
     epoch still draws N rows, about half of them clean: give it twice the epochs to see the clean
     images as often.
 
+    The attacker writes the loss: where the trigger has a random place, `redraw` gives each copy a
+    new one in every step, as the paper's does; off, it is stamped once.
+
     Differs from the paper: λ is a constant, as in the loss of the slides of Gu, Zhao, Wei &
     Concepcion, which give no value; the paper finds the two weights anew for each batch (multiple
     gradient descent).

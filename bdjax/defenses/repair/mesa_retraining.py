@@ -7,7 +7,7 @@ from bdjax.attacks.base import Part, poison_rows
 from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.mesa import Mesa, stick
 from bdjax.registry import defense, pytree
-from bdjax.train import Recipe, TrainSet, fit
+from bdjax.train import Recipe, TrainSet, fit, stamp_key
 from bdjax.types import Model, Repaired, Share, Split, Variables
 
 
@@ -34,7 +34,8 @@ class MesaRetraining(Defense):
     arXiv:1910.04749).
 
     `mesa` finds the labels and the patches; then the net is trained by `recipe` on the clean
-    images, the share `rate` of which carries a patch of a flagged label and keeps its own; images
+    images, the share `rate` of which carries a patch of a flagged label, each the same one in every
+    epoch, and keeps its own; images
     of flagged labels stay clean, as stamping them would teach the backdoor. Where no label is
     flagged, the net is returned as it was.
 
@@ -78,9 +79,8 @@ class MesaRetraining(Defense):
         )
         label = jnp.asarray(clean.label)
         plan = poison_rows(key_rows, label, [Part(~verdict.flagged[label], self.rate, 1, label)])
-        tuned, log = fit(
-            key_fit, model, self.recipe, TrainSet(clean.image, plan, stamper), variables=variables
-        )
+        rows = TrainSet(clean.image, plan, stamper, stamp_key(key_rows))
+        tuned, log = fit(key_fit, model, self.recipe, rows, variables=variables)
         kept = jax.tree.map(
             lambda new, old: jnp.where(verdict.infected, new, old), tuned, dict(variables)
         )

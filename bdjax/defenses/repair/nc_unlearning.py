@@ -9,7 +9,7 @@ from bdjax.attacks.base import Part, poison_rows
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.invert.reversed import TriggerDefense
 from bdjax.registry import defense, static, validate
-from bdjax.train import Recipe, TrainSet, clean_set, fit
+from bdjax.train import Recipe, TrainSet, clean_set, fit, stamp_key
 from bdjax.types import BadInput, Model, Repaired, Share, Split, Variables
 
 
@@ -67,7 +67,8 @@ class NcUnlearning(TriggerDefense):
             attack, fired, info = self.fired(key_find, model, variables, clean)
             label = jnp.asarray(clean.label)
             plan = poison_rows(key_rows, label, [Part(fired.aimed >= 0, self.share, 1, label)])
-            rows = TrainSet(clean.image, plan._replace(kind=plan.kind * fired.kind), attack)
+            plan = plan._replace(kind=plan.kind * fired.kind)
+            rows = TrainSet(clean.image, plan, attack, stamp_key(key_rows))
         tuned, log = fit(key_fit, model, self.recipe, rows, variables=variables)
         kept = jax.tree.map(
             lambda new, old: jnp.where(info["repaired"], new, old), tuned, dict(variables)

@@ -71,9 +71,9 @@ class NNoculation(Defense):
     `info`: `level` that was kept, `before: []` and `after: [levels]`, accuracy on the held-out
     images; `loss`, `acc: [levels, epochs]`.
 
-    Differs from the paper: noise is drawn anew each time, not once. Left out: all that comes after deployment, that is, quarantine of the inputs on which
-    the old and the new net disagree, a CycleGAN that learns the trigger from them, and retraining
-    with its images.
+    Left out: all that comes after deployment, that is, quarantine of the inputs on which the old
+    and the new net disagree, a CycleGAN that learns the trigger from them, and retraining with its
+    images.
     """
 
     levels: tuple[Share, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)

@@ -180,8 +180,8 @@ class ActivationClustering(Defense):
     def __call__(
         self, key: jax.Array, model: Model, variables: Variables, data: TrainSet
     ) -> Suspects:
-        key_rows, key_classes, key_votes = jax.random.split(key, 3)
-        x, seen = activations(key_rows, model, variables, data, self.site)
+        key_classes, key_votes = jax.random.split(key)
+        x, seen = activations(model, variables, data, self.site)
         label, labels = data.plan.label, jnp.arange(model.classes)
 
         def one(k):
@@ -251,11 +251,10 @@ class ActivationClustering(Defense):
         """How a net that was trained without the rows `held: [M]` classifies them: by class, votes
         for the `own` label and for the best `other`: `[K]`.
         """
-        key_fit, key_rows = jax.random.split(key)
-        fresh, _ = fit(key_fit, model, self.recipe, without(data, held))
+        fresh, _ = fit(key, model, self.recipe, without(data, held))
 
         def piece(i):
-            x, _ = data.rows(i, jax.random.fold_in(key_rows, i[0]))
+            x, _ = data.rows(i)
             return jax.nn.one_hot(metrics.labels(model.apply(fresh, x).logits), model.classes)
 
         label = data.plan.label

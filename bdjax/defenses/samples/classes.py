@@ -27,7 +27,6 @@ class Axes(NamedTuple):
 
 
 def activations(
-    key: jax.Array,
     model: Model,
     variables: Variables,
     data: TrainSet,
@@ -42,7 +41,7 @@ def activations(
     """
 
     def piece(i):
-        act = model.apply(variables, data.rows(i, jax.random.fold_in(key, i[0]))[0]).acts[site]
+        act = model.apply(variables, data.rows(i)[0]).acts[site]
         return act.reshape(act.shape[0], -1)
 
     rows = data.plan.label.shape[0]

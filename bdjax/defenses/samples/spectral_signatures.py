@@ -56,15 +56,14 @@ class SpectralSignatures(Defense):
     def __call__(
         self, key: jax.Array, model: Model, variables: Variables, data: TrainSet
     ) -> Suspects:
-        key_rows, key_axes = jax.random.split(key)
-        x, seen = activations(key_rows, model, variables, data, self.site)
+        x, seen = activations(model, variables, data, self.site)
         label, labels = data.plan.label, jnp.arange(model.classes)
 
         def of(k):
             return seen & (label == k)
 
         top = mesh.lane_map(
-            lambda k: principal(key_axes, x, of(k).astype(jnp.float32), 1), labels, self.lanes
+            lambda k: principal(key, x, of(k).astype(jnp.float32), 1), labels, self.lanes
         )
         mean = top.mean if self.projection == "centred" else jnp.zeros_like(top.mean)
         along = along_own(x, label, mean, top.axes)[:, 0]

@@ -133,7 +133,7 @@ def ensemble(model: Model, members: int, vote: Vote, lanes: int | None = None) -
 def resample(key: jax.Array, plan: Plan) -> Plan:
     """A bootstrap sample of the rows that exist: as many, drawn with replacement."""
     rows = jax.random.randint(key, plan.source.shape, 0, plan.size)
-    return Plan(plan.source[rows], plan.kind[rows], plan.label[rows], plan.weight[rows], plan.size)
+    return plan.take(rows, plan.size)
 
 
 @defense("db-covidnet")
