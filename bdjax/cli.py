@@ -263,6 +263,8 @@ class Defend:
 
 
 def _show(row: dict[str, Any], out: Path | None) -> None:
+    if row["verdict"] is not None:
+        print(f"{'verdict':14} {row['verdict']}")
     for name, value in row["metrics"].items():
         print(f"{name:14} {value if value is None else round(value, 4)}")
     if out is not None:
