@@ -153,10 +153,25 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
         for line in path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-                found.setdefault(row["run"], row)
+                found.setdefault(row["run"], _renamed(row))
             except (ValueError, KeyError, TypeError):
                 continue
     return list(found.values())
+
+
+FORMER = {
+    "mntd": {"auroc": "shadow_auroc"},
+    "activation-clustering": {"auroc": "auroc_pooled"},
+    "spectral-signatures": {"auroc": "auroc_pooled"},
+}
+"""Metrics, by defense, that rows of 0.1 have under another name."""
+
+
+def _renamed(row: dict[str, Any]) -> dict[str, Any]:
+    names = FORMER.get(row.get("defense") or "", {})
+    if names and isinstance(row.get("metrics"), dict):
+        row["metrics"] = {names.get(name, name): v for name, v in row["metrics"].items()}
+    return row
 
 
 def recall(name: str) -> dict[str, Any]:
