@@ -36,15 +36,13 @@ class Reversed:
     counted from 1; 0 none.
 
     `mask: [L, H, W, 1]`, `pattern: [L, H, W, C]` in [0, 1]; `label: [L]` aimed at; `suspect: [L]`
-    bool: which of them are taken for backdoors; `p_value: []` of the search, where it was for all
-    labels.
+    bool: which of them are taken for backdoors.
     """
 
     mask: Annotated[Array, Range(0, 1)]
     pattern: Annotated[Array, Range(0, 1)]
     label: Annotated[Array, Range(0, INT32)]
     suspect: Annotated[Array, Range(0, 1)]
-    p_value: Array | float = jnp.nan
 
     @staticmethod
     def of(verdict: Verdict, pick: Pick = "flagged") -> "Reversed":
@@ -56,8 +54,7 @@ class Reversed:
             labels == jnp.where(qualified, verdict.info["norms"], jnp.inf).argmin()
         )
         suspect = verdict.flagged if pick == "flagged" else smallest
-        info = verdict.info
-        return Reversed(info["mask"], info["pattern"], labels, suspect, verdict.p_value)
+        return Reversed(verdict.info["mask"], verdict.info["pattern"], labels, suspect)
 
     def stamp(
         self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
@@ -141,7 +138,7 @@ class TriggerDefense(Defense):
     ) -> tuple[Attack | Reversed, Fired, dict[str, Any]]:
         """Whose triggers they are, the clean images under them, and what to report: `repaired: []`,
         whether there was any suspect; of reversed triggers `suspect: [L]`, `label: [L]`, `mask: [L,
-        H, W, 1]`, `pattern: [L, H, W, C]`, `p_value: []`.
+        H, W, 1]`, `pattern: [L, H, W, C]`.
         """
         key_search, key_fire = jax.random.split(key)
         if self.original is not None:
@@ -170,5 +167,5 @@ def described(found: Reversed) -> dict[str, Any]:
     return {
         "repaired": found.suspect.any(), "suspect": found.suspect, "label": found.label,
         "mask": found.mask,
-        "pattern": found.pattern, "p_value": jnp.asarray(found.p_value),
+        "pattern": found.pattern,
     }  # fmt: skip
