@@ -314,6 +314,8 @@ class Defend:
 def _show(row: dict[str, Any], out: Path | None) -> None:
     from bdjax.progress import shown
 
+    if row["verdict"] is not None:
+        print(f"{'verdict':14} {row['verdict']}")
     for name, value in row["metrics"].items():
         print(f"{shown(name):14} {_number(value)}")
     if out is not None:

@@ -114,3 +114,50 @@ def anomaly_index(x: jax.Array) -> jax.Array:
 def entropy(p: jax.Array, base: float = 2.0) -> jax.Array:
     """−Σ p·log p over the last axis, with 0·log 0 = 0; NaN where a p is NaN."""
     return -(p * jnp.log(jnp.where(p == 0, 1.0, p))).sum(-1) / jnp.log(base)
+
+
+def smallest_p(norms: jax.Array, able: jax.Array) -> jax.Array:
+    """How surprising the smallest of `norms: [K]` is among K alike, one-sided: a p-value `[]`.
+
+    Null: the norms of a clean net's labels are independent draws from one log-normal
+    distribution. The log of the smallest is held against the n − 1 others, by t = (log x − mean)
+    / (s·√(1 + 1/(n − 1))) with n − 2 degrees of freedom, mean and s theirs: the spread is
+    estimated, not known. As it is the smallest of n, p = min(1, n·P(T ≤ t)): exact at the usual
+    levels (no two of 16 can both be that far out), a bound beyond.
+
+    Only norms that are `able: [K]` (their trigger works) can be the smallest; the others count
+    among the rest with the norm that they have: left out, as it is the large ones that fail,
+    they would take the right tail away, and false alarms at .05 rise to .11 where 2 of 10 fail.
+    Infinite norms count nowhere. 1 where none is able; NaN for fewer than 4 norms.
+
+    What the null leaves out: labels that are easy by nature. Innocent labels of a net share a
+    distribution only roughly, and a p-value is as good as that.
+    """
+    known = jnp.isfinite(norms)
+    n = known.sum().astype(jnp.float32)
+    logs = jnp.where(known, jnp.log(jnp.maximum(norms, 1e-6)), 0.0)
+    able = able & known
+    least = jnp.where(able, logs, jnp.inf).argmin()
+    others = known & (jnp.arange(norms.shape[0]) != least)
+    mean = jnp.mean(logs, where=others)
+    # A spread below float32's resolution is that of equal norms.
+    spread = jnp.maximum(jnp.std(logs, ddof=1, where=others), 1e-6 * (1 + jnp.abs(mean)))
+    t = (logs[least] - mean) / (spread * jnp.sqrt(n / (n - 1)))
+    tail = jax.scipy.special.betainc((n - 2) / 2, 0.5, (n - 2) / (n - 2 + t**2)) / 2
+    p = jnp.where(able.any() & (t < 0), jnp.minimum(1.0, n * tail), 1.0)
+    return jnp.where(n < 4, jnp.nan, p)
+
+
+def combined_p(p: jax.Array) -> jax.Array:
+    """One p-value `[]` of `p: [S]`, valid however they depend on each other, as those of seeds do,
+    which judge one net by the same images: S/k times the k-th smallest, k = ⌊S/2⌋ + 1 (Rüger,
+    1978). Were all S valid, S·α of them would lie below α on average, so that k do with
+    probability S·α/k at most.
+
+    NaN counts as 1, unless all are: then NaN.
+    """
+    many = p.shape[0]
+    middle = many // 2 + 1
+    each = jnp.sort(jnp.where(jnp.isnan(p), 1.0, p))
+    found = jnp.minimum(1.0, each[middle - 1] * (many / middle))
+    return jnp.where(jnp.isnan(p).all(), jnp.nan, found)

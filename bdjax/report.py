@@ -13,10 +13,11 @@ import math
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jinja2
 import numpy as np
@@ -30,10 +31,12 @@ from bdjax import plots, schema
 from bdjax.own import beside, kind, renamed, sweep
 from bdjax.progress import kept, shown
 from bdjax.store import Store, result_files
-from bdjax.types import BadInput
+from bdjax.types import BadInput, Word, word
 
 Row = Mapping[str, Any]
 FIELDS = ("dataset", "model", "attack", "defense")
+SHOWN = (*FIELDS, "verdict", "n")
+"""What stands in columns of a table, or below it where it is the same in all rows."""
 FIRST = ("acc_train", "acc_test", "asr_all", "asr_nt", "far", "frr")
 """Metrics that lead a table, in this order; the others follow as they appear."""
 PERCENT = {
@@ -52,7 +55,7 @@ PERCENT = {
         "precision",
         "recall",
     ),
-    *("infected", "detected", "flagged", "overlap"),
+    *("infected", "undecided", "detected", "flagged", "overlap"),
 }
 """A metric with one of these words in its name is a share."""
 UPPER = {"acc", "asr", "ca", "far", "frr", "fnr", "fpr", "tpr", "tnr", "auroc", "cam"}
@@ -67,7 +70,20 @@ HINTS = {
     "frr_high": "largest value of the 95 % interval of the FRR",
     "frr_fit": "FRR of the boundary on the very clean images that it was fitted to",
     "valid_fit": "0: the fitted boundary is at or below 0, where no entropy is; nothing is flagged",
-    "auroc": "chance that a trojaned item scores as more suspicious than a clean one",
+    "auroc": "inputs: chance that a stamped one whose backdoor works scores as more suspicious "
+    "than a clean one",
+    "auroc_pooled": "training rows: chance that a poisoned one scores as more suspicious than a "
+    "clean one of any label",
+    "auroc_within": "training rows: chance that a poisoned one scores as more suspicious than a "
+    "clean one of its own training label; mean over labels",
+    "shadow_auroc": "of the held-out shadow nets, which say nothing of the nets that are judged",
+    "shadow_acc": "accuracy of the shadow nets on their own training images",
+    "recall": "share of the poisoned rows that are removed",
+    "precision": "share of the removed rows that are poisoned",
+    "anomaly_index": "median over the seeds of the search of what the judge decides on",
+    "infected": "share of nets on which the judge's own rule holds for every seed of its search",
+    "undecided": "share of nets on which the seeds of the search disagree",
+    "p_value": "of the null that the net is clean, where the judge has one",
     "index": "anomaly index: distance from the median in units of 1.4826 · MAD",
 }
 PAGES = ("table.csv", "table.md", "index.html")
@@ -130,9 +146,9 @@ def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Tables `{name, metrics, rows}` in order of first appearance, with one row for all the seeds
     of a name.
 
-    A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, metrics,
-    seconds, oracle, redraw, substitute}` and a metric `{n, mean, sd, paper, delta}`; `sd` is None
-    for one seed, `paper` and `delta` where the paper has no number.
+    A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, verdict,
+    metrics, seconds, oracle, redraw, substitute}` and a metric `{n, mean, sd, paper, delta}`; `sd`
+    is None for one seed, `paper` and `delta` where the paper has no number.
     """
     rows = list(rows)
     scales = {row.get("scale") for row in rows}
@@ -173,6 +189,7 @@ def _line(label: str, cells: list[Row]) -> dict[str, Any]:
         "n": len(done),
         "failed": len(cells) - len(done),
         "errors": _different(cells, "error"),
+        "verdict": _verdicts(done),
         "metrics": {m: stat for m, stat in stats.items() if stat["n"] or stat["paper"] is not None},
         "seconds": {
             part: _stat([c["seconds"].get(part) for c in done], None)["mean"]
@@ -196,6 +213,15 @@ def _different(rows: Iterable[Row], field: str) -> list[str]:
 def measured(value: Any) -> bool:
     """Whether a metric is a number, be it infinite; NaN and None are what was not measured."""
     return isinstance(value, (int, float)) and not math.isnan(value)
+
+
+def _verdicts(rows: Iterable[Row]) -> str | None:
+    """What a judge said of a line's seeds: `infected`, or `2 infected, 1 undecided`."""
+    found = [row["metrics"] for row in rows if measured(row["metrics"].get("infected"))]
+    said = Counter(word(m["infected"], m.get("undecided")) for m in found)
+    if len(said) < 2:
+        return next(iter(said), None)
+    return ", ".join(f"{said[w]} {w}" for w in get_args(Word) if said[w])
 
 
 def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
@@ -336,7 +362,7 @@ def _remarks(line: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _fixed(table: Mapping[str, Any]) -> dict[str, str]:
     """Fields with one value in the whole table, which need no column."""
-    values = {field: {line[field] for line in table["rows"]} for field in (*FIELDS, "n")}
+    values = {field: {line[field] for line in table["rows"]} for field in SHOWN}
     return {field: str(next(iter(v))) for field, v in values.items() if len(v) == 1 and v != {None}}
 
 
@@ -348,9 +374,7 @@ def _shown(table: Mapping[str, Any]) -> list[str]:
     """Fields that need a column."""
     fixed = _fixed(table)
     return [
-        f
-        for f in (*FIELDS, "n")
-        if f not in fixed and any(line[f] is not None for line in table["rows"])
+        f for f in SHOWN if f not in fixed and any(line[f] is not None for line in table["rows"])
     ]
 
 
@@ -363,7 +387,7 @@ def csv(tables: Iterable[Mapping[str, Any]]) -> str:
     for table in tables:
         for line in table["rows"]:
             record = {k: line[k] for k in ("experiment", "scale")} | {"table": table["name"]}
-            record |= {k: line[k] for k in ("row", *FIELDS, "n", "failed")}
+            record |= {k: line[k] for k in ("row", *SHOWN, "failed")}
             for metric, stat in line["metrics"].items():
                 record |= {
                     metric: stat["mean"],
@@ -818,7 +842,8 @@ def _console(table: Mapping[str, Any], width: int) -> list[Any]:
         grid.add_row(Text(shown(line["row"])), *([str(line["n"])] * sizes), *texts)
         rest = [m for m in cells if m in line["metrics"] and m not in chosen]
         notes = [f"{label_of(m)} {_pair(m, line['metrics'][m], line['n'])}" for m in rest]
-        if notes := [text for _, text in _remarks(line)] + notes:
+        said = [line["verdict"]] if line["verdict"] and "verdict" not in _fixed(table) else []
+        if notes := said + [text for _, text in _remarks(line)] + notes:
             words = shown(" · ".join(notes))
             below.add_row(Text(shown(line["row"]), "dim"), Text(words, "dim"))
     return [grid, *([Text(), below] if below.row_count else []), Text()]
@@ -836,6 +861,7 @@ def line(row: Row) -> str:
         f"{label_of(m)} {_pair(m, _stat([row['metrics'].get(m)], v), 1)}"
         for m, v in _known(row).items()
     ]
+    numbers = [said, *numbers] if (said := _verdicts([row])) else numbers
     text = f"failed: {row['error']}" if row.get("error") else ", ".join(numbers)
     return shown(
         f"{row.get('table')}, {row.get('row')}, seed {row.get('seed')}: {text} "

@@ -30,7 +30,7 @@ from bdjax import mesh, metrics, own, registry, schema
 from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
 from bdjax.datasets.base import Source
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Defense, Judge
 from bdjax.models.layers import Net, build
 from bdjax.own import renamed
 from bdjax.progress import Board, Progress, Stop, shown
@@ -57,7 +57,18 @@ from bdjax.train import (
     unit,
     without,
 )
-from bdjax.types import BadInput, Model, Repaired, Scores, Split, Suspects, Verdict, whole
+from bdjax.types import (
+    BadInput,
+    Model,
+    Repaired,
+    Scores,
+    Split,
+    Suspects,
+    Verdict,
+    Word,
+    whole,
+    word,
+)
 
 CHECKPOINT_EVERY = 30.0
 """Seconds of training between two checkpoints."""
@@ -65,6 +76,8 @@ GROUP = 8, 64
 """How many victims a CPU and an accelerator take at a time: their rows are written before the next
 ones are begun.
 """
+RANKED = 100
+"""Labels from which on a first ranking is printed before a long search for triggers."""
 PROGRAMS = 64
 """Compiled programs kept. Each has hundreds of memory maps,
 of which Linux allows a process 65,530.
@@ -434,11 +447,27 @@ class Runner:
         none = {"compile": 0.0, "run": 0.0}
         try:
             with self.stop:
+                self._first_ranking(cell, model, shared, variables)
                 victims = [(cell.attack, variables)]
                 return self._judged([cell], model, shared, victims, none, True, trained)
         except Unfit as error:
             self.unfit.append(cell)
             raise BadInput(self.complaint()) from error
+
+    def _first_ranking(self, cell: Cell, model: Model, shared: Any, variables: Any) -> None:
+        """Prints which labels lead after a short search, where the whole one has many to try."""
+        judge = cell.defense
+        if model.classes < RANKED or not isinstance(judge, Judge) or type(judge).rank is Judge.rank:
+            return
+        items = self._stacked([(jax.random.key(cell.seed), judge, variables)])
+        norms = np.asarray(self._ran("defend", _rank, model, shared, *items))[0]
+        order = np.argsort(norms)[: np.isfinite(norms).sum()]
+        leaders = ", ".join(f"{label} ({norms[label]:.3g})" for label in order[:10])
+        say(
+            f"first ranking of {len(order)} labels by the norm of a short search, median "
+            f"{np.median(norms[order]):.3g}: {leaders}, …",
+            self.quiet,
+        )
 
     def complaint(self) -> str:
         """One line on what does not fit."""
@@ -885,7 +914,7 @@ class Runner:
         return {
             "run": cell.run, "experiment": self.experiment, "scale": self.scale,
             "table": cell.table, "row": cell.row, **names, "seed": cell.seed, "config": config,
-            "metrics": found, "reported": dict(cell.reported),
+            "metrics": found, "verdict": said(found), "reported": dict(cell.reported),
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "oracle": bool(cell.defense is not None and cell.defense.oracle),
             "substitute": cell.substitute, "device": device_name(), "jax": jax.__version__,
@@ -1037,9 +1066,19 @@ def _verdict(
 ) -> Judged:
     result: Verdict = defense(jax.random.fold_in(key, 1), model, variables, shared[1])
     extra = defense.report(key, model, variables, shared[2], attack, result)
-    found = {"anomaly_index": result.index, "infected": result.infected.astype(jnp.float32)}
+    found = {
+        "anomaly_index": result.index,
+        "p_value": jnp.asarray(result.p_value),
+        "infected": result.infected.astype(jnp.float32),
+    }
+    if "seeds" in result.info:
+        found["undecided"] = result.undecided.astype(jnp.float32)
     scalars, arrays = split_scalars({**result.info, **extra, "flagged": result.flagged})
     return {**found, **scalars}, arrays, None
+
+
+def _rank(model: Model, shared: Any, key: jax.Array, judge: Judge, variables: Any) -> Any:
+    return judge.rank(jax.random.fold_in(key, 1), model, variables, shared[1])
 
 
 def _inputs(
@@ -1110,11 +1149,28 @@ def _samples(
     hit = (poison & removed).sum()
     found = {
         "recall": hit / poison.sum(), "precision": hit / jnp.maximum(removed.sum(), 1),
-        "auroc": metrics.auroc(result.score, result.score, exists & ~poison, poison), **result.info,
+        "auroc_pooled": metrics.auroc(result.score, result.score, exists & ~poison, poison),
+        "auroc_within": _within(result.score, train.plan.label, exists & ~poison, poison,
+                                model.classes),
+        **result.info,
     }  # fmt: skip
     extra = defense.report(key, model, variables, shared[2], attack, result)
     again, _ = fit(jax.random.fold_in(trained, 3), model, recipe, without(train, result.removed))
     return *split_scalars({**found, **extra}), again
+
+
+def _within(
+    score: jax.Array, label: jax.Array, clean: jax.Array, poison: jax.Array, classes: int
+) -> jax.Array:
+    """AUROC among the rows of one training label, the mean over the labels that hold both kinds: it
+    owes nothing to scores that differ from label to label.
+    """
+
+    def one(k):
+        mine = label == k
+        return metrics.auroc(score, score, clean & mine, poison & mine)
+
+    return jnp.nanmean(mesh.lane_map(one, jnp.arange(classes), 1))
 
 
 JUDGES: dict[str, Callable[..., Judged]] = {
@@ -1126,6 +1182,11 @@ JUDGES: dict[str, Callable[..., Judged]] = {
 def _held(path: Path) -> list[str]:
     """The victims whose arrays lie beside a `members.json`."""
     return schema.read_json(path, "members")["victims"]
+
+
+def said(found: Mapping[str, Any]) -> Word | None:
+    """A judge's word by its metrics; None where nothing was judged."""
+    return word(found["infected"], found.get("undecided")) if "infected" in found else None
 
 
 def device_name() -> str:

@@ -6,7 +6,7 @@ uint8.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -219,13 +219,38 @@ class Repaired(NamedTuple):
 
 class Verdict(NamedTuple):
     """A judgement on a model. `index: []` anomaly index; `infected: []` bool; `flagged: [K]` bool,
-    labels called targets.
+    labels called targets; `p_value: []` of the null that the net is clean, NaN where the judge has
+    none.
+
+    Of several seeds `info["seeds"]` holds each one's `index`, `infected`, `p_value: [S]` and
+    `flagged: [S, K]`, see `defenses.base.Judge`.
     """
 
     index: jax.Array
     infected: jax.Array
     flagged: jax.Array
     info: dict[str, Any]
+    p_value: Array | float = np.nan
+
+    @property
+    def undecided(self) -> jax.Array:
+        """Whether seeds disagree: `[]` bool."""
+        each = self.info["seeds"]["infected"] if "seeds" in self.info else self.infected[..., None]
+        return each.any(-1) & ~each.all(-1)
+
+    @property
+    def word(self) -> "Word":
+        """The verdict in words, once it is computed."""
+        return word(self.infected, self.undecided)
+
+
+Word = Literal["infected", "undecided", "no sign"]
+"""What a judge says: its rule holds on every seed, on some, on none."""
+
+
+def word(infected: Any, undecided: Any = False) -> Word:
+    """The word of a verdict, from its two numbers: as a row's metrics hold them, too."""
+    return "infected" if infected else "undecided" if undecided else "no sign"
 
 
 class Scores(NamedTuple):

@@ -18,8 +18,9 @@ and costs.
   suspects.
 - A defense works where it leaves an ASR_nt of 20 % or less for 5 points of accuracy or less, a
   filter for 5 more than the false rejections that it is set to; a judge of nets, where it calls the
-  attacked net infected and the clean net of the same images not. It works in part where ASR_nt is
-  halved for that price, or where the clean net is called infected too.
+  attacked net infected on each of three seeds of its search and the clean net of the same images
+  not. It works in part where ASR_nt is halved for that price, where the seeds disagree (?), or
+  where the clean net is called infected too.
 - Rates of 2 and 1 % are for the judges of samples: with 10 % half of the target's images are
   poisoned, and they look for a minority. Spectral signatures are told a bound ε of its share in a
   class: 10 %, to which only a rate of 1 % keeps, or 20 %, to which 2 % keeps as well. The 3×3
@@ -46,6 +47,7 @@ from bdjax import registry, report
 from bdjax.analysis.sensitivity import LRS, Sensitivity, chart
 from bdjax.datasets.public import FashionMnist, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
+from bdjax.defenses.base import Judge
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.experiment import there
 from bdjax.models.badnets_cnn import BadNetsCnn
@@ -56,7 +58,7 @@ from bdjax.models.strip import StripMnist
 from bdjax.store import Store
 from bdjax.sweep import Cell, grid
 from bdjax.train import Recipe
-from bdjax.types import BadInput
+from bdjax.types import BadInput, word
 
 TITLE = "Defense zoo: every defense against many attacks"
 
@@ -156,6 +158,8 @@ def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
         if scale == "smoke" and entry.name not in CHEAP:
             continue
         preset = getattr(entry.cls, "presets", {}).get("cpu", {}) if scale != "paper" else {}
+        if issubclass(entry.cls, Judge):
+            preset = {**preset, "seeds": 3}
         yield entry.name, entry.cls(**preset)
         if entry.name == "spectral-signatures" and attack is not None:
             yield "spectral-signatures, ε = 20 %", entry.cls(remove=0.3)
@@ -229,7 +233,8 @@ def short(row: dict) -> str:
         return f"{100 * m[name]:.0f}" if report.measured(m.get(name)) else "–"
 
     if "infected" in m:
-        return f"{'✓' if m['infected'] else '✗'} {m['anomaly_index']:.1f}"
+        said = word(m["infected"], m.get("undecided"))
+        return f"{ {'infected': '✓', 'undecided': '?'}.get(said, '✗') } {m['anomaly_index']:.1f}"
     return f"{share('acc_test')} / {share('asr_nt')}"
 
 
@@ -239,7 +244,8 @@ def works(row: dict, before: dict, alarm: bool) -> tuple[bool, bool]:
     """
     now, was = row["metrics"], before["metrics"]
     if "infected" in now:
-        return bool(now["infected"]) and not alarm, bool(now["infected"])
+        said = word(now["infected"], now.get("undecided"))
+        return said == "infected" and not alarm, said != "no sign"
     set_to = row.get("config", {}).get("defense", {})
     kept = now["acc_test"] >= was["acc_test"] - 0.05 - set_to.get("frr", set_to.get("fpr", 0.0))
     return kept and now["asr_nt"] <= 0.2, kept and now["asr_nt"] <= was["asr_nt"] / 2

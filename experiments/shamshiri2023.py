@@ -82,11 +82,11 @@ SCALES = {
     ),
     "cpu": Scale(
         Sample(), (5, 8, 1, 2), Cnn("VALID"), Ffnn(links="all"),
-        4, NeuralCleanse(steps=15, batches=8), Strip(n=20, inputs=500), (0,), (2, 3),
+        4, NeuralCleanse(steps=15, batches=8, seeds=3), Strip(n=20, inputs=500), (0,), (2, 3),
     ),
     "paper": Scale(
         FashionMnist(), (20, 30, 10, 10), Cnn("VALID"), Ffnn(links="all"),
-        12, NeuralCleanse(), Strip(inputs=2000), (0, 3, 7), (5, 5),
+        12, NeuralCleanse(seeds=3), Strip(inputs=2000), (0, 3, 7), (5, 5),
     ),
 }  # fmt: skip
 

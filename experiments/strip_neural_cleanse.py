@@ -255,6 +255,11 @@ class Scale(NamedTuple):
     trojan: dict[str, Any]
     seeds: int = 3
 
+    @property
+    def judge(self) -> NeuralCleanse:
+        """What gives verdicts: the search with several draws."""
+        return dataclasses.replace(self.nc, seeds=self.seeds)
+
 
 TINY = (Sample(train_size=400, test_size=60), Ffnn(hidden=(16,)), Recipe(epochs=1, batch=50))
 COLOR = Cnn("VALID", hidden=256, features=(16, 32))
@@ -436,9 +441,9 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
             yield from both(cell, rows, s)
 
     for cell in cleanse_victims(scale):
-        yield from rows(cell, defense=s.nc)
+        yield from rows(cell, defense=s.judge)
         if not isinstance(cell.attack, TrojanNN):
-            yield from rows(twin(cell), defense=s.nc)
+            yield from rows(twin(cell), defense=s.judge)
         if cell.row == "GTSRB":
             yield from rows(cell, table=RANKS, probe=Ranks(s.quick, s.ranks))
         yield from rows(cell, table=SIZES, probe=Sizes(s.nc))
@@ -471,7 +476,7 @@ def both(cell: Cell, rows: Any, s: Scale) -> Iterator[Cell]:
         "all-to-all": BadNets(**BadNets.presets["pattern"], labels="all-to-all", rate=0.5),
     }
     for name, attack in attacks.items():
-        for method, defense in (("STRIP", s.strip), ("Neural Cleanse", s.nc)):
+        for method, defense in (("STRIP", s.strip), ("Neural Cleanse", s.judge)):
             fields = {"table": BOTH, "attack": attack, "defense": defense, "probe": Needs(defense)}
             yield from rows(cell, row=f"{method}, {name}", **fields)
     unlearning = NcUnlearning(nc=s.quick, pick="smallest")

@@ -52,11 +52,11 @@ SCALES = {
     ),
     "cpu": Scale(
         Sample(), Ffnn(), Recipe(epochs=8, batch=64), RATES, (0, 2, 4, 6, 8), 2,
-        Strip(n=20, inputs=500), NeuralCleanse(steps=15, batches=8),
+        Strip(n=20, inputs=500), NeuralCleanse(steps=15, batches=8, seeds=3),
     ),
     "paper": Scale(
         FashionMnist(), Cnn("VALID"), Recipe(epochs=20, batch=128), RATES, tuple(range(10)), 10,
-        Strip(inputs=2000), NeuralCleanse(),
+        Strip(inputs=2000), NeuralCleanse(seeds=3),
     ),
 }  # fmt: skip
 

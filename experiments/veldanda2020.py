@@ -246,13 +246,14 @@ SCALES = {
         NeuralCleanse(steps=16, batches=5, batch=16, init_cost=0.01, start_at_zero=False,
                       patience=2),
         Strip(0.03, n=20), Mesa(**Mesa.presets["cpu"]), MesaRetraining.presets["cpu"],
-        Abs(images=10, top=6, per_site=1, steps=100),
+        Abs(images=10, top=6, per_site=1, steps=100, seeds=3),
     ),
     "paper": Scale(
         "paper", None, 0.3,
         Victim(Mnist(), BadNetsCnn(pool="max"), Recipe(epochs=20, batch=128)),
         {"adam": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (0.003, 0.01, 0.03, 0.1), "adadelta": (0.1, 1.0)},
-        (32, 128, 512), FinePruning(), NeuralCleanse(screen=100), Strip(0.03), Mesa(), {}, Abs(),
+        (32, 128, 512), FinePruning(), NeuralCleanse(screen=100), Strip(0.03), Mesa(), {},
+        Abs(seeds=3),
     ),
 }  # fmt: skip
 

@@ -323,13 +323,14 @@ SCALES = {
         Faces(**FACES, top_classes=22), Recipe(epochs=12, batch=32),
         ("sunglasses", "anonymous_1", "multi"), functools.partial(pruning, 2, batch=8),
         (1e-2, FAST, LR, 1e-4), (0, 1, 2, 4), strip(20, 100), 3,
-        NeuralCleanse(steps=12, batches=5, start_at_zero=False, init_cost=1e-2, patience=2), 8, 3,
+        NeuralCleanse(steps=12, batches=5, start_at_zero=False, init_cost=1e-2, patience=2,
+                      seeds=3), 8, 3,
     ),
     "paper": Scale(
         Faces(**FACES), Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta"),
         ("sunglasses", "anonymous_1", "multi"), functools.partial(pruning, 10, channels=48),
         (1e-2, FAST, LR, 1e-4, 1e-5, 1e-6), (0, 1, 2, 3, 4, 6, 12, 30, 48), strip(100, 500), 1,
-        NeuralCleanse(screen=100), 1283, 3,
+        NeuralCleanse(screen=100, seeds=3), 1283, 3,
     ),
 }  # fmt: skip
 

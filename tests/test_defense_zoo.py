@@ -42,6 +42,11 @@ BEFORE = row(HERE.BEFORE, acc_test=0.98, asr_nt=1.0)
             False,
             (False, False),
         ),
+        (
+            {"asr_nt": 1.0, "infected": 0.0, "undecided": 1.0, "anomaly_index": 2.1},
+            False,
+            (False, True),  # seeds that disagree
+        ),
     ],
 )
 def test_what_works(metrics, alarm, wanted):

@@ -279,7 +279,7 @@ def test_unprepared_it_prepares_itself(model):
     ready = jax.jit(lambda k: defense.prepare(k, model, clean))(KEY)
     whole = jax.jit(lambda k: defense(k, model, variables, clean))(KEY)
     np.testing.assert_allclose(ready(KEY, model, variables, clean).index, whole.index, rtol=1e-5)
-    assert jnp.isnan(whole.info["auroc"]), "no trojaned shadow nets, no AUROC"
+    assert jnp.isnan(whole.info["shadow_auroc"]), "no trojaned shadow nets, no AUROC"
     assert jnp.isfinite(whole.info["threshold"])
 
 

@@ -4,7 +4,7 @@
 |---|---|---|
 | `train/` | `(key, model, recipe, data: TrainSet, clean: Split)` | `Repaired`: replaces training |
 | `repair/` | `(key, model, variables, clean)` | `Repaired` |
-| `invert/`, `models/` | `(key, model, variables, clean)` | `Verdict` on the model |
+| `invert/`, `models/` | `(key, model, variables, clean)` | `Verdict` on the model, see `Judge` |
 | `inputs/` | `(key, model, variables, clean, x: [B, H, W, C])` | `Scores` of the inputs |
 | `samples/` | `(key, model, variables, data)` | `Suspects`: a sweep trains without them |
 
@@ -13,14 +13,20 @@ All are pure and safe under jit and vmap over the key, the variables and every l
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from bdjax.registry import admit, pytree, validate
+from bdjax import mesh, metrics
+from bdjax.registry import admit, pytree, static, validate
 from bdjax.train import Recipe, agree
-from bdjax.types import Model, Split, Variables, check_images
+from bdjax.types import BadInput, Model, Range, Split, Variables, Verdict, between, check_images
+
+SEEDS = 2**31 - 1
+"""Folded into a judge's key for its further seeds: no search folds in so large a number."""
 
 
 def _admitted(method: Callable) -> Callable:
@@ -101,3 +107,95 @@ class Defense:
         into `result`.
         """
         return {}
+
+
+@pytree
+class Judge(Defense):
+    """Base of the judges of a model: a random search, `once`, run with `seeds` different draws.
+
+    One draw is no finding: the same net can have an index of 3.4 and of 1.4 by its seed alone. Of
+    several seeds a verdict says `infected` where the rule holds on every one, `undecided` where
+    they disagree; `flagged` are the labels that all of them flag (none, where each names another);
+    `index` is the median; `p_value` as in `metrics.combined_p`. The rest of `info`, pictures and
+    norms alike, is that of one seed, the one with the median index (of two middle ones the lower),
+    so that they belong together; `info["seeds"]` has `index`, `infected`, `p_value: [S]`,
+    `flagged: [S, K]` and, where there are any, `norms: [S, K]`. The first seed draws what a single
+    one would. Seeds run one after another: they need the memory of one.
+    """
+
+    seeds: Annotated[int, Range(1, 1_000)] = static(1)
+
+    def once(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
+        """The verdict of one seed."""
+        raise NotImplementedError
+
+    def rank(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> jax.Array | None:
+        """A first look at every label before a long search: what `once` compares, roughly, small =
+        suspicious: `[K]`. None where a judge has none.
+        """
+        return None
+
+    def of_seed(self, seed: jax.Array) -> "Judge":
+        """The judge that seed number `seed: []` runs, where `prepare` learned one for each."""
+        return self
+
+    def keys(self, key: jax.Array) -> jax.Array:
+        """Each seed's key, the first `key` itself: `[S]`."""
+        further = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, SEEDS), i))
+        return jnp.concatenate([jax.random.clone(key)[None], further(jnp.arange(1, self.seeds))])
+
+    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
+        if self.seeds == 1:
+            verdict = self.once(key, model, variables, clean)
+            return verdict._replace(p_value=jnp.asarray(verdict.p_value, jnp.float32))
+
+        def one(item):
+            key, seed = item
+            return self.of_seed(seed).once(key, model, variables, clean)
+
+        found: Verdict = mesh.lane_map(one, (self.keys(key), jnp.arange(self.seeds)), 1)
+        return folded(found)
+
+
+def folded(found: Verdict) -> Verdict:
+    """One verdict of those of `S` seeds, stacked; see `Judge`."""
+    middle = jnp.argsort(found.index)[(found.index.shape[0] - 1) // 2]
+    seeds = {name: getattr(found, name) for name in ("index", "infected", "flagged", "p_value")}
+    seeds |= {name: found.info[name] for name in ("norms",) if name in found.info}
+    return Verdict(
+        jnp.median(found.index),
+        found.infected.all(),
+        found.flagged.all(0),
+        {**jax.tree.map(lambda leaf: leaf[middle], found.info), "seeds": seeds},
+        metrics.combined_p(found.p_value),
+    )
+
+
+def searched(labels: Sequence[int] | None, classes: int) -> np.ndarray:
+    """The labels that a search is for, `labels` or all, in order: `[L]`. An outlier is told from
+    the others: fewer than 3 raise `BadInput`.
+    """
+    if labels is None:
+        return np.arange(classes)
+    found = np.sort(np.asarray(labels))
+    if found.ndim != 1 or len(set(found.tolist())) < max(3, found.size):
+        raise BadInput(
+            f"labels {labels}: an outlier is told from the others, give at least 3 different ones"
+        )
+    between("labels", found, 0, classes - 1)
+    return found
+
+
+def spread(tree: Any, labels: np.ndarray, classes: int) -> Any:
+    """Leaves of the searched `labels`, `[L, ...]`, among all: `[K, ...]`. Where nothing was
+    searched, a number of a label is NaN, and pictures, counts and flags are 0.
+    """
+
+    def one(leaf):
+        number = leaf.ndim == 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        blank = jnp.full((classes, *leaf.shape[1:]), jnp.nan if number else 0, leaf.dtype)
+        return blank.at[labels].set(leaf)
+
+    return tree if labels.size == classes else jax.tree.map(one, tree)

@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 
 from bdjax import mesh, metrics
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Judge
 from bdjax.defenses.invert.inversion import (
     BOUND,
     Trigger,
@@ -79,7 +79,7 @@ class Search(NamedTuple):
 
 
 @defense("abs")
-class Abs(Defense):
+class Abs(Judge):
     """Stimulate each neuron, then look for a trigger that fires the few suspicious ones (Liu et
     al., 2019).
 
@@ -156,7 +156,7 @@ class Abs(Defense):
         "cpu": {"images": 30, "top": 12, "per_site": 2, "steps": 200},
     }
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
+    def once(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
         key_seed, key_trigger = jax.random.split(key)
         rows = seeds(key_seed, jnp.asarray(clean.label), self.images)
         x, label = unit(jnp.asarray(clean.image)[rows]), jnp.asarray(clean.label)[rows]

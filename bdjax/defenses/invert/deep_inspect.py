@@ -11,12 +11,13 @@ import optax
 from flax import linen as nn
 
 from bdjax import mesh, metrics
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Judge, searched, spread
 from bdjax.defenses.invert.inversion import BOUND, descend, reaches, squash, within
 from bdjax.registry import defense, static
 from bdjax.train import batched
 from bdjax.types import (
     BadInput,
+    Class,
     Count,
     Model,
     Rate,
@@ -77,7 +78,7 @@ def left_index(x: jax.Array) -> jax.Array:
 
 
 @defense("deep-inspect")
-class DeepInspect(Defense):
+class DeepInspect(Judge):
     """Find the label that a conditional generator reaches by small perturbations, without data
     (Chen et al., 2019).
 
@@ -96,11 +97,13 @@ class DeepInspect(Defense):
 
     `gamma_gan` = γ1, `gamma_norm` = γ2, `budget` = γ in units of ‖·‖₁; `steps`, `batch`, `lr`: of
     the generator; `inversion_steps`, `inversion_lr`: of the surrogates; `hidden`, `noise_size`:
-    width of G and D, numbers in z ~ N(0, 1). `lanes`: labels inverted side by side (None: the
-    device's default). Clean images are not used.
+    width of G and D, numbers in z ~ N(0, 1). `labels`: G is for these alone (None: all), the
+    surrogates are of all. `lanes`: labels inverted side by side (None: the device's default).
+    `seeds`: see `Judge`. Clean images are not used.
 
-    Verdict: `index`, the largest left index. `info`: `norms`, `index`, `success: [K]`;
-    `perturbation: [K, H, W, C]`, the mean over z; `surrogate: [K, H, W, C]`, one of each label.
+    Verdict: `index`, the largest left index; `p_value`, see `metrics.smallest_p`. `info`: `norms`,
+    `index`, `success: [K]`; `perturbation: [K, H, W, C]`, the mean over z; `surrogate: [K, H, W,
+    C]`, one of each label.
 
     Presets: `default`; `cpu`, fewer steps and images. `gamma_norm` and `success` are such that a
     clean net was not flagged; far from there the sizes of all labels are alike, or no label is
@@ -120,6 +123,7 @@ class DeepInspect(Defense):
     inversion_steps: Repeats = static(200)
     hidden: Size = static(256)
     noise_size: Size = static(100)
+    labels: tuple[Class, ...] | None = static(None)
     lanes: Count | None = static(None)
 
     budget_fields = ("steps", "batch", "images", "inversion_steps")
@@ -128,7 +132,7 @@ class DeepInspect(Defense):
         "cpu": {"steps": 2000, "batch": 32, "images": 32, "inversion_steps": 50},
     }
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
+    def once(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
         key_surrogate, key_train, key_measure = jax.random.split(key, 3)
         surrogate = self.surrogates(key_surrogate, model, variables)
         pool = surrogate.reshape(-1, *model.shape)
@@ -147,23 +151,26 @@ class DeepInspect(Defense):
             norm, hit, g = batched(piece, pool.shape[0], 250)
             return norm.mean(), hit.mean(where=owner != label), g.mean(0)
 
-        items = (jnp.arange(model.classes), jax.random.split(key_measure, model.classes))
+        labels = searched(self.labels, model.classes)
+        items = (jnp.asarray(labels, jnp.int32), jax.random.split(key_measure, labels.size))
         norms, success, mean = mesh.lane_map(measure, items, self.lanes)
         verdict = self.judge(norms, success)
-        return verdict._replace(
-            info=verdict.info | {"perturbation": mean, "surrogate": surrogate[:, 0]}
-        )
+        info = verdict.info | {"perturbation": mean}
+        flagged, info = spread((verdict.flagged, info), labels, model.classes)
+        return verdict._replace(flagged=flagged, info=info | {"surrogate": surrogate[:, 0]})
 
     def judge(self, norms: jax.Array, success: jax.Array) -> Verdict:
         """The outlier rule on the labels' `norms` and `success: [K]`."""
         norms = jnp.where(jnp.isnan(norms), jnp.inf, norms)
         index = jnp.nan_to_num(left_index(norms), posinf=jnp.inf)
-        flagged = (index > self.threshold) & (success >= self.success)
+        works = success >= self.success
+        flagged = (index > self.threshold) & works
         return Verdict(
             index.max(),
             flagged.any(),
             flagged,
             {"norms": norms, "index": index, "success": success},
+            metrics.smallest_p(norms, works),
         )
 
     def surrogates(self, key: jax.Array, model: Model, variables: Variables) -> jax.Array:
@@ -191,11 +198,12 @@ class DeepInspect(Defense):
         """The generator and its weights, trained on the surrogates `pool: [M, H, W, C]`."""
         generator, critic = Perturber(self.hidden, model.shape), Critic(self.hidden)
         batch = min(self.batch, pool.shape[0])
+        labels = jnp.asarray(searched(self.labels, model.classes), jnp.int32)
 
         def loss(params: Params, key):
             key_rows, key_label, key_z = jax.random.split(key, 3)
             x = pool[jax.random.randint(key_rows, (batch,), 0, pool.shape[0])]
-            label = jax.random.randint(key_label, (batch,), 0, model.classes)
+            label = labels[jax.random.randint(key_label, (batch,), 0, labels.shape[0])]
             z = jax.random.normal(key_z, (batch, self.noise_size))
             g = self.perturb(generator, params.generator, z, label, model.classes)
             made = jnp.clip(x + g, 0, 1)
@@ -231,6 +239,7 @@ class DeepInspect(Defense):
         pixels = math.prod(model.shape)
         size = 4 * pixels * (model.classes * self.images + self.hidden * 8)
         mesh.fits("DeepInspect's surrogates and nets", size + 4 * self.hidden * self.noise_size)
+        searched(self.labels, model.classes)
         if model.classes < 3:
             raise BadInput(
                 "DeepInspect compares the labels of a model: it needs 3 or more, not "

@@ -8,7 +8,7 @@ import optax
 from flax import linen as nn
 
 from bdjax import mesh, metrics
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Judge
 from bdjax.defenses.invert.inversion import descend, squash
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
@@ -120,7 +120,7 @@ def stick_each(key: jax.Array, x: jax.Array, patch: jax.Array) -> jax.Array:
 
 
 @defense("mesa")
-class Mesa(Defense):
+class Mesa(Judge):
     """Learn a generator of the patches that work, for each label and threshold (Qiao et al., 2019,
     arXiv:1910.04749).
 
@@ -178,7 +178,7 @@ class Mesa(Defense):
     def oracle(self) -> bool:
         return self.label is not None
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
+    def once(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
         key_split, key_train = jax.random.split(key)
         n = len(clean.label)
         order = jax.random.permutation(key_split, n)

@@ -2,6 +2,7 @@
 the target label of a backdoor is the one that a strangely small trigger reaches.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from bdjax import mesh, metrics
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Judge, searched, spread
 from bdjax.defenses.invert.inversion import (
     BOUND,
     Trigger,
@@ -28,6 +29,7 @@ from bdjax.train import batched, unit
 from bdjax.types import (
     Array,
     BadInput,
+    Class,
     Count,
     Model,
     Positive,
@@ -99,7 +101,7 @@ class Found(NamedTuple):
 
 
 @defense("neural-cleanse")
-class NeuralCleanse(Defense):
+class NeuralCleanse(Judge):
     """Reverse-engineer the smallest trigger of every label, flag the outliers (Wang et al., 2019).
 
     For each label t: min over m, Δ of ℓ(t, f((1 − m)⊙x + m⊙Δ)) + λ·|m|₁ over the defender's clean
@@ -119,8 +121,9 @@ class NeuralCleanse(Defense):
     it was for `stop_patience` steps in a row; or where a step that fails moved nothing. `init`:
     "random" (uniform m, Δ) or "ones" (raw values 1, m = Δ = 0.88); `inits`: starts a label, the
     best is kept. `norm_scale`: decide on norms or on log norms (few labels with one small norm
-    inflate the MAD; both indices are reported); `two_sided`: flag large norms as well. `lanes`:
-    labels side by side (None: the device's default).
+    inflate the MAD; both indices are reported); `two_sided`: flag large norms as well.
+    `labels`: search for these alone (None: all); to the others' norms, NaN, nothing is compared.
+    `lanes`: labels side by side (None: the device's default). `seeds`: see `Judge`.
 
     `screen`: for many labels, a low-cost pre-screen: all labels are searched, step by step, until
     more than the share `screen_overlap` of the `screen` labels with the smallest current norms were
@@ -128,12 +131,14 @@ class NeuralCleanse(Defense):
     others keep the norm that they have, which counts in the median but is never flagged; as it is
     too large, so is the index.
 
-    Verdict: `index`, that of the smallest norm; `info`: `norms`, `index`, `index_log`, `success`
-    (share of all clean images that the best trigger sends to the label), `qualified`, `steps`,
-    `cost`: `[K]`; `mask: [K, H, W, 1]`, `pattern: [K, H, W, C]`. A label that never reached
-    `success` has the norm of its last mask, as in the released code; it counts in the median but is
-    never flagged. A norm that is not a number counts as infinite. With MAD = 0, any label that
-    differs from the median has index ∞.
+    Verdict: `index`, that of the smallest norm; `p_value`, see `metrics.smallest_p`, none with a
+    pre-screen: the norms of searches that were given up are not those of whole ones. `info`:
+    `norms`, `index`, `index_log`, `success` (share of all clean images that the best trigger sends
+    to the label), `qualified`, `steps`, `cost`: `[K]`; `mask: [K, H, W, 1]`, `pattern: [K, H, W,
+    C]`. A label that never reached `success` has the norm of its last mask, as in the released
+    code; it counts in the median but is never flagged. A norm that is not a number counts as
+    infinite. With MAD = 0, any label that differs from the median has index ∞. The p-value is
+    one-sided whatever `two_sided` says.
 
     Presets: `paper`; `original_code`, the released GTSRB script; `backdoorbench`; `cpu`, 400
     mini-batches a label; `low-cost`, the paper's pre-screen for 1,283 labels (100, half of them, 10
@@ -167,6 +172,7 @@ class NeuralCleanse(Defense):
     norm_scale: Scale = static("linear")
     two_sided: bool = static(False)
     screen: Count | None = static(None)
+    labels: tuple[Class, ...] | None = static(None)
     lanes: Count | None = static(None)
 
     used_if = {key: {"screen": ...} for key in ("screen_overlap", "screen_patience")}
@@ -183,18 +189,26 @@ class NeuralCleanse(Defense):
         "low-cost": {"screen": 100},
     }  # fmt: skip
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
-        labels = jnp.arange(model.classes)
+    def once(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
+        numbers = searched(self.labels, model.classes)
+        labels = jnp.asarray(numbers, jnp.int32)
         found = self.search(key, model, variables, clean.image, labels)
         verdict = self.judge(found.norm, found.qualified & found.kept)
-        info = {
-            "success": self.reach(model, variables, clean.image, found.trigger, labels),
-            "steps": found.steps,
-            "cost": found.cost,
-            "mask": found.trigger.mask,
-            "pattern": found.trigger.pattern,
-        } | ({} if self.screen is None else {"kept": found.kept})
-        return verdict._replace(info=verdict.info | info)
+        # Searches that were given up have norms unlike those of whole ones.
+        p_value = jnp.where(found.kept.all(), verdict.p_value, jnp.nan)
+        info = (
+            verdict.info
+            | {
+                "success": self.reach(model, variables, clean.image, found.trigger, labels),
+                "steps": found.steps,
+                "cost": found.cost,
+                "mask": found.trigger.mask,
+                "pattern": found.trigger.pattern,
+            }
+            | ({} if self.screen is None else {"kept": found.kept})
+        )
+        flagged, info = spread((verdict.flagged, info), numbers, model.classes)
+        return Verdict(verdict.index, verdict.infected, flagged, info, p_value)
 
     def judge(self, norms: jax.Array, qualified: jax.Array) -> Verdict:
         """The outlier rule on the labels' norms: `norms, qualified: [K]`."""
@@ -206,7 +220,8 @@ class NeuralCleanse(Defense):
         flagged = qualified & side & (decisive > self.threshold)
         smallest = jnp.argmin(jnp.where(qualified | ~qualified.any(), norms, jnp.inf))
         info = {"norms": norms, "index": index, "index_log": index_log, "qualified": qualified}
-        return Verdict(decisive[smallest], flagged.any(), flagged, info)
+        p_value = metrics.smallest_p(norms, qualified)
+        return Verdict(decisive[smallest], flagged.any(), flagged, info, p_value)
 
     def search(
         self, key: jax.Array, model: Model, variables: Variables, images: Array, labels: jax.Array
@@ -259,6 +274,16 @@ class NeuralCleanse(Defense):
             + jnp.arange(labels.shape[0]) * self.inits
         )
         return jax.tree.map(lambda leaf: leaf[pick], found)
+
+    def rank(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> jax.Array:
+        """|m|₁ of each label after 8 short outer steps, 40 mini-batches in all: `[K]`, NaN where
+        not searched. A backdoor's label leads by then.
+        """
+        labels = searched(self.labels, model.classes)
+        short = dataclasses.replace(self, batches=min(self.batches, 5))
+        numbers = jnp.asarray(labels, jnp.int32)
+        norms = short.history(key, model, variables, clean.image, numbers, 8)[-1]
+        return spread(norms, labels, model.classes)
 
     def history(
         self,
@@ -436,6 +461,7 @@ class NeuralCleanse(Defense):
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)
+        searched(self.labels, model.classes)
         if model.classes < 3:
             raise BadInput(
                 "Neural Cleanse compares the labels of a model: it needs 3 classes or more, not "

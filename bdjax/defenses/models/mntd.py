@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bdjax import metrics
 from bdjax.attacks.base import Attack
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Judge
 from bdjax.mesh import bytes_of, fits, lane_map
 from bdjax.models.layers import LECUN
 from bdjax.registry import defense, pytree, static
@@ -167,7 +167,7 @@ class Meta:
 
 
 @defense("mntd")
-class Mntd(Defense):
+class Mntd(Judge):
     """A meta-classifier judges a net by its answers to tuned queries (Xu et al., 2019,
     arXiv:1910.03137).
 
@@ -192,7 +192,8 @@ class Mntd(Defense):
     Defaults are the paper's, but for `bootstrap`. Presets: `paper`, one set of images for all
     shadow nets; `cpu`, the same with fewer of them.
 
-    `info`: `threshold`, and `auroc`, `shadow_acc`, `loss` as in `Meta`.
+    `info`: `threshold`, `shadow_auroc`, that of the held-out shadow nets, not of the nets that are
+    judged, and `shadow_acc`, `loss` as in `Meta`.
 
     Differs from the paper: with one set of images for all, benign nets that were trained on others
     score far above the threshold (the released code puts it at the median of the nets that are
@@ -313,7 +314,18 @@ class Mntd(Defense):
         return variables["params"], curves.loss
 
     def prepare(self, key: jax.Array, model: Model, clean: Split) -> "Mntd":
-        """This defense with `learned` filled in."""
+        """This defense with `learned` filled in, of several seeds stacked: `[S, ...]`."""
+        if self.seeds == 1:
+            return dataclasses.replace(self, learned=self.learn(key, model, clean))
+        learned = lane_map(lambda key: self.learn(key, model, clean), self.keys(key), 1)
+        return dataclasses.replace(self, learned=learned)
+
+    def of_seed(self, seed: jax.Array) -> "Mntd":
+        learned = jax.tree.map(lambda leaf: leaf[seed], self.learned)
+        return dataclasses.replace(self, learned=learned)
+
+    def learn(self, key: jax.Array, model: Model, clean: Split) -> Meta:
+        """What one seed learns, from shadow nets of its own."""
         key_nets, key_meta = jax.random.split(key)
         nets, trojaned, acc = self.shadow_nets(key_nets, model, clean)
         first = trojaned.shape[0] * self.shadows // (self.shadows + self.validation)
@@ -329,16 +341,13 @@ class Mntd(Defense):
         else:
             threshold = best_threshold(scores, guilty)
         auroc = metrics.auroc(scores, scores, guilty == 0, guilty == 1)
-        learned = Meta(**params, threshold=threshold, auroc=auroc, shadow_acc=acc.mean(), loss=loss)
-        return dataclasses.replace(self, learned=learned)
+        return Meta(**params, threshold=threshold, auroc=auroc, shadow_acc=acc.mean(), loss=loss)
 
-    def __call__(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
-        learned = self.learned or self.prepare(key, model, clean).learned
-        assert learned is not None
+    def once(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
+        learned = self.learned or self.learn(key, model, clean)
         index = learned.score(model, variables)
-        info = {
-            name: getattr(learned, name) for name in ("threshold", "auroc", "shadow_acc", "loss")
-        }
+        info = {name: getattr(learned, name) for name in ("threshold", "shadow_acc", "loss")}
+        info["shadow_auroc"] = learned.auroc
         return Verdict(index, index > learned.threshold, jnp.zeros(model.classes, bool), info)
 
     def check(self, model: Model, clean: Split) -> None:
@@ -357,8 +366,12 @@ class Mntd(Defense):
             raise BadInput("shadow nets must be trained: give their recipe at least 1 epoch")
         self.recipe.check(len(clean.label))
         self.meta.check(self.shadows * (1 if self.variant == "one-class" else 2))
-        if self.learned is not None and self.learned.queries.shape[1:] != model.shape:
+        if self.learned is None:
+            return
+        if self.learned.queries.shape[-3:] != model.shape:
             raise BadInput(
-                f"prepared for images of {self.learned.queries.shape[1:]}, not {model.shape}: "
+                f"prepared for images of {self.learned.queries.shape[-3:]}, not {model.shape}: "
                 "prepare anew"
             )
+        if jnp.shape(self.learned.threshold) != (() if self.seeds == 1 else (self.seeds,)):
+            raise BadInput(f"prepared for another number of seeds than {self.seeds}: prepare anew")
