@@ -329,6 +329,16 @@ def name_of(method: Any) -> str | None:
     return next((e.name for e in _entries.values() if e.cls is type(method)), None)
 
 
+def replace(base: Any, path: Sequence[str], value: Any) -> Any:
+    """`base` with the field at `path` set to `value`."""
+    first, *rest = path
+    if not hasattr(base, first):
+        raise BadInput(f"{type(base).__name__} has no field '{first}'")
+    return dataclasses.replace(
+        base, **{first: replace(getattr(base, first), rest, value) if rest else value}
+    )
+
+
 def is_static(field: dataclasses.Field) -> bool:
     """Whether a field is part of the compile key."""
     return bool(field.metadata.get("static"))

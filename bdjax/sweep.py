@@ -34,6 +34,7 @@ from bdjax.defenses.base import Defense, Judge
 from bdjax.models.layers import Net, build
 from bdjax.own import renamed
 from bdjax.progress import Board, Progress, Stop, shown
+from bdjax.registry import replace
 from bdjax.store import (
     Store,
     load_tree,
@@ -220,16 +221,6 @@ def _with(base: Any, paths: Iterable[str], values: Iterable[Any]) -> Any:
     for path, value in zip(paths, values, strict=True):
         base = replace(base, path.split("__"), value)
     return base
-
-
-def replace(base: Any, path: Sequence[str], value: Any) -> Any:
-    """`base` with the field at `path` set to `value`."""
-    first, *rest = path
-    if not hasattr(base, first):
-        raise BadInput(f"{type(base).__name__} has no field '{first}'")
-    return dataclasses.replace(
-        base, **{first: replace(getattr(base, first), rest, value) if rest else value}
-    )
 
 
 def stack(items: Sequence[Any]) -> Any:

@@ -252,7 +252,9 @@ def works(row: dict, before: dict, alarm: bool) -> tuple[bool, bool]:
 
 
 def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
-    """ASR and accuracy under the defenses that change them; ASR over Fine-Pruning's rate."""
+    """ASR and accuracy under the defenses that change them, by attack; ASR over Fine-Pruning's
+    learning rate.
+    """
     from bdjax import plots
 
     tables, found = matrix(rows)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from bdjax.defenses.base import Defense
 from bdjax.mesh import lane_map
-from bdjax.registry import pytree, static
-from bdjax.sweep import replace
+from bdjax.registry import pytree, replace, static
 from bdjax.train import evaluate
 from bdjax.types import Array, BadInput, Model, Split, Variables
 
