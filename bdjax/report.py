@@ -598,7 +598,7 @@ def _figure(folder: Path, name: Any) -> bytes | None:
     path = folder / "figures" / f"{name}.png"
     try:
         content = schema.content(path) if kind(path) == "file" else b""
-    except BadInput:
+    except (OSError, BadInput):
         return None
     return content if content.startswith(PNG) else None
 
