@@ -377,19 +377,22 @@ RULES = tyro.constructors.ConstructorRegistry()
 
 @RULES.primitive_rule
 def _numbers(info: Any) -> Any:
-    """A number, written in ASCII. A field that may hold an array, so that sweeps can vmap it, is
-    one number on the command line.
+    """A number, written in ASCII, or several where None stands for all. A field that may hold an
+    array, so that sweeps can vmap it, is one number on the command line.
     """
     if get_origin(info.type) is tuple or not (found := registry.ranges(info.type)):
         return None
+    several = tuple in map(get_origin, get_args(info.type))
     kinds = found[0][0]
     kind = next((kind for kind in (float, int) if kind in kinds), None)
     optional = type(None) in get_args(info.type)
 
     def read(words: list[str]) -> Any:
-        (word,) = words
-        if word == "None" and optional:
+        if words == ["None"] and optional:
             return None
+        return tuple(map(one, words)) if several else one(*words)
+
+    def one(word: str) -> Any:
         if kind is None:
             raise ValueError("an array can be given from Python only")
         try:
@@ -401,11 +404,13 @@ def _numbers(info: Any) -> Any:
             raise ValueError(f"'{word}' is not {number}") from None
 
     return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="ARRAY" if kind is None else kind.__name__.upper(),
+        nargs="*" if several else 1,
+        metavar="ARRAY" if kind is None else kind.__name__.upper() + " ..." * several,
         instance_from_str=read,
         is_instance=lambda value: True,
-        str_from_instance=lambda value: [str(value)],
+        str_from_instance=lambda value: [
+            str(one) for one in (value if several and value is not None else (value,))
+        ],
     )
 
 

@@ -130,8 +130,13 @@ def smallest_p(norms: jax.Array, able: jax.Array) -> jax.Array:
     they would take the right tail away, and false alarms at .05 rise to .11 where 2 of 10 fail.
     Infinite norms count nowhere. 1 where none is able; NaN for fewer than 4 norms.
 
-    What the null leaves out: labels that are easy by nature. Innocent labels of a net share a
-    distribution only roughly, and a p-value is as good as that.
+    What the null leaves out: labels that are easy by nature, on every net of a data set. Measured
+    by experiments/calibration.py, Neural Cleanse `cpu` on 20 clean FFNNs of the embedded
+    Fashion-MNIST: label 8 (bag) has the smallest norm on all 20, log norms vary by 0.07 from net to
+    net and by 0.35 from label to label. So index > 2 on 9 of 20 nets (95 % interval: 23–68 %) and p
+    ≤ .05 on 10 (27–73 %) by one seed; over three seeds 4 (6–44 %) and 2 (1–32 %). DeepInspect: 1
+    and 0 of 20 (0–25 %, 0–17 %). Only nets known to be clean, of the same data, tell such labels
+    apart.
     """
     known = jnp.isfinite(norms)
     n = known.sum().astype(jnp.float32)

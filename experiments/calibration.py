@@ -8,6 +8,8 @@
 - Neural Cleanse runs three seeds of its search on a net. "One seed" is the first of them alone.
 - Intervals are Clopper and Pearson's, at 95 %, over nets.
 - A claim on p-values counts as shown unless the whole interval lies above .05.
+- Their null has all labels alike. Where one label is the easiest on every net, by nature, both
+  rules accuse it: the captions have what one seed gives.
 """
 
 from collections.abc import Iterator

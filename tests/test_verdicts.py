@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from bdjax import metrics, registry, report, sweep
+from bdjax.cli import main
 from bdjax.defenses.base import Judge, folded
 from bdjax.defenses.invert.deep_inspect import DeepInspect
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
@@ -229,6 +230,18 @@ def test_deep_inspect_for_some_labels(victim, sample):
 def test_labels_that_cannot_be_compared_are_refused(cls, labels, sample, victim):
     with pytest.raises(BadInput, match="labels"):
         cls(labels=labels).check(victim[0], sample.clean)
+
+
+@pytest.mark.parametrize("words", [("1", "x"), ("1", "1.5", "2"), ("-1", "2", "3"), ("2²", "1")])
+def test_labels_on_the_command_line(words, tmp_path, capsys):
+    for entry in JUDGES:
+        if hasattr(entry.cls(), "labels"):
+            flags = ["--defense", entry.name, "--defense.labels", *words]
+            with pytest.raises(SystemExit) as stop:
+                main(["defend", str(tmp_path), *flags])
+            out, err = capsys.readouterr()
+            assert stop.value.code == 2 and not out
+            assert err.count("\n") == 1 and "labels" in err and len(err) < 200
 
 
 def test_a_first_ranking_is_printed_where_there_are_many_labels(
