@@ -550,7 +550,7 @@ def command(args: Sequence[str]) -> None:
             name, _, rest = fault.partition(" ")
             raise BadInput(f"--{name.replace('_', '-')} {rest}")
         _all_read(made, args)
-    made()
+    made()  # type: ignore[operator]
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, dataclass_trans
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from bdjax.types import BadInput, Range, concrete, shown
 
@@ -251,7 +252,7 @@ def fault_within(value: Any) -> str | None:
 
 def _fault(hint: Any, value: Any) -> str | None:
     """What is wrong with a field's value, as what follows its name in an error line."""
-    if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+    if isinstance(value, (Tracer, jax.ShapeDtypeStruct)):
         return None
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType) and not set(args) & set(_NUMBERS):

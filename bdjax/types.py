@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 Array = jax.Array | np.ndarray
 Variables = Mapping[str, Any]
@@ -103,8 +104,7 @@ def seed(value: Any) -> Any:
 def concrete(*values: Any) -> bool:
     """Whether all leaves have values, as outside of jit and vmap."""
     return not any(
-        isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct))
-        for leaf in jax.tree.leaves(values)
+        isinstance(leaf, (Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(values)
     )
 
 

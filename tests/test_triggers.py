@@ -933,7 +933,7 @@ def test_every_parameter_is_checked(cls):
         (TriggerCombination(rate=0.5, cover=0.3), "rate \\+ 2·cover"),
         (TriggerCombination(labels="clean-label"), "no clean-label"),
         (MultiTrigger(labels="all-to-all"), "from its parts"),
-        (MultiTrigger(parts=(BadNets(shape="o"),)), "parts\[0\].shape"),
+        (MultiTrigger(parts=(BadNets(shape="o"),)), r"parts\[0\].shape"),
         (BadNets(random_place=True, size=0.01), "trigger outside"),
         (Blended(pattern="image"), "key image must have the images' shape"),
         (Accessory(worn="image"), "one channel of opacity"),

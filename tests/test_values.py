@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ def test_a_fault_within_a_part_is_found():
             if isinstance(value, Recipe):
                 bad = dataclasses.replace(value, lr=math.nan)
                 with pytest.raises(BadInput, match=rf"{field}\.lr nan"):
-                    registry.make(entry.kind, entry.name, **{field: bad})
+                    registry.make(entry.kind, entry.name, None, **{field: bad})
     with pytest.raises(BadInput, match=r"augment\.rotate inf"):
         registry.validate(Recipe(augment=Augmentation(rotate=math.inf)))
 
@@ -151,6 +152,20 @@ def test_what_is_traced_passes(entry):
     ]:
         registry.validate(method)
         jax.eval_shape(registry.validate, method)
+
+
+def test_what_was_learned_or_found_passes():
+    from bdjax.defenses.invert.reversed import Reversed
+    from bdjax.defenses.models.mntd import Meta, Mntd
+    from bdjax.defenses.repair.nc_pruning import NcPruning
+
+    found = Reversed(
+        jnp.ones((2, 4, 4, 1)), jnp.zeros((2, 4, 4, 1)), jnp.arange(2), jnp.ones(2, bool)
+    )
+    registry.validate(NcPruning(found=found))
+    registry.validate(Mntd(learned=Meta(*[jnp.full(3, jnp.nan)] * 9)))
+    with pytest.raises(BadInput, match=r"found\.label -1 is outside"):
+        registry.validate(NcPruning(found=dataclasses.replace(found, label=jnp.arange(2) - 1)))
 
 
 # --- The doors of the library ---
@@ -272,13 +287,13 @@ def test_seeds_run_to_the_last_of_32_bits():
 
 def test_a_cell_holds_what_it_says():
     source = registry.make("dataset", "mnist")
-    good = {"dataset": source, "model": Cnn(), "recipe": Recipe()}
+    good: dict[str, Any] = {"dataset": source, "model": Cnn(), "recipe": Recipe()}
     for part, bad in (
         ("dataset", "mnist"), ("model", MODEL), ("recipe", None), ("attack", "badnets"),
         ("defense", BadNets()),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=f"a cell's {part} is"):
-            Cell("", "", **(good | {part: bad}))
+            Cell("", "", **(good | {part: bad}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -293,13 +308,14 @@ def test_whole_numbers_of_the_command_line(text):
 def test_what_cannot_fit_is_refused_before_memory_is_taken():
     with pytest.raises(BadInput, match=r"takes [\d,.]+ GB, there are"):
         build(Ffnn(hidden=(65_536,) * 64), (28, 28, 1), 10)
-    for name, fields in (
+    big_ones: tuple[tuple[str, dict[str, Any]], ...] = (
         ("mntd", {"shadows": 65_536}), ("deep-inspect", {"images": 65_536, "hidden": 65_536}),
         ("autoencoder", {"hidden": (65_536,) * 16}),
-    ):  # fmt: skip
-        big = build(Ffnn(hidden=(2048, 2048)), (64, 64, 3), 1000)
+    )  # fmt: skip
+    big = build(Ffnn(hidden=(2048, 2048)), (64, 64, 3), 1000)
+    for name, fields in big_ones:
         with pytest.raises(BadInput, match="GB"):
-            registry.make("defense", name, **fields).check(big, DATA)
+            registry.make("defense", name, None, **fields).check(big, DATA)
     mesh.fits("a byte", 1)
 
 

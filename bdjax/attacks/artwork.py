@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.types import BadInput
+from bdjax.types import Array, BadInput
 
 LUMA = (0.299, 0.587, 0.114)
 """How bright red, green and blue look (ITU-R BT.601)."""
@@ -213,7 +213,7 @@ def in_channels(color: jax.Array | np.ndarray, channels: int) -> jax.Array:
     return color if channels == 3 else color @ jnp.asarray(LUMA)[:, None]
 
 
-def tint(color: tuple[float, ...], channels: int) -> jax.Array:
+def tint(color: tuple[Array | float, ...], channels: int) -> jax.Array:
     """A colour given as one value or as RGB, for images of `channels` channels: `[1 or C]`."""
     return (
         jnp.asarray(color, jnp.float32)
@@ -222,7 +222,7 @@ def tint(color: tuple[float, ...], channels: int) -> jax.Array:
     )
 
 
-def check_color(color: tuple[float, ...], channels: int) -> None:
+def check_color(color: tuple[Array | float, ...], channels: int) -> None:
     """Raises `BadInput` where `color` is neither one value nor RGB."""
     if len(color) not in (1, 3):
         raise BadInput(

@@ -51,6 +51,6 @@ class Blended(Attack):
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)
-        if self.pattern == "image" and jnp.shape(self.image) != shape:
-            got = None if self.image is None else jnp.shape(self.image)
+        got = None if self.image is None else jnp.shape(self.image)
+        if self.pattern == "image" and got != shape:
             raise BadInput(f"the key image must have the images' shape {shape}, not {got}")

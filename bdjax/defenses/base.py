@@ -35,15 +35,18 @@ def _admitted(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
-        given = names.bind(self, *args, **kwargs).arguments
-        model, clean, data = given["model"], given.get("clean"), given.get("data")
-        if data is not None:
-            agree(model, given.get("recipe", Recipe()), data)
-        if clean is not None:
+        given: dict[str, Any] = names.bind(self, *args, **kwargs).arguments
+        model = given["model"]
+        if "data" in given:
+            agree(model, given.get("recipe", Recipe()), given["data"])
+        if "clean" in given:
+            clean = given["clean"]
             check_images(clean.image, model.shape, clean.label, model.classes)
+        else:
+            clean = Split(given["data"].image, given["data"].plan.label)
         if "x" in given:
             check_images(given["x"], model.shape)
-        admit(self, model, Split(data.image, data.plan.label) if clean is None else clean)
+        admit(self, model, clean)
         return method(self, *args, **kwargs)
 
     return guarded

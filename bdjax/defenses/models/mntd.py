@@ -151,7 +151,7 @@ class Meta:
     on; `loss: [epochs]` of the meta-classifier.
     """
 
-    queries: Size
+    queries: jax.Array
     kernel: jax.Array
     bias: jax.Array
     weight: jax.Array
