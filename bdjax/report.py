@@ -152,14 +152,14 @@ def _fault(row: Row) -> str | None:
     acc, asr = found.get("acc_test"), found.get("asr_nt")
     if row.get("error") or not row.get("victim") or not isinstance(test, Mapping):
         return None
-    if _finite(acc) and acc <= metrics.chance(test["majority"], test["n"]):
+    if measured(acc) and acc <= metrics.chance(test["majority"], test["n"]):
         return f"collapsed: ACC {100 * acc:.1f} %, the largest class is {test['majority']:.1%}"
-    if not row.get("attack") or not _finite(asr):
+    if not row.get("attack") or not measured(asr):
         return None
     if asr < WORKS:
         return f"attack failed: ASR nt {100 * asr:.1f} %"
     clean = twin.get("asr_nt") if isinstance(twin, Mapping) else None
-    if _finite(clean) and asr - clean <= ABOVE:
+    if measured(clean) and asr - clean <= ABOVE:
         return f"attack failed: ASR nt {100 * asr:.1f} %, on the clean twin {100 * clean:.1f} %"
     return None
 

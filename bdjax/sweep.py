@@ -965,12 +965,12 @@ class Runner:
         """The clean victims of `cells`. One that another shard trains and writes is trained here
         too, and kept in memory: shards never wait for each other.
         """
-        own = [cell for cell in cells if cell.victim in self.mine]
-        found = self._victims(own, model, shared)[0] if own else {}
+        here = [cell for cell in cells if cell.victim in self.mine]
+        found = self._victims(here, model, shared)[0] if here else {}
         others = {c.victim: c for c in cells if c.victim not in self.mine}
         if missing := [cell for name, cell in others.items() if name not in self.others]:
             (attack, variables), losses = self._trained(missing, model, shared)
-            shutil.rmtree(self._partial(missing), ignore_errors=True)
+            own.remove(self._partial(missing), old_checkpoint)
             for i, cell in enumerate(missing):
                 net = Victim(attack, take(variables, i), float(losses[i]))
                 self.others[cell.victim] = net
