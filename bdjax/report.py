@@ -159,7 +159,7 @@ def _fault(row: Row) -> str | None:
     if asr < WORKS:
         return f"attack failed: ASR nt {100 * asr:.1f} %"
     clean = twin.get("asr_nt") if isinstance(twin, Mapping) else None
-    if measured(clean) and asr - clean <= ABOVE:
+    if clean is not None and measured(clean) and asr - clean <= ABOVE:
         return f"attack failed: ASR nt {100 * asr:.1f} %, on the clean twin {100 * clean:.1f} %"
     return None
 

@@ -916,7 +916,8 @@ class Runner:
             found, arrays = {**found, **probed[0]}, {**arrays, **probed[1]}
         found, arrays = jax.device_get((found, arrays))
         if "flagged" in arrays and cells[0].attack is not None:
-            targets = np.stack([cell.attack.targets(model.classes) for cell in cells])
+            aims = [cell.attack.targets(model.classes) for cell in cells if cell.attack is not None]
+            targets = np.stack([np.asarray(aim) for aim in aims])
             flagged = arrays["flagged"][: len(cells)]  # the rest is padding
             found["target_flagged"] = (flagged & targets).sum(1) / targets.sum(1)
         spent = self.clock.split(before, len(cells))

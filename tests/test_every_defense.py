@@ -4,6 +4,7 @@ that says what to use. And what it reports has a meaning.
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +50,11 @@ class Convolved(Net):
 
 
 NETS = {"dense": Dense(), "convolved": Convolved(), "normed": Normed()}
+ATTACKS = {
+    "dense": BadNets(size=2, target=1), "convolved": None,
+    "normed": BadNets(size=2, labels="all-to-all"),
+}  # fmt: skip
 DEFENSES = [entry.name for entry in registry.entries("defense")]
-JUDGES = [entry.name for entry in registry.entries("defense") if entry.stage == "invert"]
 
 
 def small(method, path="--defense"):
@@ -84,8 +88,9 @@ def saved(source, tmp_path_factory):
     """The folder of a victim of each kind."""
     made = {}
 
-    def of(kind, attack=BadNets(size=2, target=1)):  # noqa: B008
-        if (kind, attack is None) not in made:
+    def of(kind):
+        if kind not in made:
+            attack = ATTACKS[kind]
             data = source.load()
             model, recipe = build(NETS[kind], data.shape, data.classes), Recipe(epochs=20, batch=16)
             train = poisoned_set(jax.random.key(2), data.train, attack, data.classes)
@@ -93,8 +98,8 @@ def saved(source, tmp_path_factory):
             path = tmp_path_factory.mktemp("net") / kind
             about = {"recipe": recipe, "dataset": source, "attack": attack, "metrics": {}}
             save_model(path, NETS[kind], model, variables, **about)
-            made[kind, attack is None] = str(path)
-        return made[kind, attack is None]
+            made[kind] = str(path)
+        return made[kind]
 
     return of
 
@@ -122,33 +127,19 @@ def cases(kinds):
 
 
 @pytest.mark.parametrize(("kind", "name"), cases(NETS))
-def test_a_result_or_one_line(capsys, saved, tmp_path, kind, name):
+def test_a_result_or_one_line(capsys, saved, kind, name):
     found, text = defend(capsys, saved(kind), name)
     if found is None:
         assert any(word in text for word in ("give", "use", "take", "choose", "needs", "try")), text
         return
-    assert "acc_test" in found and "poisoned" in found
-
-
-@pytest.mark.parametrize(("kind", "name"), cases(["dense"]))
-def test_a_clean_net_has_no_number_of_an_attack(capsys, saved, kind, name):
-    found, text = defend(capsys, saved(kind, None), name)
-    assert found is not None, text
+    assert "acc_test" in found and ("poisoned" in found) == (ATTACKS[kind] is not None)
     words = {"asr", "far", "recall", "precision", "target", "poisoned"}
-    assert not [key for key in found if words & set(key.replace(".", "_").split("_"))]
-
-
-@pytest.mark.parametrize("name", JUDGES)
-@pytest.mark.long
-def test_judges_say_which_labels_they_flag(capsys, saved, name):
-    found, text = defend(capsys, saved("dense"), name)
-    assert found is not None, text
-    assert "\nflagged        " in text
-    norms = [line for line in text.splitlines() if line.startswith("  label ")]
-    assert [line.split(":")[0] for line in norms] in (
-        [],
-        [f"  label {k} ({c})" for k, c in enumerate("abcd")],
-    )
+    of_attack = [key for key in found if words & set(re.split(r"[_.]", key))]
+    assert bool(of_attack) == (ATTACKS[kind] is not None)
+    if registry.get("defense", name).stage in ("invert", "models"):
+        assert "\nflagged        " in text
+        norms = [line.split(":")[0] for line in text.splitlines() if line.startswith("  label ")]
+        assert norms in ([], [f"  label {k} ({c})" for k, c in enumerate("abcd")])
 
 
 def test_neural_cleanse_prints_a_norm_for_each_label(capsys, saved):

@@ -203,7 +203,8 @@ def test_chance_by_hand():
 )
 def test_faults_of_a_victim(change, word):
     one = victim("v", **change)
-    two = defended("v", **({"victim": None} if "victim" in change else {}))
+    two = defended("v")
+    two = two | ({"victim": None} if "victim" in change else {})
     found = report.faults([one, two])
     assert (word is None) == (not found)
     if word:

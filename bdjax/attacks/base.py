@@ -245,11 +245,11 @@ class Attack:
         counts = {name: int(rows.sum()) for name, rows in found.items()}
         return counts | {"added": max(counts["rows"] - y.shape[0], 0), "asked": asked}
 
-    def targets(self, classes: int) -> np.ndarray:
+    def targets(self, classes: int) -> jax.Array:
         """The labels that one of the triggers is to give, by `success`: `[K]` bool."""
         y = jnp.arange(classes, dtype=jnp.int32)
         aimed = [self.success(jnp.asarray(k), y, classes) for k in range(1, self.triggers + 1)]
-        return np.isin(np.arange(classes), np.stack(aimed))
+        return jnp.isin(y, jnp.stack(aimed))
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         """The stamped image of `x: [H, W, C]`, in [0, 1]."""

@@ -88,10 +88,12 @@ def _in_srgb(image: Any, said: dict[str, Any]) -> Any:
         except (OSError, TypeError, ImageCms.PyCMSError):
             raise ValueError("its colour profile is damaged: save it in sRGB") from None
         if image.mode == "L" and space == "RGB":  # grey in an RGB space
-            return ImageCms.applyTransform(image.convert("RGB"), transform).convert("L")
+            image = image.convert("RGB")
+            ImageCms.applyTransform(image, transform, inPlace=True)
+            return image.convert("L")
         if image.mode != space:
             raise ValueError(f"its colour profile is for {space}, not for {image.mode} pixels")
-        made = ImageCms.applyTransform(image, transform)
+        made: Any = ImageCms.applyTransform(image, transform)
         return made.convert("L") if image.mode == "L" else made
     image = image.convert("RGB") if image.mode == "CMYK" else image
     if "gamma" in said and "srgb" not in said:  # PNG
@@ -110,9 +112,8 @@ def _transform(icc: bytes) -> tuple[str, Any]:
     from PIL import ImageCms
 
     profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-    space = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(
-        profile.profile.xcolor_space.strip(), profile.profile.xcolor_space.strip()
-    )
+    about: Any = profile.profile
+    space: str = about.xcolor_space.strip().replace("GRAY", "L")
     if space not in ("L", "RGB", "CMYK"):
         return space, None
     return space, ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), space, "RGB")
