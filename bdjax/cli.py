@@ -233,6 +233,9 @@ class Defend:
     """Folder of a trained model."""
     out: Path | None = None
     """Folder for the repaired model; not saved if not given."""
+    labels: Literal["given", "net", "none"] = "given"
+    """Labels of the images: those of the data set; the net's own answers, so that accuracy says how
+    often it still answers the same; or none, and only what needs none is computed."""
     seed: Seed = 0
     train_seed: Seed | None = None
     """The --seed of the model's training, where bdjax 0.1 trained it and did not keep that."""
@@ -249,7 +252,7 @@ class Defend:
             save_model,
             unfinished,
         )
-        from bdjax.sweep import Cell, Runner, device_name
+        from bdjax.sweep import Cell, Runner, device_name, labelled
 
         if self.out is not None:
             own.whole(self.out, old_model)
@@ -257,10 +260,24 @@ class Defend:
         if lacking := [part for part in ("dataset", "recipe") if about[part] is None]:
             raise BadInput(f"{self.checkpoint}: its model.json names no {lacking[0]}: save it anew")
         flags: Any = self
+        stage = _stage(flags.defense)
+        dataset = about["dataset"]
+        if self.labels != "given":
+            if stage in ("train", "samples"):
+                raise BadInput(
+                    f"{registry.name_of(flags.defense)} takes the training set as it was labelled: "
+                    "leave --labels away"
+                )
+            dataset = labelled(dataset, model, variables, self.labels)
+        if stage == "samples" and any(_stage(defense) == "train" for defense in about["defenses"]):
+            raise BadInput(
+                f"{self.checkpoint} was made by a defense that replaces training, by rows of its "
+                f"own: give {registry.name_of(flags.defense)} the model that `bdjax train` made"
+            )
         cell = Cell(
             "",
             "",
-            about["dataset"],
+            dataset,
             net,
             about["recipe"],
             about["attack"],
@@ -274,21 +291,26 @@ class Defend:
             )
         check_data(about, self.checkpoint, strict=cell.stage == "samples")
         trained = self._trained(about, cell)
-        given = [about["defenses"], trained, *jax.tree.leaves(variables)]
+        given = [about["defenses"], self.labels, trained, *jax.tree.leaves(variables)]
         with unfinished("defend", cell.run, given, device_name()) as store:
             repaired = store.folder / "net"
             found = [row for row in store.rows() if row["run"] == cell.run]
             if not found or not (judges or repaired.exists()):
-                runner = Runner(store, "defend", quiet=self.quiet)
+                runner = Runner(store, "defend", quiet=self.quiet, unlabelled=self.labels == "none")
                 row, variables = runner.defend(cell, model, variables, trained)
                 found = [row]
                 if not judges:
-                    about["defenses"] = (*about["defenses"], flags.defense)
+                    # One that replaces training takes nothing over from a repaired net.
+                    before = () if cell.stage == "train" else about["defenses"]
+                    about["defenses"] = (*before, flags.defense)
                     about |= {"metrics": row["metrics"], "seed": trained}
                     save_model(repaired, net, model, variables, **about)
             if self.out is not None:
                 copy_model(repaired, self.out)
+            arrays = store.arrays(cell.run)
         _show(found[0], self.out)
+        if cell.stage in ("invert", "models"):
+            _show_labels(arrays, about["dataset"].load().names)
 
     def _trained(self, about: dict[str, Any], cell: Any) -> int | None:
         """The seed of the model's training, which says what rows are poisoned: judges of the
@@ -311,13 +333,25 @@ class Defend:
         return self.train_seed if needed else about["seed"]
 
 
+def _stage(defense: Any) -> str:
+    return registry.get("defense", registry.name_of(defense) or "").stage
+
+
 def _show(row: dict[str, Any], out: Path | None) -> None:
     from bdjax.progress import shown
+    from bdjax.sweep import warn
 
     if row["verdict"] is not None:
         print(f"{'verdict':14} {row['verdict']}")
     for name, value in row["metrics"].items():
         print(f"{shown(name):14} {_number(value)}")
+    if row["metrics"].get("acc_test") is not None:
+        warn(row["metrics"]["acc_test"], **row["test"])
+    if plan := row.get("plan"):
+        print(
+            f"poisoned       {plan['poisoned']} of {plan['rows']} rows: {plan['relabelled']} "
+            f"relabelled, {plan['clean_label']} with their own label, {plan['added']} added"
+        )
     if out is not None:
         print(f"saved in {shown(out)}")
 
@@ -326,6 +360,32 @@ def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "—"
     return str(round(value, 4)) if math.isfinite(value) else "∞" if value > 0 else "−∞"
+
+
+def _show_labels(arrays: dict[str, Any], names: Sequence[str]) -> None:
+    """What a judge found of each label: whether it flags it, and how large its trigger is."""
+    import numpy as np
+
+    from bdjax.progress import shown
+
+    flagged = arrays["flagged"]
+    norms = arrays.get("norms", np.full(len(flagged), np.nan))
+    if "candidate_label" in arrays and "mask" in arrays:  # of neurons: a label's smallest
+        sizes = np.where(arrays["valid"], arrays["mask"].sum((1, 2, 3)), np.inf)
+        norms = np.full(len(flagged), np.inf)
+        np.minimum.at(norms, arrays["candidate_label"], sizes)
+        norms[np.isinf(norms)] = np.nan
+    found = np.flatnonzero(flagged)
+    named = [
+        f"{k} ({shown(names[k])})" if len(names) == len(flagged) else str(k)
+        for k in range(len(flagged))
+    ]
+    print(f"flagged        {', '.join(named[k] for k in found) or 'no label'}")
+    if np.isnan(norms).all():
+        return
+    for k, norm in enumerate(norms):
+        text = "no trigger" if np.isnan(norm) else f"norm {norm:.4g}"
+        print(f"  label {named[k]}: {text}{', flagged' if flagged[k] else ''}")
 
 
 CHOICES = {

@@ -8,6 +8,7 @@ in its docstring ("- …") stands on the page as notes.
 
 import contextlib
 import importlib.util
+import re
 import shlex
 import statistics
 import sys
@@ -128,7 +129,7 @@ def run(
         report.print_table(rows, console)
         typed = shlex.quote(Path(path).as_posix())
         figures = list(module.figures(rows, store, scale)) if hasattr(module, "figures") else []
-        trends = list(module.trends(rows)) if hasattr(module, "trends") else []
+        trends = claims(module, rows)
         clock.add("report", begun)
         seconds = clock.seconds | {"total": time.monotonic() - start}
         page = report.write(
@@ -143,6 +144,17 @@ def run(
         )
         print(shown(f"results: {folder / 'results.jsonl'}") + f"\npage: {shown(page)}")
         return rows
+
+
+def claims(module: ModuleType, rows: Sequence[report.Row]) -> list[report.Trend]:
+    """The experiment's claims, by its valid rows alone (`report.valid`); one whose number nobody
+    measured, NaN, is open.
+    """
+    if not hasattr(module, "trends"):
+        return []
+    found = [report.Trend(*trend) for trend in module.trends(report.valid(rows))]
+    unknown = re.compile(r"(?i)\bnan\b")
+    return [t._replace(verdict="open") if unknown.search(t.numbers) else t for t in found]
 
 
 def there(dataset: Any) -> bool:

@@ -2,6 +2,7 @@
 percentages.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,13 @@ def hits(predicted: jax.Array, aimed: jax.Array) -> jax.Array:
 def accuracy(predicted: jax.Array, label: jax.Array) -> jax.Array:
     """Share of `predicted: [N]` equal to `label: [N]`."""
     return (predicted == label).mean()
+
+
+def chance(majority: float, n: int) -> float:
+    """The highest accuracy that says nothing: the share `majority` of the largest class, which a
+    net has that always answers the same, and its 99 % interval over `n` test images.
+    """
+    return majority + 2.576 * math.sqrt(majority * (1 - majority) / max(n, 1))
 
 
 class SuccessRates(NamedTuple):

@@ -27,7 +27,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from bdjax import plots, schema
+from bdjax import metrics, plots, schema
 from bdjax.own import beside, kind, renamed, sweep
 from bdjax.progress import kept, shown
 from bdjax.store import Store, result_files
@@ -88,15 +88,17 @@ HINTS = {
 }
 PAGES = ("table.csv", "table.md", "index.html")
 """What every report writes; a run's adds `report.json` and figures."""
-MARKS = {"reproduced": "✓", "partly": "◐", "not": "✗"}
+MARKS = {"reproduced": "✓", "partly": "◐", "not": "✗", "open": "?"}
 LEGEND = "paper → ours: mean ± sample standard deviation over n seeds; Δ = ours − paper."
 DPI = 144
 PNG = b"\x89PNG\r\n\x1a\n"
+WORKS, ABOVE = 0.5, 0.1
+"""ASR_nt from which an attack works, and by how much it must exceed that on the clean twin."""
 
 
 class Trend(NamedTuple):
-    """A claim of the paper, whether our numbers show it (`reproduced`, `partly` or `not`), and the
-    numbers.
+    """A claim of the paper, whether our numbers show it (`reproduced`, `partly` or `not`; `open`
+    where there are none), and the numbers.
     """
 
     claim: str
@@ -139,6 +141,52 @@ class Section(NamedTuple):
     chosen: Sequence[Row] = ()
 
 
+# --- Which rows say something ---
+
+
+def _fault(row: Row) -> str | None:
+    """What is wrong with a victim, by its own row; None where nothing is, or it cannot be known:
+    rows of 0.1 lack what it takes.
+    """
+    test, twin, found = row.get("test"), row.get("twin"), row["metrics"]
+    acc, asr = found.get("acc_test"), found.get("asr_nt")
+    if row.get("error") or not row.get("victim") or not isinstance(test, Mapping):
+        return None
+    if measured(acc) and acc <= metrics.chance(test["majority"], test["n"]):
+        return f"collapsed: ACC {100 * acc:.1f} %, the largest class is {test['majority']:.1%}"
+    if not row.get("attack") or not measured(asr):
+        return None
+    if asr < WORKS:
+        return f"attack failed: ASR nt {100 * asr:.1f} %"
+    clean = twin.get("asr_nt") if isinstance(twin, Mapping) else None
+    if clean is not None and measured(clean) and asr - clean <= ABOVE:
+        return f"attack failed: ASR nt {100 * asr:.1f} %, on the clean twin {100 * clean:.1f} %"
+    return None
+
+
+def faults(rows: Iterable[Row]) -> dict[str, str]:
+    """What is wrong with the victims, by the run of their own rows and of all that was done to
+    them: *collapsed*, no more accurate than a net that always answers the same; *attack failed*,
+    ASR_nt below 50 %, or at most 10 points above what the same trigger does to the clean twin.
+
+    Of a defense it is known where its victim's own row is among `rows`.
+    """
+    rows = list(rows)
+    victims = {
+        row["victim"]: fault
+        for row in rows
+        if not row.get("defense") and (fault := _fault(row)) is not None
+    }
+    return {r["run"]: victims[r["victim"]] for r in rows if r.get("victim") in victims}
+
+
+def valid(rows: Iterable[Row]) -> list[Row]:
+    """`rows` without the defenses of victims with `faults`: what claims and counts may use."""
+    rows = list(rows)
+    bad = faults(rows)
+    return [row for row in rows if not row.get("defense") or row["run"] not in bad]
+
+
 # --- From rows to tables ---
 
 
@@ -147,10 +195,13 @@ def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
     of a name.
 
     A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, verdict,
-    metrics, seconds, oracle, redraw, substitute}` and a metric `{n, mean, sd, paper, delta}`; `sd`
-    is None for one seed, `paper` and `delta` where the paper has no number.
+    invalid, faults, notes, metrics, seconds, oracle, redraw, substitute}` and a metric `{n, mean,
+    sd, paper, delta}`; `sd` is None for one seed, `paper` and `delta` where the paper has no
+    number. Seeds of a defense whose victim has `faults` do not count, unless all are so: then the
+    row is `invalid`.
     """
     rows = list(rows)
+    bad = faults(rows)
     scales = {row.get("scale") for row in rows}
     tables: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
@@ -162,7 +213,7 @@ def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
         key = (row.get("row") or "", *(row.get(field) for field in FIELDS))
         tables.setdefault(name, {}).setdefault(key, []).append(row)
     return [
-        _table(name, [_line(key[0], cells) for key, cells in groups.items()])
+        _table(name, [_line(key[0], cells, bad) for key, cells in groups.items()])
         for name, groups in tables.items()
     ]
 
@@ -176,13 +227,18 @@ def _table(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _line(label: str, cells: list[Row]) -> dict[str, Any]:
+def _line(label: str, cells: list[Row], bad: Mapping[str, str]) -> dict[str, Any]:
     done = [cell for cell in cells if not cell.get("error")]
+    odd = [cell for cell in done if cell["run"] in bad]
+    lost = [cell for cell in odd if cell.get("defense")]
+    invalid = bool(lost) and len(lost) == len(done)
+    whole = len(done)
+    done = done if invalid else [cell for cell in done if cell not in lost]
     reported: dict[str, Any] = {}
     for cell in cells:
         reported = dict(cell.get("reported") or {}) | reported
-    metrics = dict.fromkeys([m for cell in done for m in cell["metrics"]] + list(reported))
-    stats = {m: _stat([cell["metrics"].get(m) for cell in done], reported.get(m)) for m in metrics}
+    names = dict.fromkeys([m for cell in done for m in cell["metrics"]] + list(reported))
+    stats = {m: _stat([cell["metrics"].get(m) for cell in done], reported.get(m)) for m in names}
     return {
         "row": label,
         **{f: cells[0].get(f) for f in ("experiment", "scale", *FIELDS)},
@@ -190,6 +246,13 @@ def _line(label: str, cells: list[Row]) -> dict[str, Any]:
         "failed": len(cells) - len(done),
         "errors": _different(cells, "error"),
         "verdict": _verdicts(done),
+        "invalid": invalid,
+        "faults": [
+            ("" if len(odd) == whole else f"{len(odd)} of {whole} seeds: ") + "; ".join(reasons)
+            for reasons in [list(dict.fromkeys(bad[cell["run"]] for cell in odd))]
+            if reasons
+        ],
+        "notes": _notes(done),
         "metrics": {m: stat for m, stat in stats.items() if stat["n"] or stat["paper"] is not None},
         "seconds": {
             part: _stat([c["seconds"].get(part) for c in done], None)["mean"]
@@ -204,6 +267,18 @@ def _line(label: str, cells: list[Row]) -> dict[str, Any]:
 def _redraws(row: Row) -> bool:
     """Whether the attacker's triggers were drawn anew in every step of the training."""
     return bool(((row.get("config") or {}).get("attack") or {}).get("redraw"))
+
+
+def _notes(cells: Iterable[Row]) -> list[str]:
+    """What the rows of victims say of their poison and of their clean twins."""
+    found = []
+    for cell in cells:
+        plan = cell.get("plan")
+        if isinstance(plan, Mapping) and plan["poisoned"] < plan["asked"]:
+            found.append(f"{plan['poisoned']} rows poisoned of {plan['asked']} asked for")
+        if cell.get("attack") and not cell.get("defense") and "twin" in cell and not cell["twin"]:
+            found.append("no twin")
+    return list(dict.fromkeys(found))
 
 
 def _different(rows: Iterable[Row], field: str) -> list[str]:
@@ -355,6 +430,8 @@ def _remarks(line: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("redraw", "triggers drawn anew in every step"))
     if line["substitute"]:
         found.append(("substitute", f"substitute: {line['substitute']}"))
+    found += [("invalid", text) for text in line["faults"]]
+    found += [("note", text) for text in line["notes"]]
     if line["failed"]:
         found.append(("failed", f"{line['failed']} failed: {'; '.join(line['errors'])}"))
     return found
@@ -395,6 +472,7 @@ def csv(tables: Iterable[Mapping[str, Any]]) -> str:
                     f"{metric}_paper": stat["paper"],
                 }
             record |= {f"seconds_{k}": v for k, v in line["seconds"].items()}
+            record |= {"invalid": "; ".join(line["faults"]) or None}
             records.append(record | {k: line[k] for k in ("oracle", "redraw", "substitute")})
     records = [{_cell(k): _cell(v) for k, v in record.items()} for record in records]
     frame = pl.DataFrame(records, infer_schema_length=None)
@@ -715,7 +793,11 @@ def _view(table: Mapping[str, Any], anchor: str) -> dict[str, Any]:
         else:
             heads.append({"group": column.group, "hint": column.hint, "columns": [(i, column)]})
     body = [
-        {"marks": _remarks(line), "cells": [(column, column.cells[i]) for column in columns]}
+        {
+            "marks": [mark for mark in _remarks(line) if mark[0] != "note"],
+            "cells": [(column, column.cells[i]) for column in columns],
+            "invalid": line["invalid"],
+        }
         for i, line in enumerate(table["rows"])
     ]
     return {
@@ -836,10 +918,13 @@ def _console(table: Mapping[str, Any], width: int) -> list[Any]:
     for i, line in enumerate(lines):
         stacked = [cells[m][i] for m in cells if m in chosen]
         stacked.append((_seconds(line["seconds"]["run"]), _seconds(line["seconds"]["compile"])))
+        style = "dim" if line["invalid"] else ""
         texts = [
-            Text(first).append(f"\n{second}" if second else "", "dim") for first, second in stacked
+            Text(first, style).append(f"\n{second}" if second else "", "dim")
+            for first, second in stacked
         ]
-        grid.add_row(Text(shown(line["row"])), *([str(line["n"])] * sizes), *texts)
+        name_of = Text(shown(line["row"]), style)
+        grid.add_row(name_of, *([Text(str(line["n"]), style)] * sizes), *texts)
         rest = [m for m in cells if m in line["metrics"] and m not in chosen]
         notes = [f"{label_of(m)} {_pair(m, line['metrics'][m], line['n'])}" for m in rest]
         said = [line["verdict"]] if line["verdict"] and "verdict" not in _fixed(table) else []
@@ -934,10 +1019,10 @@ def axes(rows: Iterable[Row]) -> list[str]:
 
 
 def pivot(rows: Iterable[Row], x: str, y: str | None, metric: str) -> Pivot:
-    """`metric` over the axes `x` and `y` (None: one line); failed rows, and rows that lack an axis,
-    are left out.
+    """`metric` over the axes `x` and `y` (None: one line); failed rows, rows that lack an axis, and
+    defenses of victims with `faults` are left out.
     """
-    rows = [row for row in rows if not row.get("error")]
+    rows = [row for row in valid(rows) if not row.get("error")]
     cells: dict[tuple[Any, Any], list[float]] = {}
     for row in rows:
         place = (lookup(row, x), "" if y is None else lookup(row, y))
@@ -997,7 +1082,10 @@ def pivot_figures(rows: Iterable[Row], x: str, y: str | None, metric: str) -> li
             table.mean, table.x, table.y, xlabel=x, ylabel=y, label=label, percent=percent
         )
         made.insert(
-            0, Figure(f"{name}-map", f"{title}: map", f"Mean, {counts}; blank: not run.", picture)
+            0,
+            Figure(
+                f"{name}-map", f"{title}: map", f"Mean, {counts}; blank: no valid run.", picture
+            ),
         )
     return made
 
@@ -1008,9 +1096,9 @@ def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str,
 
     Low is good for success and error rates, high for all else. A net that cannot classify is no
     answer: a cell more than `drop` of accuracy below the victim's most accurate defended cell does
-    not count.
+    not count; nor do victims with `faults`.
     """
-    rows = [row for row in rows if not row.get("error")]
+    rows = [row for row in valid(rows) if not row.get("error")]
     victims: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row.get("defense") and not row.get("oracle") and measured(row["metrics"].get(metric)):

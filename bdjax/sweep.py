@@ -9,6 +9,7 @@ their rows are merged by whoever reads them.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -18,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
@@ -60,6 +60,7 @@ from bdjax.train import (
 )
 from bdjax.types import (
     BadInput,
+    Dataset,
     Model,
     Repaired,
     Scores,
@@ -144,17 +145,17 @@ class Cell:
             self, row=f"{self.row}, clean twin", attack=None, defense=None, reported={}
         )
 
-    @cached_property
+    @functools.cached_property
     def data(self) -> str:
         """Content hash of the data set, as it was when it was first asked for."""
         return fingerprint(self.dataset.load())
 
-    @cached_property
+    @functools.cached_property
     def victim(self) -> str:
         """Content hash of everything that decides the victim's weights."""
         return registry.digest(self.data, self.model, self.recipe, self.attack, self.seed)
 
-    @cached_property
+    @functools.cached_property
     def run(self) -> str:
         """Content hash of the row."""
         probes = () if self.probe is None else (self.probe,)
@@ -278,6 +279,10 @@ def _training(cell: Cell) -> Any:
     return cell.dataset, cell.model, compile_key(cell.recipe, cell.attack)
 
 
+def _kind(cell: Cell) -> Any:
+    return cell.dataset, cell.model
+
+
 def _judging(cell: Cell) -> Any:
     return compile_key(cell.defense, cell.probe)
 
@@ -335,6 +340,26 @@ class Unfit(Exception):
     """A program does not fit into the device's memory with a single lane."""
 
 
+@jax.tree_util.register_static
+class Unlabelled:
+    """In the place of labels that nobody has: whoever reads them raises `BadInput`."""
+
+    def _read(self, *_: Any, **__: Any) -> NoReturn:
+        raise BadInput(
+            "without labels this cannot be done: give them (--labels given), or let the net give "
+            "them (--labels net)"
+        )
+
+    __array__ = __jax_array__ = __len__ = __iter__ = __getitem__ = _read
+    shape = dtype = ndim = astype = property(_read)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unlabelled) or self._read()
+
+    def __hash__(self) -> int:
+        return hash(Unlabelled)
+
+
 class Victim(NamedTuple):
     """A trained victim, on the host: the attack as it is fired, and the net. `loss` is that of the
     last epoch.
@@ -363,6 +388,8 @@ class Runner:
     live: bool = False
     board: Board = dataclasses.field(default_factory=Board)
     stop: Stop = dataclasses.field(default_factory=Stop)
+    unlabelled: bool = False
+    """The defender's and the test images have no labels: nothing is measured that takes them."""
     widths: dict[Any, int] = dataclasses.field(default_factory=dict)
     """The lanes of programs that were measured, or did not fit."""
     unfit: list[Cell] = dataclasses.field(default_factory=list)
@@ -374,6 +401,11 @@ class Runner:
         self.places = list(self.devices or jax.local_devices()[:1])
         self.members: dict[str, tuple[Path, int]] | None = None
         self.models: list[Model] = []  # the last used at the end
+        self.counts: dict[str, dict[str, int]] = {}
+        self.twins: set[str] = set()
+        self.mine: set[str] = set()
+        self.others: dict[str, Victim] = {}
+        self.said: set[str] = set()
         self.last: tuple[Any, Any] = (None, None)
 
     def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -388,10 +420,15 @@ class Runner:
                 left for group in mine if (left := [cell for cell in group if cell.run not in done])
             ]
             for cell in itertools.chain(*pending):
-                check(cell)
+                self._checked(cell)
             for group in pending:
                 name = f"training {registry.name_of(group[0].model)}"
                 mesh.fits(name, footprint(group[:1], self.places, 1), self.places[0])
+            # Their clean twins come before the victims that are compared with them.
+            self.twins = {cell.victim for cell in cells if cell.attack is None}
+            self.mine = {cell.victim for cell in itertools.chain(*mine)}
+            kinds = list(dict.fromkeys(_kind(group[0]) for group in pending))
+            pending.sort(key=lambda g: (kinds.index(_kind(g[0])), g[0].attack is not None))
             total = sum(map(len, mine))
             finished = total - sum(map(len, pending))
             shard = "" if self.store.shard is None else "{}/{}".format(*self.store.shard)
@@ -433,13 +470,19 @@ class Runner:
         """The row of `cell` for a given victim, and the repaired variables where its defense
         repairs. `trained`: the seed of the victim's training, the cell's if not given.
         """
-        check(cell)
-        _, shared = self._data(cell)
+        self._checked(cell, model)
+        built, shared = self._data(cell)
         none = {"compile": 0.0, "run": 0.0}
+        replaces = cell.stage == "train"  # it has no victim, but that one's recipe and images
         try:
             with self.stop:
+                if not replaces and not self.unlabelled:
+                    item = self._stacked([variables])
+                    (acc,) = np.asarray(self._ran("evaluate", _accuracy, model, shared, item))[:1]
+                    warn(acc, **_test(cell))
                 self._first_ranking(cell, model, shared, variables)
-                victims = [(cell.attack, variables)]
+                victims = None if replaces else [(cell.attack, variables)]
+                model = built if replaces else model
                 return self._judged([cell], model, shared, victims, none, True, trained)
         except Unfit as error:
             self.unfit.append(cell)
@@ -460,6 +503,26 @@ class Runner:
             self.quiet,
         )
 
+    def _checked(self, cell: Cell, model: Model | None = None) -> None:
+        """Raises `BadInput` where the cell cannot be run, on `model` where its net is given, and
+        counts what its attack poisons: once for a victim.
+        """
+        check(cell, model)
+        if cell.attack is None or cell.victim in self.counts:
+            return
+        data = cell.dataset.load()
+        key = jax.random.fold_in(jax.random.key(cell.seed), 2)  # as in `_epoch`
+        found = cell.attack.count(key, jnp.asarray(data.train.label), data.classes)
+        self.counts[cell.victim] = found
+        if found["poisoned"] < found["asked"]:
+            line = (
+                f"{registry.name_of(cell.attack)}: {found['asked']} rows are to be poisoned, there "
+                f"are {found['poisoned']} for it: all of them are"
+            )
+            if line not in self.said:
+                say(line, False)
+            self.said.add(line)
+
     def complaint(self) -> str:
         """One line on what does not fit."""
         kinds = {
@@ -478,10 +541,13 @@ class Runner:
         if fingerprint(data) != cell.data:
             raise BadInput(f"{data.name}: its files changed while this ran: start again")
         if self.last[0] is not data:
-            splits = tuple(
+            train, *others = (
                 Split(jnp.asarray(s.image), jnp.asarray(s.label))
                 for s in (data.train, data.clean, data.test)
             )
+            if self.unlabelled:
+                others = [split._replace(label=Unlabelled()) for split in others]
+            splits = (train, *others)
             self.last = data, mesh.place(splits, jnp.zeros(1), self.places)[0]
         self.clock.add("data", start)
         model = build(cell.model, data.shape, data.classes)
@@ -600,7 +666,10 @@ class Runner:
         return found, seconds
 
     def _partial(self, cells: Sequence[Cell]) -> Path:
-        return self.store.folder / "partial" / registry.digest([cell.victim for cell in cells])
+        names = [cell.victim for cell in cells]
+        # Two shards may train the same clean twin.
+        names += [self.store.suffix] if self.store.suffix else []
+        return self.store.folder / "partial" / registry.digest(names)
 
     def _trained(self, cells: Sequence[Cell], model: Model, shared: Any) -> tuple[Any, np.ndarray]:
         """The victims of `cells`, `(attack, variables)` stacked, and their losses."""
@@ -826,7 +895,8 @@ class Runner:
             found, arrays, repaired = self._ran("defend", JUDGES[stage], model, shared, *items)
             if repaired is not None:
                 variables, judged = repaired, defense.wrap(model)
-        if stage != "inputs":  # what passes a filter is measured there
+        # What passes a filter is measured there.
+        if stage != "inputs" and not self.unlabelled:
             measured = self._ran("evaluate", _measured, judged, shared, keys, attacks, variables)
             found, arrays = {**measured[0], **found}, {**measured[1], **arrays}
         if cells[0].probe is not None:
@@ -836,22 +906,67 @@ class Runner:
             )
             found, arrays = {**found, **probed[0]}, {**arrays, **probed[1]}
         found, arrays = jax.device_get((found, arrays))
-        if "flagged" in arrays and attacks is not None:
-            target = np.asarray(attacks.target)[: len(cells)]  # the rest is padding
-            found["target_flagged"] = arrays["flagged"][np.arange(len(cells)), target].astype(
-                np.float32
-            )
+        if "flagged" in arrays and cells[0].attack is not None:
+            aims = [cell.attack.targets(model.classes) for cell in cells if cell.attack is not None]
+            targets = np.stack([np.asarray(aim) for aim in aims])
+            flagged = arrays["flagged"][: len(cells)]  # the rest is padding
+            found["target_flagged"] = (flagged & targets).sum(1) / targets.sum(1)
         spent = self.clock.split(before, len(cells))
         if stage is None:
             spent = {name: value + seconds[name] for name, value in spent.items()}
+        twins = {} if stage is not None else self._twins(cells, model, shared, keys, attacks)
         rows = []
         for i, cell in enumerate(cells):
             if arrays:
                 self.store.save_arrays(cell.run, take(arrays, i))
             measured = {name: np.asarray(value[i]).item() for name, value in found.items()}
-            rows.append(self._row(cell, measured, spent))
+            row = self._row(cell, measured, spent)
+            rows.append(row | ({} if stage is not None else {"twin": twins.get(cell.run)}))
         self._written(rows)
         return rows[0], take(repaired, 0) if keep and repaired is not None else None
+
+    def _twins(
+        self, cells: Sequence[Cell], model: Model, shared: Any, keys: Any, attacks: Any
+    ) -> dict[str, dict[str, Any]]:
+        """What the attacks of victims do to their clean twins, where these are among the cells that
+        are run: accuracy and success by row.
+        """
+        if attacks is None:
+            return {}
+        twins = [cell.twin for cell in cells]
+        mine = [i for i, twin in enumerate(twins) if twin.victim in self.twins]
+        if not mine:
+            return {}
+        try:
+            nets = self._clean([twins[i] for i in mine], model, shared)
+        except Unfit:
+            return {}
+        mine = [i for i in mine if (net := nets.get(twins[i].victim)) and np.isfinite(net.loss)]
+        if not mine:
+            return {}
+        items = [(take((keys, attacks), i), nets[twins[i].victim].variables) for i in mine]
+        (keys, attacks), variables = self._stacked(items)
+        found, _ = self._ran("evaluate", _measured, model, shared, keys, attacks, variables)
+        found = {name: np.asarray(found[name]) for name in ("acc_test", "asr_all", "asr_nt")}
+        return {
+            cells[i].run: {"victim": twins[i].victim, **{k: v[n].item() for k, v in found.items()}}
+            for n, i in enumerate(mine)
+        }
+
+    def _clean(self, cells: Sequence[Cell], model: Model, shared: Any) -> Mapping[str, Victim]:
+        """The clean victims of `cells`. One that another shard trains and writes is trained here
+        too, and kept in memory: shards never wait for each other.
+        """
+        here = [cell for cell in cells if cell.victim in self.mine]
+        found = self._victims(here, model, shared)[0] if here else {}
+        others = {c.victim: c for c in cells if c.victim not in self.mine}
+        if missing := [cell for name, cell in others.items() if name not in self.others]:
+            (attack, variables), losses = self._trained(missing, model, shared)
+            own.remove(self._partial(missing), old_checkpoint)
+            for i, cell in enumerate(missing):
+                net = Victim(attack, take(variables, i), float(losses[i]))
+                self.others[cell.victim] = net
+        return {**found, **{name: self.others[name] for name in others}}
 
     def _prepared(self, cells: Sequence[Cell], model: Model, shared: Any) -> list[Defense | None]:
         """The cells' defenses with what they learn before they see a victim: once for a data set
@@ -905,7 +1020,8 @@ class Runner:
         return {
             "run": cell.run, "experiment": self.experiment, "scale": self.scale,
             "table": cell.table, "row": cell.row, **names, "seed": cell.seed, "config": config,
-            "metrics": found, "verdict": said(found), "reported": dict(cell.reported),
+            "metrics": found, "verdict": said(found), "plan": self.counts.get(cell.victim),
+            "victim": cell.victim, "test": _test(cell), "reported": dict(cell.reported),
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "oracle": bool(cell.defense is not None and cell.defense.oracle),
             "substitute": cell.substitute, "device": device_name(), "jax": jax.__version__,
@@ -938,10 +1054,12 @@ def out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
 
 
-def check(cell: Cell) -> None:
-    """Raises `BadInput` where the cell cannot be run."""
+def check(cell: Cell, model: Model | None = None) -> None:
+    """Raises `BadInput` where the cell cannot be run, on `model` where its net is given."""
     data = cell.dataset.load()
-    model = build(cell.model, data.shape, data.classes)
+    if model is None:
+        model = build(cell.model, data.shape, data.classes)
+    fits(model, data)
     registry.admit(cell.recipe, len(data.train.label))
     if cell.attack is not None:
         registry.admit(cell.attack, data.shape, data.classes)
@@ -949,9 +1067,63 @@ def check(cell: Cell) -> None:
         registry.admit(cell.defense, model, data.clean)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labelled:
+    """A data set in memory, in the place of its source."""
+
+    data: Dataset
+
+    def load(self) -> Dataset:
+        """The data set."""
+        return self.data
+
+
+def labelled(dataset: Any, model: Model, variables: Any, how: Literal["net", "none"]) -> Labelled:
+    """A data set with the net's own answers for labels, or with nothing said by them (0), and with
+    the net's classes.
+    """
+    data = dataset.load()
+    splits = {}
+    for name in ("train", "clean", "test"):
+        split = getattr(data, name)
+        if tuple(split.image.shape[1:]) != tuple(model.shape):
+            break  # `fits` says so
+        label = np.zeros(len(split.image), np.int32)
+        if how == "net":
+            label = np.asarray(metrics.labels(predict(model, variables, split.image)))
+        if label.min() < 0:
+            raise BadInput("the net gives some images no label: its answers are not numbers")
+        splits[name] = split._replace(label=label)
+    return Labelled(data._replace(**splits, classes=model.classes, names=()))
+
+
+def fits(model: Model, data: Dataset) -> None:
+    """Raises `BadInput` where a net and a data set differ in their images or classes."""
+    if tuple(model.shape) != tuple(data.shape):
+        raise BadInput(
+            f"the net takes images of {'×'.join(map(str, model.shape))}, those of {data.name} are "
+            f"{'×'.join(map(str, data.shape))}: give it data of its own kind"
+        )
+    if model.classes != data.classes:
+        raise BadInput(
+            f"the net has {model.classes} classes, {data.name} has {data.classes}: give it data of "
+            "its own classes, or say how to label them: --labels net or --labels none"
+        )
+
+
 def bound(cell: Cell, shared: Any) -> Any:
     """The cell's attack with the images that it takes from the training set."""
     return None if cell.attack is None else cell.attack.bind(shared[0])
+
+
+def warn(acc: float, n: int, majority: float) -> None:
+    """A line where an accuracy on `n` test images says nothing; see `metrics.chance`."""
+    if acc <= metrics.chance(majority, n):
+        line = (
+            f"warning: the net is right on {100 * acc:.1f} % of the test images, which is chance: "
+            f"the largest class has {100 * majority:.1f} %"
+        )
+        say(line, False)
 
 
 def say(line: str, quiet: bool) -> None:
@@ -1004,6 +1176,17 @@ def _measured(
     return split_scalars(found)
 
 
+def _accuracy(model: Model, shared: Any, variables: Any) -> jax.Array:
+    return evaluate(jax.random.key(0), model, variables, shared[2])["acc"]
+
+
+def _report(defense: Any, key, model: Model, variables: Any, test: Split, attack, result) -> dict:
+    """The defense's own report, unless there are no labels that it could be measured by."""
+    if isinstance(test.label, Unlabelled):
+        return {}
+    return defense.report(key, model, variables, test, attack, result)
+
+
 def _probed(
     model: Model, shared: Any, key: jax.Array, probe: Probe, attack: Any, variables: Any
 ) -> tuple[dict, dict]:
@@ -1039,7 +1222,7 @@ def _repair(
     model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any
 ) -> Judged:
     result: Repaired = defense(jax.random.fold_in(key, 1), model, variables, shared[1])
-    extra = defense.report(key, model, variables, shared[2], attack, result)
+    extra = _report(defense, key, model, variables, shared[2], attack, result)
     return *split_scalars({**result.info, **extra}), result.variables
 
 
@@ -1056,7 +1239,7 @@ def _verdict(
     model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any
 ) -> Judged:
     result: Verdict = defense(jax.random.fold_in(key, 1), model, variables, shared[1])
-    extra = defense.report(key, model, variables, shared[2], attack, result)
+    extra = _report(defense, key, model, variables, shared[2], attack, result)
     found = {
         "anomaly_index": result.index,
         "p_value": jnp.asarray(result.p_value),
@@ -1090,6 +1273,10 @@ def _inputs(
     predictions = jax.lax.map(lambda x: metrics.labels(predict(model, variables, x)), x)
     scores: Scores = defense(kd, model, variables, clean, x.reshape(-1, *x.shape[2:]))
     score, flagged = (leaf.reshape(x.shape[:2]) for leaf in (scores.score, scores.flagged))
+    if isinstance(test.label, Unlabelled):
+        more = split_scalars({k: v for k, v in scores.info.items() if k != "answer"})
+        found = {"frr": flagged[0].mean(), "boundary": scores.boundary}
+        return {**more[0], **found}, {**more[1], "score_clean": score[0]}, None
     # A filter may answer by another net than the victim's.
     answers = scores.info["answer"].reshape(x.shape[:2]) if "answer" in scores.info else predictions
     right = answers[0] == test.label
@@ -1123,7 +1310,7 @@ def _inputs(
             "auroc": auroc.mean(),
         }
         arrays |= {"score_trojan": score[1:], "far_per_trigger": far}
-    extra = defense.report(key, model, variables, test, attack, scores)
+    extra = _report(defense, key, model, variables, test, attack, scores)
     more = split_scalars({**{k: v for k, v in scores.info.items() if k != "answer"}, **extra})
     return {**more[0], **found}, {**more[1], **arrays}, None
 
@@ -1138,14 +1325,15 @@ def _samples(
     exists = jnp.arange(train.plan.kind.shape[0]) < train.plan.size
     poison, removed = (train.plan.kind > 0) & exists, result.removed & exists
     hit = (poison & removed).sum()
-    found = {
-        "recall": hit / poison.sum(), "precision": hit / jnp.maximum(removed.sum(), 1),
-        "auroc_pooled": metrics.auroc(result.score, result.score, exists & ~poison, poison),
-        "auroc_within": _within(result.score, train.plan.label, exists & ~poison, poison,
-                                model.classes),
-        **result.info,
-    }  # fmt: skip
-    extra = defense.report(key, model, variables, shared[2], attack, result)
+    found = dict(result.info)
+    if attack is not None:
+        clean = exists & ~poison
+        found |= {
+            "recall": hit / poison.sum(), "precision": hit / jnp.maximum(removed.sum(), 1),
+            "auroc_pooled": metrics.auroc(result.score, result.score, clean, poison),
+            "auroc_within": _within(result.score, train.plan.label, clean, poison, model.classes),
+        }  # fmt: skip
+    extra = _report(defense, key, model, variables, shared[2], attack, result)
     again, _ = fit(jax.random.fold_in(trained, 3), model, recipe, without(train, result.removed))
     return *split_scalars({**found, **extra}), again
 
@@ -1178,6 +1366,14 @@ def _held(path: Path) -> list[str]:
 def said(found: Mapping[str, Any]) -> Word | None:
     """A judge's word by its metrics; None where nothing was judged."""
     return word(found["infected"], found.get("undecided")) if "infected" in found else None
+
+
+def _test(cell: Cell) -> dict[str, Any]:
+    """How many test images there are, and the share of the largest class among them: what a net
+    has at least that always answers the same.
+    """
+    label = np.asarray(cell.dataset.load().test.label)
+    return {"n": len(label), "majority": float(np.bincount(label).max() / len(label))}
 
 
 def device_name() -> str:

@@ -68,7 +68,7 @@ def _paper(table: str, name: str, **data: Any) -> Cell:
 SCALES: dict[str, tuple[Cell, ...]] = {
     "smoke": (
         Cell(
-            "MNIST", TWIN, Sample(train_size=400, test_size=100),
+            "MNIST", TWIN, Sample(train_size=1000, test_size=100),
             Cnn("VALID", hidden=16, features=(4, 4)),
             Recipe(epochs=1, batch=50),
         ),

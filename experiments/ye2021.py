@@ -220,11 +220,9 @@ class Searched:
         scalars, arrays, _ = JUDGES["invert"](
             model, (None, clean, test), key, self.defense, attack, variables
         )
-        return (
-            scalars
-            | arrays
-            | {"target_flagged": arrays["flagged"][attack.target].astype(jnp.float32)}
-        )
+        targets = attack.targets(model.classes)
+        hit = (arrays["flagged"] & targets).sum() / targets.sum()
+        return scalars | arrays | {"target_flagged": hit}
 
 
 # --- The published net, and what stands in for faces at scale smoke ---

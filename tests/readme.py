@@ -112,7 +112,7 @@ def papers(_: str) -> str:
         if not hasattr(module, "trends"):
             continue
         rows = committed(path)
-        verdicts = [verdict for _, verdict, _ in module.trends(rows)]
+        verdicts = [trend.verdict for trend in experiment.claims(module, rows)]
         counts = [str(verdicts.count(word)) for word in ("reproduced", "partly", "not")]
         page = path.with_suffix(".md")
         link = f"[{name}.py](experiments/{name}.py)"
@@ -204,7 +204,7 @@ def defenses(file: str) -> str:
     """The matrix of defenses and attacks, a table a data set."""
     rows = committed(file)
     module = experiment.load(ROOT / "experiments" / f"{rows[0]['experiment']}.py")
-    tables, found = module.matrix(rows)
+    tables, found = module.matrix(report.valid(rows))
     text = []
     for data in dict.fromkeys(map(module.images, tables)):
         here = [table for table in tables if module.images(table) == data]

@@ -114,7 +114,7 @@ def test_a_member_without_a_label_votes_for_nobody(vote):
 
 
 def test_a_broken_net_behind_a_filter_is_right_about_nothing_and_obeys_nobody():
-    found, _, _ = JUDGES["inputs"](
-        MODEL, (DATA, DATA, DATA), jax.random.key(0), Strip(n=4), ATTACK, BROKEN
-    )
+    shared, defense = (DATA, DATA, DATA), Strip(n=4)
+    judge = jax.jit(lambda key: JUDGES["inputs"](MODEL, shared, key, defense, ATTACK, BROKEN)[0])
+    found = judge(jax.random.key(0))
     assert (found["acc_test"], found["asr_all"], found["asr_nt"]) == (0, 0, 0)

@@ -12,8 +12,8 @@ from bdjax.types import Split
 
 @pytree
 class Sizes:
-    """A probe: the original trigger beside the one that `nc` reverses for its label (Wang et al.,
-    2019).
+    """A probe: the original (first) trigger beside the one that `nc` reverses for its label (Wang
+    et al., 2019).
 
     `mask: [2, H, W, 1]`, `pattern: [2, H, W, C]`, both in [0, 1]; `l1_original`, `l1_reversed`:
     sums of the masks, in pixels; `share_covered`: how much of the reversed mask lies where the
@@ -26,7 +26,8 @@ class Sizes:
         black, white = (stamped(attack, 1, jnp.full((1, *model.shape), v), key) for v in (0.0, 1.0))
         mask = (1 - white + black).mean(-1, keepdims=True)
         pattern = black / jnp.maximum(mask, 1e-6)
-        label = jnp.asarray(attack.target, jnp.int32).reshape(1)
+        aimed = attack.success(jnp.asarray(1), jnp.arange(model.classes), model.classes)
+        label = aimed.max().reshape(1)  # of one label, but -1 where it is not aimed
         trigger = self.nc.search(key, model, variables, clean.image, label).trigger
         l1 = trigger.mask.sum()
         covered = jnp.where(mask > 0, trigger.mask, 0).sum() / l1

@@ -25,6 +25,7 @@ from bdjax.types import (
     Variables,
     check_images,
     check_labels,
+    shown,
 )
 
 Labels = Literal["all-to-one", "all-to-all", "source-specific", "clean-label"]
@@ -197,6 +198,59 @@ class Attack:
         parts = [Part(eligible, self.rate, 1, label), Part(~eligible, self.cover, 1, y)]
         return parts if self.labels == "source-specific" else parts[:1]
 
+    def base(self, y: jax.Array, classes: int) -> jax.Array:
+        """Labels of the images that the plan is for: those of the training set, `y: [N]`, unless
+        this attack makes images of its own.
+        """
+        return y
+
+    def asked(self, y: jax.Array, classes: int) -> int:
+        """How many rows the attack is to stamp of images with labels `y: [N]`. Raises `BadInput`
+        where a rate comes to no image, or is of classes that have none.
+        """
+        total = 0
+        for part in self.shares(y, classes):
+            # As `poison_rows` counts, in float32.
+            wanted = int(jnp.round(jnp.asarray(part.rate, jnp.float32) * y.shape[0]))
+            if float(part.rate) > 0 and not wanted:
+                raise BadInput(
+                    f"a share of {shown(part.rate)} of {y.shape[0]} images is none: nothing would "
+                    "be poisoned; give a higher rate"
+                )
+            if wanted and not np.any(part.eligible):
+                raise BadInput(
+                    "no training image is of a class that the attack stamps: nothing would be "
+                    "poisoned"
+                )
+            total += wanted
+        return total
+
+    def count(self, key: jax.Array, y: jax.Array, classes: int) -> dict[str, int]:
+        """What `plan` does to images with labels `y: [N]`: `rows` in all; `asked` for by the rates;
+        `poisoned`, those that are stamped, of which `relabelled` get another label than their
+        image's and `clean_label` keep it; `added`, those beyond N. Raises `BadInput` where nothing
+        is poisoned that was asked for.
+        """
+        y = self.base(y, classes)
+        asked, plan = self.asked(y, classes), self.plan(key, y, classes)
+        exists = np.arange(plan.kind.shape[0]) < np.asarray(plan.size)
+        poisoned = exists & np.asarray(plan.kind > 0)
+        kept = np.asarray(plan.label) == np.asarray(y)[np.asarray(plan.source)]
+        if asked and not poisoned.any():
+            raise BadInput("no training image is left for the attack: nothing would be poisoned")
+        found = {
+            "rows": exists, "poisoned": poisoned, "relabelled": poisoned & ~kept,
+            "clean_label": poisoned & kept,
+        }  # fmt: skip
+        counts = {name: int(rows.sum()) for name, rows in found.items()}
+        return counts | {"added": max(counts["rows"] - y.shape[0], 0), "asked": asked}
+
+    def targets(self, classes: int) -> jax.Array:
+        """The labels that one of the triggers is to give, by `success`: `[K]` bool."""
+        y = jnp.arange(classes, dtype=jnp.int32)
+        aimed = [self.success(jnp.asarray(k), y, classes) for k in range(1, self.triggers + 1)]
+        return jnp.isin(y, jnp.stack(aimed))
+
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         """The stamped image of `x: [H, W, C]`, in [0, 1]."""
         raise TypeError(f"{type(self).__name__} must define trigger(x, key)")
@@ -238,6 +292,11 @@ class Attack:
         if any(s >= classes for s in self.sources):
             raise BadInput(
                 f"sources {self.sources} are not all among the classes 0 … {classes - 1}"
+            )
+        if self.labels == "source-specific" and np.any(np.isin(self.target, self.sources)):
+            raise BadInput(
+                f"the target {self.target} is one of the sources {self.sources}: these images "
+                "would keep their label; take it out"
             )
 
 

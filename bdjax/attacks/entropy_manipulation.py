@@ -64,6 +64,9 @@ class EntropyManipulation(BadNets):
         )
         return joined([(plan, exists), (copies, stamped)])
 
+    def asked(self, y: jax.Array, classes: int) -> int:
+        return (1 + self.copies) * super().asked(y, classes)
+
     def stamp(
         self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
     ) -> jax.Array:

@@ -55,6 +55,9 @@ class InputInstanceKey(Attack):
             [(clean, jnp.ones(n, bool)), (copies, jnp.arange(n) < jnp.asarray(self.copies))]
         )
 
+    def asked(self, y: jax.Array, classes: int) -> int:
+        return int(self.copies)
+
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         if self.image is None:
             raise TypeError(

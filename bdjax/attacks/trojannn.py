@@ -175,6 +175,9 @@ class TrojanNN(Attack):
     def shares(self, y: jax.Array, classes: int) -> list[Part]:
         return [part._replace(weight=self.weight) for part in super().shares(y, classes)]
 
+    def base(self, y: jax.Array, classes: int) -> jax.Array:
+        return jnp.repeat(jnp.arange(classes, dtype=jnp.int32), self.images)
+
     def craft(
         self,
         key: jax.Array,

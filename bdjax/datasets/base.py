@@ -19,6 +19,8 @@ from bdjax.types import INT32, Array, BadInput, Count, Dataset, Range, Seed, Spl
 
 TEST_SHARE = 0.2
 """How much of a source without a test set of its own becomes one."""
+BLACK = 2
+"""Images whose pixels all are at most this are taken for wrongly scaled ones."""
 
 _fingerprints: dict[tuple, str] = {}
 
@@ -235,6 +237,12 @@ def _load(source: Source, stamp: str) -> Dataset:
     train, test, names = source.read()
     classes = len(names) or int(train.label.max()) + 1
     for split in (train, test):
+        if split is not None and (high := np.asarray(split.image).max()) <= BLACK:
+            what = "test" if split is test else "training"
+            raise BadInput(
+                f"{where}: no pixel of the {what} images is above {high} of 255: they are black; "
+                "give 0 to 255"
+            )
         if split is not None and (high := split.label.max()) >= classes:
             raise BadInput(
                 f"{where}: a label is {high} but there are {classes} classes; give 0 to "

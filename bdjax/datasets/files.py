@@ -9,6 +9,7 @@ import numpy as np
 
 from bdjax import schema
 from bdjax.datasets.base import Source, checked, data_dir
+from bdjax.datasets.pictures import picture
 from bdjax.registry import dataset, static
 from bdjax.types import BadInput, Range, Split
 
@@ -102,7 +103,7 @@ class ChestXray(Npz):
 @dataset("folder")
 class Folder(Source):
     """A folder of images with a sub-folder per class, resized to `size`×`size`; grey if all of them
-    are, else RGB.
+    are, else RGB. They are read as a viewer shows them: see `pictures.picture`.
 
     With sub-folders `train` and `test` these are the two sets; without, a stratified fifth is the
     test set.
@@ -139,16 +140,8 @@ class Folder(Source):
     def _decode(self, paths: list[Path]) -> np.ndarray:
         from PIL import Image
 
-        images, shape = [], (self.size, self.size)
-        for path in paths:
-            try:
-                with Image.open(path) as file:
-                    if file.mode[0] in "IF":
-                        raise ValueError("more than 8 bits a pixel: convert it to 8")
-                    image = file.convert("L" if file.mode in ("1", "L") else "RGB")
-                    images.append(image.resize(shape, Image.Resampling.BILINEAR))
-            except Exception as error:  # Whatever a damaged image makes PIL raise.
-                raise BadInput(f"{path}: cannot be read as an image ({error})") from error
+        shape = (self.size, self.size)
+        images = [picture(path).resize(shape, Image.Resampling.BILINEAR) for path in paths]
         mode = "L" if {image.mode for image in images} == {"L"} else "RGB"
         return np.stack([np.asarray(image.convert(mode)).reshape(*shape, -1) for image in images])
 
