@@ -9,6 +9,7 @@ arrays.
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -342,8 +343,20 @@ def write_tree(path: Path, tree: Any) -> None:
         path.mkdir()
         np.savez(path / "leaves.npz", **leaves)  # type: ignore[arg-type]
     else:
-        with _checkpointer() as checkpointer:
+        with _silent("absl"), _checkpointer() as checkpointer:
             checkpointer.save(path.absolute(), leaves)
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Orbax's threads log the traceback of what it raises here as well."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _checkpointer() -> Any:
