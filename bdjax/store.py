@@ -9,6 +9,7 @@ by the next writer. Nothing that is read back can run code, and none of it is tr
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -397,8 +398,20 @@ def write_tree(path: Path, tree: Any) -> None:
         schema.write_arrays(path / "leaves.npz", leaves, "leaves")
     else:
         about, nested = {"format": schema.KINDS["leaves"].format}, unflatten_dict(leaves, sep="/")
-        with _checkpointer() as checkpointer:
+        with _silent("absl"), _checkpointer() as checkpointer:
             checkpointer.save(path.absolute(), nested, custom_metadata=about)
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Orbax's threads log the traceback of what it raises here as well."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _checkpointer() -> Any:
