@@ -442,7 +442,7 @@ def _numbers(info: Any) -> Any:
     """
     if get_origin(info.type) is tuple or not (found := registry.ranges(info.type)):
         return None
-    several = tuple in map(get_origin, get_args(info.type))
+    several = any(get_origin(part) is tuple for part in get_args(info.type))
     kinds = found[0][0]
     kind = next((kind for kind in (float, int) if kind in kinds), None)
     optional = type(None) in get_args(info.type)

@@ -205,7 +205,7 @@ class Plan(NamedTuple):
 
     def take(self, rows: jax.Array, size: jax.Array) -> "Plan":
         """The rows `rows`, an index array over M, of which the first `size` exist."""
-        return Plan(*(leaf[rows] for leaf in self[:-1]), size)
+        return Plan(*(leaf[rows] for leaf in self[:-1]), size=size)
 
 
 class Repaired(NamedTuple):

@@ -76,7 +76,7 @@ def share(hits: Any) -> tuple[float, str]:
     return float(low), f"{hits.sum():.0f} of {hits.size} ({100 * low:.0f}–{100 * high:.0f} %)"
 
 
-def judged(rows: list[dict]) -> Iterator[tuple[str, str, list[dict]]]:
+def judged(rows: list[dict]) -> Iterator[tuple[str, str, list[report.Row]]]:
     """Each kind of net and judge, with its rows."""
     for table, row in dict.fromkeys((r["table"], r["row"]) for r in rows if r["defense"]):
         if found := report.seeds(rows, row, table):

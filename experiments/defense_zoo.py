@@ -160,14 +160,15 @@ def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
         preset = getattr(entry.cls, "presets", {}).get("cpu", {}) if scale != "paper" else {}
         if issubclass(entry.cls, Judge):
             preset = {**preset, "seeds": 3}
-        yield entry.name, entry.cls(**preset)
+        made: Any = entry.cls
+        yield entry.name, made(**preset)
         if entry.name == "spectral-signatures" and attack is not None:
-            yield "spectral-signatures, ε = 20 %", entry.cls(remove=0.3)
+            yield "spectral-signatures, ε = 20 %", made(remove=0.3)
         if entry.name == "linf-pruning":
             excess = {**preset, "rule": "excess", "inputs": "syn"}
-            yield "linf-pruning, excess", entry.cls(**excess)
+            yield "linf-pruning, excess", made(**excess)
         if entry.name in REPAIRS:
-            yield f"{entry.name}, smallest norm", entry.cls(**preset, pick="smallest")
+            yield f"{entry.name}, smallest norm", made(**preset, pick="smallest")
     if attack is not None and scale != "smoke":
         nc = registry.make("defense", "neural-cleanse", None if scale == "paper" else "cpu")
         yield (

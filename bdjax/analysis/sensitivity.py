@@ -33,7 +33,7 @@ def over(
     """
 
     def one(point):
-        repair = defense
+        repair: Any = defense
         for field, value in point.items():
             repair = replace(repair, field.split("."), value)
         net = repair(key, model, variables, clean).variables

@@ -84,7 +84,7 @@ def joined(parts: Sequence[tuple[Plan, jax.Array]]) -> Plan:
     """
     columns = zip(*(plan[:-1] for plan, _ in parts), strict=True)
     exists = jnp.concatenate([some for _, some in parts])
-    whole = Plan(*map(jnp.concatenate, columns), exists.sum())
+    whole = Plan(*map(jnp.concatenate, columns), size=exists.sum())
     before = np.cumsum([0, *(len(some) for _, some in parts[:-1])])
     numbers = [plan.number + first for (plan, _), first in zip(parts, before, strict=True)]
     whole = whole._replace(number=jnp.concatenate(numbers))

@@ -172,7 +172,7 @@ def folded(found: Verdict) -> Verdict:
         found.infected.all(),
         found.flagged.all(0),
         {**jax.tree.map(lambda leaf: leaf[middle], found.info), "seeds": seeds},
-        metrics.combined_p(found.p_value),
+        metrics.combined_p(jnp.asarray(found.p_value)),
     )
 
 

@@ -252,7 +252,7 @@ class Mesa(Judge):
         def noise(key, rows):
             return jax.random.uniform(key, (rows, self.noise_size))
 
-        def pairs(weights, key, z, g):
+        def pairs(weights, key, z, g) -> Any:
             """T of `g` beside the noise `z` that it was made from, and beside other noise."""
             return (statistic.apply({"params": weights}, v, g) for v in (z, noise(key, batch)))
 
@@ -283,7 +283,7 @@ class Mesa(Judge):
                 z = noise(key_z, batch)
                 g = self.draw(generator, {"params": weights}, z)
                 return mine_loss(
-                    *pairs(estimator.statistic, key_other, z, g), estimator.average
+                    *pairs(estimator.statistic, key_other, z, g), average=estimator.average
                 ), None
 
             keys = jax.random.split(key)
