@@ -120,7 +120,8 @@ def test_another_rule_width_or_rate_would_be_seen():
 )
 def test_the_outcome_over_the_number_that_decides_it_is_one_program(entry, sample):
     """Every repair names that number, a leaf, and its docstring says where the default is from."""
-    defense, model = small(entry), build(Cnn("VALID", 16, (4, 4)), sample.shape, sample.classes)
+    defense, net = small(entry), Cnn("VALID", hidden=16, features=(4, 4))
+    model = build(net, sample.shape, sample.classes)
     value = flat(registry.describe(defense))[entry.cls.sensitive]
     assert isinstance(value, float)
     assert "Decides most: " in entry.cls.__doc__
