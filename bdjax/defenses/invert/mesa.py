@@ -254,7 +254,8 @@ class Mesa(Judge):
 
         def pairs(weights, key, z, g) -> Any:
             """T of `g` beside the noise `z` that it was made from, and beside other noise."""
-            return (statistic.apply({"params": weights}, v, g) for v in (z, noise(key, batch)))
+            other = noise(key, batch)
+            return tuple(statistic.apply({"params": weights}, v, g) for v in (z, other))
 
         adam = optax.adam(self.lr, b1=0.5, b2=0.999)  # type: ignore[arg-type]
         rule = mine_rule(adam, self.rate)
@@ -282,9 +283,8 @@ class Mesa(Judge):
                 key_z, key_other = jax.random.split(key)
                 z = noise(key_z, batch)
                 g = self.draw(generator, {"params": weights}, z)
-                return mine_loss(
-                    *pairs(estimator.statistic, key_other, z, g), average=estimator.average
-                ), None
+                joint, independent = pairs(estimator.statistic, key_other, z, g)
+                return mine_loss(joint, independent, estimator.average), None
 
             keys = jax.random.split(key)
             (weights, of_weights), entropy = descend(generate, weights, of_weights, keys[:1], adam)
