@@ -56,6 +56,12 @@ class Measured(NamedTuple):
     """A number that may be infinite, or absent: NaN."""
 
 
+class Maybe(NamedTuple):
+    """Something of a form, or null."""
+
+    form: Any
+
+
 class Kind(NamedTuple):
     """A kind of file. `format`: that this version writes; `form`: see `fitted`; `hint`: what to do
     about an odd file; `most`: bytes; `old`: makes today's form of an older one.
@@ -101,12 +107,16 @@ KINDS = {
             "metrics": {...: Measured()},
             "seconds": {"compile": SECONDS, "run": SECONDS},
             "seed?": Number(0, 2**53, True),
-            "config?": dict | None,
+            "config?": Maybe({"attack?": dict | None, "defense?": dict | None}),
+            "victim?": NAME,
+            "plan?": Maybe({"asked": COUNT, "poisoned": COUNT}),
+            "test?": Maybe({"n": Number(1, 2**53, True), "majority": Number(0, 1)}),
+            "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
             "reported?": {...: Measured()},
             "oracle?": bool,
             **dict.fromkeys(("experiment?", "scale?", "device?", "jax?", "commit?"), str | None),
             **dict.fromkeys(("dataset?", "model?", "attack?", "defense?"), str | None),
-            **dict.fromkeys(("substitute?", "error?"), str | None),
+            **dict.fromkeys(("substitute?", "error?", "verdict?"), str | None),
         },
         most=LARGE,
     ),
@@ -203,9 +213,9 @@ def fitted(value: Any, form: Any, place: str = "it") -> Any:
     """`value` if it has the form, with what was measured as floats; else `BadInput`, naming the
     place.
 
-    A form is a type, a `Number`, `Text` or `Measured`, `[form]` for a list, a tuple for a list of
-    that length, or a dict: `key?` may be absent, `...` stands for all other keys, which are
-    otherwise free.
+    A form is a type, a `Number`, `Text`, `Measured` or `Maybe`, `[form]` for a list, a tuple for a
+    list of that length, or a dict: `key?` may be absent, `...` stands for all other keys, which
+    are otherwise free.
     """
     match form:
         case Measured():
@@ -214,6 +224,8 @@ def fitted(value: Any, form: Any, place: str = "it") -> Any:
             if isinstance(value, bool):
                 return value
             return fitted(value, Number(), place)
+        case Maybe():
+            return None if value is None else fitted(value, form.form, place)
         case Number():
             kind = "a whole number" if form.whole else "a number"
             wanted = int if form.whole else (int, float)
