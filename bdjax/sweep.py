@@ -66,6 +66,7 @@ from bdjax.types import (
     Scores,
     Split,
     Suspects,
+    Unlabelled,
     Verdict,
     Word,
     whole,
@@ -338,26 +339,6 @@ class Again(Exception):
 
 class Unfit(Exception):
     """A program does not fit into the device's memory with a single lane."""
-
-
-@jax.tree_util.register_static
-class Unlabelled:
-    """In the place of labels that nobody has: whoever reads them raises `BadInput`."""
-
-    def _read(self, *_: Any, **__: Any) -> NoReturn:
-        raise BadInput(
-            "without labels this cannot be done: give them (--labels given), or let the net give "
-            "them (--labels net)"
-        )
-
-    __array__ = __jax_array__ = __len__ = __iter__ = __getitem__ = _read
-    shape = dtype = ndim = astype = property(_read)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Unlabelled) or self._read()
-
-    def __hash__(self) -> int:
-        return hash(Unlabelled)
 
 
 class Victim(NamedTuple):
