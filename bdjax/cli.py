@@ -252,7 +252,7 @@ class Defend:
             save_model,
             unfinished,
         )
-        from bdjax.sweep import Cell, Runner, device_name, labelled
+        from bdjax.sweep import Cell, Runner, device_name, fits, labelled
 
         if self.out is not None:
             own.whole(self.out, old_model)
@@ -269,6 +269,7 @@ class Defend:
                     "leave --labels away"
                 )
             dataset = labelled(dataset, model, variables, self.labels)
+        fits(model, dataset.load())
         if stage == "samples" and any(_stage(defense) == "train" for defense in about["defenses"]):
             raise BadInput(
                 f"{self.checkpoint} was made by a defense that replaces training, by rows of its "

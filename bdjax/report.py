@@ -276,7 +276,8 @@ def _notes(cells: Iterable[Row]) -> list[str]:
         plan = cell.get("plan")
         if isinstance(plan, Mapping) and plan["poisoned"] < plan["asked"]:
             found.append(f"{plan['poisoned']} rows poisoned of {plan['asked']} asked for")
-        if cell.get("attack") and not cell.get("defense") and "twin" in cell and not cell["twin"]:
+        own = cell.get("victim") and cell.get("attack") and not cell.get("defense")
+        if own and not cell.get("twin"):
             found.append("no twin")
     return list(dict.fromkeys(found))
 

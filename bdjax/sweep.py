@@ -66,6 +66,7 @@ from bdjax.types import (
     Scores,
     Split,
     Suspects,
+    Unlabelled,
     Verdict,
     Word,
     whole,
@@ -338,26 +339,6 @@ class Again(Exception):
 
 class Unfit(Exception):
     """A program does not fit into the device's memory with a single lane."""
-
-
-@jax.tree_util.register_static
-class Unlabelled:
-    """In the place of labels that nobody has: whoever reads them raises `BadInput`."""
-
-    def _read(self, *_: Any, **__: Any) -> NoReturn:
-        raise BadInput(
-            "without labels this cannot be done: give them (--labels given), or let the net give "
-            "them (--labels net)"
-        )
-
-    __array__ = __jax_array__ = __len__ = __iter__ = __getitem__ = _read
-    shape = dtype = ndim = astype = property(_read)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Unlabelled) or self._read()
-
-    def __hash__(self) -> int:
-        return hash(Unlabelled)
 
 
 class Victim(NamedTuple):
@@ -921,7 +902,7 @@ class Runner:
                 self.store.save_arrays(cell.run, take(arrays, i))
             measured = {name: np.asarray(value[i]).item() for name, value in found.items()}
             row = self._row(cell, measured, spent)
-            rows.append(row | ({} if stage is not None else {"twin": twins.get(cell.run)}))
+            rows.append(row | ({"twin": twins[cell.run]} if cell.run in twins else {}))
         self._written(rows)
         return rows[0], take(repaired, 0) if keep and repaired is not None else None
 
@@ -1020,8 +1001,9 @@ class Runner:
         return {
             "run": cell.run, "experiment": self.experiment, "scale": self.scale,
             "table": cell.table, "row": cell.row, **names, "seed": cell.seed, "config": config,
-            "metrics": found, "verdict": said(found), "plan": self.counts.get(cell.victim),
-            "victim": cell.victim, "test": _test(cell), "reported": dict(cell.reported),
+            "metrics": found, "verdict": said(found), "victim": cell.victim,
+            **({"plan": plan} if (plan := self.counts.get(cell.victim)) else {}),
+            **({} if self.unlabelled else {"test": _test(cell)}), "reported": dict(cell.reported),
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "oracle": bool(cell.defense is not None and cell.defense.oracle),
             "substitute": cell.substitute, "device": device_name(), "jax": jax.__version__,
@@ -1068,10 +1050,10 @@ def check(cell: Cell, model: Model | None = None) -> None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Labelled:
+class Labelled(Source):
     """A data set in memory, in the place of its source."""
 
-    data: Dataset
+    data: Any = None
 
     def load(self) -> Dataset:
         """The data set."""
@@ -1094,7 +1076,7 @@ def labelled(dataset: Any, model: Model, variables: Any, how: Literal["net", "no
         if label.min() < 0:
             raise BadInput("the net gives some images no label: its answers are not numbers")
         splits[name] = split._replace(label=label)
-    return Labelled(data._replace(**splits, classes=model.classes, names=()))
+    return Labelled(data=data._replace(**splits, classes=model.classes, names=()))
 
 
 def fits(model: Model, data: Dataset) -> None:

@@ -6,7 +6,7 @@ uint8.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -272,6 +272,26 @@ class Suspects(NamedTuple):
     info: dict[str, Any]
 
 
+@jax.tree_util.register_static
+class Unlabelled:
+    """In the place of labels that nobody has: whoever reads them raises `BadInput`."""
+
+    def _read(self, *_: Any, **__: Any) -> NoReturn:
+        raise BadInput(
+            "without labels this cannot be done: give them (--labels given), or let the net give "
+            "them (--labels net)"
+        )
+
+    __array__ = __jax_array__ = __len__ = __iter__ = __getitem__ = _read
+    shape = dtype = ndim = astype = property(_read)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unlabelled) or self._read()
+
+    def __hash__(self) -> int:
+        return hash(Unlabelled)
+
+
 def check_images(
     image: Any, shape: Any = None, label: Any = None, classes: int | None = None
 ) -> None:
@@ -287,7 +307,7 @@ def check_images(
         raise BadInput(f"images are of {kind}: give uint8, or floats in [0, 1]")
     if concrete(image) and (fault := Range(0, 1, pixels=True).fault(image)):
         raise BadInput(f"a pixel {fault}: give uint8, or floats in [0, 1]")
-    if label is None:
+    if label is None or isinstance(label, Unlabelled):
         return
     if np.shape(label) != given[:1]:
         raise BadInput(f"{given[0]} images have labels of shape {list(np.shape(label))}")

@@ -125,7 +125,7 @@ def test_a_row_says_what_was_poisoned_and_what_its_twin_does(ran, capsys):
     images = len(DATA.load().train.label)
     assert half["plan"]["poisoned"] == half["plan"]["asked"] == round(0.5 * images)
     assert clean_label["plan"]["asked"] == images > clean_label["plan"]["poisoned"] > 0
-    assert twin["plan"] is None and "asr_nt" not in twin["metrics"]
+    assert "plan" not in twin and "asr_nt" not in twin["metrics"]
     assert defended["plan"]["poisoned"] == round(0.1 * images) and "twin" not in defended
     assert defended["victim"] == BASE.victim and twin["victim"] == BASE.twin.victim
     assert half["test"]["n"] == 200 and half["test"]["majority"] == pytest.approx(0.1, abs=0.02)
@@ -133,7 +133,7 @@ def test_a_row_says_what_was_poisoned_and_what_its_twin_does(ran, capsys):
         assert row["twin"]["victim"] == twin["victim"]
         assert row["twin"]["acc_test"] == pytest.approx(twin["metrics"]["acc_test"])
         assert 0 <= row["twin"]["asr_nt"] < row["metrics"]["asr_nt"]
-    assert twin["twin"] is None and other["twin"] is None  # nobody trained one at this rate
+    assert "twin" not in twin and "twin" not in other  # nobody trained one at this rate
 
 
 def test_a_rate_that_poisons_nothing_stops_before_training(tmp_path, capsys):
