@@ -225,7 +225,9 @@ def test_a_net_is_judged_in_evaluation_mode(model):
         and verdict.flagged.shape == (3,)
     )
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
-    assert jnp.isnan(defense(KEY, model, broken, Split(jnp.zeros((1, *SHAPE)), jnp.zeros(1))).index)
+    assert jnp.isnan(
+        defense(KEY, model, broken, Split(jnp.zeros((1, *SHAPE)), jnp.zeros(1, int))).index
+    )
     # A prepared defense can be saved with what it judged.
     arrays: dict = {}
     again = revive("defense", describe(defense, arrays), arrays)
