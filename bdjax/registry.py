@@ -396,7 +396,13 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if "class" in described:
         if described["class"] not in _pytrees:
             entries()  # a part that a method's file brings
-        return _pytrees[described["class"]](**fields)
+        cls = _pytrees[described["class"]]
+        known = hints(cls)
+        for name, value in fields.items():  # an array of no dimension is written as a number
+            kinds = ranges(known[name]) if name in known and isinstance(value, float) else []
+            if kinds and kinds[0][0] <= _ARRAYS:
+                fields[name] = np.float32(value)[...]
+        return cls(**fields)
     name = described["name"]
     if name not in {e.name for e in entries(kind)}:  # of another kind than what it is a part of
         kind = next((e.kind for e in entries() if e.name == name), kind)

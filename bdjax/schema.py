@@ -79,6 +79,21 @@ NAME = Text(r"[\w-]{1,100}", "a name of letters and digits")
 """Part of a file's name: no path."""
 HASH = Text("[0-9a-f]{16}", "a hash of 16 hex digits")
 VERDICT = Text("reproduced|partly|not|open", "reproduced, partly, not or open")
+FORMER = {
+    "mntd": {"auroc": "shadow_auroc"},
+    "activation-clustering": {"auroc": "auroc_pooled"},
+    "spectral-signatures": {"auroc": "auroc_pooled"},
+}
+"""Metrics, by defense, that rows of 0.1 have under another name."""
+
+
+def _renamed(row: Any) -> Any:
+    names = FORMER.get(str(row.get("defense")), {}) if isinstance(row, dict) else {}
+    if not names or not isinstance(row.get("metrics"), dict):
+        return row
+    return row | {"metrics": {names.get(name, name): v for name, v in row["metrics"].items()}}
+
+
 KINDS = {
     "model": Kind(
         1,
@@ -119,6 +134,7 @@ KINDS = {
             **dict.fromkeys(("substitute?", "error?", "verdict?"), str | None),
         },
         most=LARGE,
+        old=_renamed,
     ),
     "report": Kind(
         1,

@@ -325,7 +325,7 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
         for number, line in enumerate([*lines, last], 1):
             try:
                 row = schema.understood(line, "row")
-                found.setdefault(row["run"], _renamed(row))
+                found.setdefault(row["run"], row)
             except schema.Newer as error:
                 raise BadInput(f"{path}: row {number} {error}") from None
             except BadInput as error:
@@ -336,21 +336,6 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
                 f"{len(odd)} of {len(lines)} rows of {path} are odd and left out ({odd[0][:200]})"
             )
     return list(found.values())
-
-
-FORMER = {
-    "mntd": {"auroc": "shadow_auroc"},
-    "activation-clustering": {"auroc": "auroc_pooled"},
-    "spectral-signatures": {"auroc": "auroc_pooled"},
-}
-"""Metrics, by defense, that rows of 0.1 have under another name."""
-
-
-def _renamed(row: dict[str, Any]) -> dict[str, Any]:
-    names = FORMER.get(row.get("defense") or "", {})
-    if names and isinstance(row.get("metrics"), dict):
-        row["metrics"] = {names.get(name, name): v for name, v in row["metrics"].items()}
-    return row
 
 
 def recall(name: str) -> dict[str, Any]:

@@ -241,7 +241,7 @@ class Verdict(NamedTuple):
     @property
     def word(self) -> "Word":
         """The verdict in words, once it is computed."""
-        return word(self.infected, self.undecided)
+        return word(bool(self.infected), bool(self.undecided))
 
 
 Word = Literal["infected", "undecided", "no sign"]
@@ -250,7 +250,7 @@ Word = Literal["infected", "undecided", "no sign"]
 
 def word(infected: Any, undecided: Any = False) -> Word:
     """The word of a verdict, from its two numbers: as a row's metrics hold them, too."""
-    return "infected" if infected else "undecided" if undecided else "no sign"
+    return "infected" if infected == 1 else "undecided" if undecided == 1 else "no sign"
 
 
 class Scores(NamedTuple):

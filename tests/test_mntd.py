@@ -211,7 +211,8 @@ def test_a_net_is_judged_in_evaluation_mode(model):
         loss=jnp.zeros(2),
     )
     defense = Mntd(learned=learned)
-    verdict = defense(KEY, model, variables, Split(jnp.zeros((1, *SHAPE)), jnp.zeros(1, jnp.int32)))
+    clean = Split(jnp.zeros((1, *SHAPE)), jnp.zeros(1, jnp.int32))
+    verdict = defense(KEY, model, variables, clean)
     answers = np.asarray(parts["queries"]).reshape(2, 36) @ np.asarray(
         variables["params"]["logits"]["kernel"]
     )
@@ -225,11 +226,11 @@ def test_a_net_is_judged_in_evaluation_mode(model):
         and verdict.flagged.shape == (3,)
     )
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
-    assert jnp.isnan(defense(KEY, model, broken, Split(jnp.zeros((1, *SHAPE)), jnp.zeros(1))).index)
+    assert jnp.isnan(defense(KEY, model, broken, clean).index)
     # A prepared defense can be saved with what it judged.
     arrays: dict = {}
     again = revive("defense", describe(defense, arrays), arrays)
-    assert float(again(KEY, model, variables, None).index) == pytest.approx(
+    assert float(again(KEY, model, variables, clean).index) == pytest.approx(
         float(verdict.index), rel=1e-6
     )
 
