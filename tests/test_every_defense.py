@@ -57,13 +57,16 @@ ATTACKS = {
 DEFENSES = [entry.name for entry in registry.entries("defense")]
 
 
-def small(method, path="--defense"):
+def small(method, whole=None, path=()):
     """Flags that make a method's budgets, and those of its parts, small."""
-    flags = []
+    flags, whole = [], whole or method
     for field in dataclasses.fields(method):
-        value, here = getattr(method, field.name), f"{path}.{field.name.replace('_', '-')}"
+        value, place = getattr(method, field.name), (*path, field.name)
+        here = "--defense." + ".".join(place).replace("_", "-")
+        if registry.unread(whole, place):
+            continue
         if dataclasses.is_dataclass(value):
-            flags += small(value, here)
+            flags += small(value, whole, place)
         elif field.name in SMALL and value is not None:
             low = SMALL[field.name]
             many = isinstance(value, tuple)
