@@ -115,21 +115,20 @@ class Abs(Judge):
     `valid`, `reasr_pixel`, `reasr_feature: [top]`; `mask: [top, H, W, 1]`, `pattern: [top, H, W,
     C]`, `transform: [top, 4C, C]`.
 
-    A flag says that such a trigger exists, not that anybody planted it. Clean nets have some where
-    classes lie close together: one of ten traffic signs, in which Neural Cleanse finds triggers of
-    |m|₁ = 33 to 79, is flagged for a patch of 63 pixels and for a filter.
+    A flag says that such a change exists, not that anybody planted it. In a clean net of ten
+    traffic signs, where Neural Cleanse finds triggers of |m|₁ = 33 to 79, a patch of 63 pixels of 1,024 and
+    a filter send nine tenths of the images or more to a label.
 
     Presets: `paper`; `original_code`, the released losses, decides at 0.8; `cpu`, fewer candidates,
     steps and images.
 
     Differs from the paper: its bound of 0.88 could not be verified. Differs from the released code:
-    its weights are for the sums over 16 images of 32×32 and layers of as many places, where the
-    default `weight`, 2, asks for what 500 does there; on nets with few or small maps they freeze
-    the mask where it starts. The raw mask stays within ±6. There pixels are standardised; a dense
-    layer's neuron counts, after the activation function, among the others, by a slip; 64 pixels of
-    a 32×32 image became a share; a net without suspects is an error. As there, one neuron must do:
-    a backdoor that needs several at once escapes; and nothing holds the trigger to `size` but its
-    price.
+    its weights are for sums over 16 images of 32×32 and layers of as many places, where its 500 is
+    the default `weight`, 2; where the sums are small they freeze the mask. A unit of a dense layer
+    may be worth more: its triggers grow to where the price doubles. The raw mask stays within ±6.
+    There pixels are standardised; a dense layer's neuron counts, after the activation function,
+    among the others, by a slip; 64 pixels of a 32×32 image became a share; a net without suspects
+    is an error. As there, one neuron must do: a backdoor that needs several at once escapes.
     """
 
     reach: Weight = 8.0
