@@ -99,7 +99,7 @@ class TrainSet(NamedTuple):
         if self.attack is not None:
             if self.key is None:
                 raise BadInput("a training set with an attack needs the key of its stamps: key=")
-            # Stampers that are no attacks, such as reversed triggers, have no such field.
+            # Stampers that are no attacks, such as reversed triggers, need not say.
             if step is not None and getattr(self.attack, "redraw", False):
                 keys = jax.random.split(step, rows.shape[0])
             else:

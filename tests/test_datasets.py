@@ -354,7 +354,7 @@ def test_prepare_says_what_is_wrong(small):
     line("needs no preparing", "npz")
     line("nowhere: no such folder", "mnist", str(small / "nowhere"))
     line("lacks cifar-10-binary.tar.gz", "cifar10", manual, home)
-    line("cannot be written", "mnist", manual, str(small / "file"))
+    line("is no folder", "mnist", manual, str(small / "file"))
     save(small / "manual" / "mnist_test.npz")
     line("is not mnist", "mnist", manual, home)
     (small / "manual" / "mnist_test.npz").unlink()

@@ -243,7 +243,7 @@ def test_nnoculation_weakens_the_real_backdoor(victim, sample, measure, before):
     result = repaired(defense, victim, sample)
     after = measure(victim[0], result.variables)
     assert after["asr_nt"] < before["asr_nt"] - 0.1 and after["acc"] > before["acc"] - 0.1
-    assert result.info["after"].shape == (3,) and result.info["loss"].shape == (3, 10)
+    assert result.info["after"].shape == (6,) and result.info["loss"].shape == (6, 10)
 
 
 def test_bad_input(victim, sample):

@@ -149,7 +149,8 @@ def test_lanes_and_devices_change_no_result(unbroken, tmp_path):
 
 
 def test_a_diverged_cell_fails_alone(tmp_path):
-    cells = list(grid(replace(BASE, ["recipe", "optimizer"], "sgd"), recipe__lr=(0.05, 1e30)))
+    base = replace(replace(BASE, ["recipe", "optimizer"], "sgd"), ["recipe", "lr"], 0.05)
+    cells = list(grid(base, recipe__weight_decay=(0.0, 1e6)))
     good, bad = Runner(Store(tmp_path), "test", quiet=True).run(cells)
     assert "error" not in good and good["metrics"]["acc_test"] > 0.4
     assert "diverged" in bad["error"] and bad["metrics"] == {}

@@ -422,7 +422,8 @@ def shown(data, epochs, batch=4):
         out = Output(jnp.zeros((x.shape[0], 2)), {}, {**variables, **seen})
         return variables["params"]["w"] * 0, out
 
-    model = Model(lambda key: variables, lambda *_, **__: None, (1, 1, 1), 2, ())  # type: ignore
+    shape = data.image.shape[1:]
+    model = Model(lambda key: variables, lambda *_, **__: None, shape, many, ())  # type: ignore
     recipe = train.Recipe(epochs=epochs, batch=batch)
     found, _ = jax.jit(lambda data: train.fit(KEY, model, recipe, data, loss=watch))(data)
     return np.asarray(found["low"]), np.asarray(found["high"])

@@ -10,7 +10,7 @@ from bdjax.defenses.base import Defense
 from bdjax.mesh import lane_map
 from bdjax.registry import pytree, replace, static
 from bdjax.train import evaluate
-from bdjax.types import Array, BadInput, Model, Split, Variables
+from bdjax.types import Array, BadInput, Count, Model, Split, Variables, Weight
 
 LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Learning rates of a fine-tuning, around the usual 1e-3."""
@@ -55,8 +55,8 @@ class Sensitivity:
     """
 
     defense: Defense
-    values: tuple[float, ...] = static()
-    lanes: int | None = static(None)
+    values: tuple[Weight, ...] = static()
+    lanes: Count | None = static(None)
 
     def __call__(
         self,

@@ -116,8 +116,8 @@ class Abs(Judge):
     C]`, `transform: [top, 4C, C]`.
 
     A flag says that such a change exists, not that anybody planted it. In a clean net of ten
-    traffic signs, where Neural Cleanse finds triggers of |m|₁ = 33 to 79, a patch of 63 pixels of 1,024 and
-    a filter send nine tenths of the images or more to a label.
+    traffic signs, where Neural Cleanse finds triggers of |m|₁ = 33 to 79, a patch of 63 pixels of
+    1,024 and a filter send nine tenths of the images or more to a label.
 
     Presets: `paper`; `original_code`, the released losses, decides at 0.8; `cpu`, fewer candidates,
     steps and images.

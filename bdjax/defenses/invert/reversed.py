@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bdjax.attacks.base import Attack
 from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.inversion import Trigger, stamp
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
-from bdjax.registry import pytree, static
+from bdjax.registry import pytree, static, validate
 from bdjax.train import unit
 from bdjax.types import (
     INT32,
@@ -55,6 +56,15 @@ class Reversed:
         )
         suspect = verdict.flagged if pick == "flagged" else smallest
         return Reversed(verdict.info["mask"], verdict.info["pattern"], labels, suspect)
+
+    def check(self, shape: tuple[int, int, int], classes: int) -> None:
+        """Raises `BadInput` where these are no triggers for images of `shape` (H, W, C)."""
+        validate(self)
+        if np.shape(self.pattern)[1:] != tuple(shape):
+            raise BadInput(
+                f"reversed triggers are of shape {np.shape(self.pattern)[1:]}, the images {shape}"
+            )
+        between("label of a reversed trigger", self.label, 0, classes - 1)
 
     def stamp(
         self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True

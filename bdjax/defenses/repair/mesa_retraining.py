@@ -20,6 +20,8 @@ class Patches:
     patches: jax.Array
     flagged: jax.Array
 
+    redraw = True  # who trains draws from the distribution of patches in every step
+
     def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         """`x: [H, W, C]` under a patch; kind 0 = unchanged."""
         key_label, key_patch, key_place = jax.random.split(key, 3)
@@ -34,10 +36,9 @@ class MesaRetraining(Defense):
     arXiv:1910.04749).
 
     `mesa` finds the labels and the patches; then the net is trained by `recipe` on the clean
-    images, the share `rate` of which carries a patch of a flagged label, each the same one in every
-    epoch, and keeps its own; images
-    of flagged labels stay clean, as stamping them would teach the backdoor. Where no label is
-    flagged, the net is returned as it was.
+    images, the share `rate` of which carries a patch of a flagged label, drawn anew in every step,
+    and keeps its own; images of flagged labels stay clean, as stamping them would teach the
+    backdoor. Where no label is flagged, the net is returned as it was.
 
     `info`: `repaired: []`, whether any label was flagged; MESA's `flagged: [K]`, `asr: [K, β]`;
     `loss`, `acc` by epoch of the retraining.
