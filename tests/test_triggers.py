@@ -447,7 +447,7 @@ def in_step(data, step):
 @pytest.mark.parametrize("entry", registry.entries("attack"), ids=lambda entry: entry.name)
 def test_every_poisoned_image_is_written_once(entry, colour):
     split = Split(colour, np.arange(8, dtype=np.int32) % 2)
-    rate = {"rate": 0.9} if entry.cls().rate else {}
+    rate = {"rate": 0.8} if entry.cls().rate else {}
     fields = CRAFTED.get(entry.name, {}) | rate
     data = train.poisoned_set(KEY, split, entry.cls(**fields), 10)
     plan, size = jax.tree.map(np.asarray, data.plan), int(data.plan.size)
