@@ -419,10 +419,11 @@ def shown(data, epochs, batch=4):
             "low": variables["low"].at[label].set(jnp.fmin(variables["low"][label], x)),
             "high": variables["high"].at[label].set(jnp.fmax(variables["high"][label], x)),
         }
-        out = Output(jnp.zeros((x.shape[0], 2)), {}, {**variables, **seen})
+        out = Output(jnp.zeros((x.shape[0], many)), {}, {**variables, **seen})
         return variables["params"]["w"] * 0, out
 
-    model = Model(lambda key: variables, lambda *_, **__: None, (1, 1, 1), 2, ())  # type: ignore
+    shape = data.image.shape[1:]
+    model = Model(lambda key: variables, lambda *_, **__: None, shape, many, ())  # type: ignore
     recipe = train.Recipe(epochs=epochs, batch=batch)
     found, _ = jax.jit(lambda data: train.fit(KEY, model, recipe, data, loss=watch))(data)
     return np.asarray(found["low"]), np.asarray(found["high"])
@@ -432,7 +433,11 @@ def shown(data, epochs, batch=4):
 def pixels(data):
     """What a judge of the training set sees of each row: `[M, H·W·C]`."""
     reader = Model(
-        lambda key: {}, lambda v, x, **_: Output(x[:, 0, 0], {"pixels": x}, v), (1, 1, 1), 2, ()
+        lambda key: {},
+        lambda v, x, **_: Output(x[:, 0, 0], {"pixels": x}, v),
+        data.image.shape[1:],
+        10,
+        ("pixels",),
     )
     return activations(reader, {}, data, "pixels")[0]
 
@@ -446,7 +451,7 @@ def in_step(data, step):
 @pytest.mark.parametrize("entry", registry.entries("attack"), ids=lambda entry: entry.name)
 def test_every_poisoned_image_is_written_once(entry, colour):
     split = Split(colour, np.arange(8, dtype=np.int32) % 2)
-    rate = {"rate": 0.9} if entry.cls().rate else {}
+    rate = {"rate": 0.8} if entry.cls().rate else {}
     fields = CRAFTED.get(entry.name, {}) | rate
     data = train.poisoned_set(KEY, split, entry.cls(**fields), 10)
     plan, size = jax.tree.map(np.asarray, data.plan), int(data.plan.size)
