@@ -94,8 +94,8 @@ def test_the_stamp_is_exact_and_the_rows_are_appended():
 
 @pytest.fixture(scope="module")
 def trained(model):
-    """Meta-classifiers, each learned from 48 planted nets."""
-    nets, guilty = families(KEY, 48)
+    """Meta-classifiers, each learned from 96 planted nets."""
+    nets, guilty = families(KEY, 96)
     pixels = jax.random.uniform(KEY, (20, *SHAPE))
 
     @functools.cache
@@ -163,7 +163,7 @@ def test_one_class_knows_benign_nets_from_others(model):
             KEY, model, v, jnp.zeros(24, jnp.int32), jax.random.uniform(KEY, (20, *SHAPE))
         )
     )(nets(benign[:24]))
-    judge = jax.vmap(lambda v: score(params, model, v))
+    judge = jax.vmap(lambda v: score(params, model, v, defense.answers))
     assert metrics.auroc(judge(nets(benign[24:])), judge(nets(others))) > 0.95
 
 
@@ -195,28 +195,35 @@ def test_the_threshold_lies_between_the_families():
     assert best_threshold(jnp.asarray([0.0, 10.0, 1.0, 11.0, 12.0]), guilty) == 5.5
 
 
-def test_a_net_is_judged_in_evaluation_mode(model):
-    """Released code leaves dropout on while it judges."""
+@pytest.mark.parametrize("answers", ["probabilities", "logits"])
+def test_a_net_is_judged_by_its_answers_in_evaluation_mode(model, answers):
+    """Released code leaves dropout on while it judges, and reads logits: what is added to all of
+    them changes no answer, yet the score.
+    """
     variables = jax.tree.map(lambda leaf: leaf[0], families(KEY, 2)[0])
     shapes = {"queries": (2, *SHAPE), "kernel": (6, 4), "bias": (4,), "weight": (4,), "offset": ()}
     parts = {
         n: jax.random.normal(jax.random.fold_in(KEY, i), s)
         for i, (n, s) in enumerate(shapes.items())
     }
+    parts["bias"] += 3.0  # no unit sleeps
     learned = Meta(
         **parts,
         threshold=jnp.asarray(0.0),
         auroc=jnp.ones(()),
         shadow_acc=jnp.ones(()),
         loss=jnp.zeros(2),
+        answers=answers,
     )
-    defense = Mntd(learned=learned)
+    defense = Mntd(learned=learned, answers=answers)
     clean = Split(jnp.zeros((1, *SHAPE)), jnp.zeros(1, jnp.int32))
     verdict = defense(KEY, model, variables, clean)
-    answers = np.asarray(parts["queries"]).reshape(2, 36) @ np.asarray(
+    f = np.asarray(parts["queries"]).reshape(2, 36) @ np.asarray(
         variables["params"]["logits"]["kernel"]
     )
-    hidden = np.maximum(answers.reshape(6) @ np.asarray(parts["kernel"]) + parts["bias"], 0)
+    if answers == "probabilities":
+        f = np.exp(f) / np.exp(f).sum(-1, keepdims=True)
+    hidden = np.maximum(f.reshape(6) @ np.asarray(parts["kernel"]) + parts["bias"], 0)
     assert float(verdict.index) == pytest.approx(
         float(hidden @ parts["weight"] + parts["offset"]), rel=1e-4
     )
@@ -225,6 +232,10 @@ def test_a_net_is_judged_in_evaluation_mode(model):
         and not verdict.flagged.any()
         and verdict.flagged.shape == (3,)
     )
+    logits = variables["params"]["logits"]
+    lifted = {"params": {"logits": {**logits, "bias": logits["bias"] + 3.0}}}
+    same = np.isclose(learned.score(model, lifted), verdict.index, rtol=1e-4)
+    assert same == (answers == "probabilities")
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
     assert jnp.isnan(defense(KEY, model, broken, clean).index)
     # A prepared defense can be saved with what it judged.

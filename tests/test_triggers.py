@@ -419,7 +419,7 @@ def shown(data, epochs, batch=4):
             "low": variables["low"].at[label].set(jnp.fmin(variables["low"][label], x)),
             "high": variables["high"].at[label].set(jnp.fmax(variables["high"][label], x)),
         }
-        out = Output(jnp.zeros((x.shape[0], 2)), {}, {**variables, **seen})
+        out = Output(jnp.zeros((x.shape[0], many)), {}, {**variables, **seen})
         return variables["params"]["w"] * 0, out
 
     shape = data.image.shape[1:]
@@ -433,7 +433,11 @@ def shown(data, epochs, batch=4):
 def pixels(data):
     """What a judge of the training set sees of each row: `[M, H·W·C]`."""
     reader = Model(
-        lambda key: {}, lambda v, x, **_: Output(x[:, 0, 0], {"pixels": x}, v), (1, 1, 1), 2, ()
+        lambda key: {},
+        lambda v, x, **_: Output(x[:, 0, 0], {"pixels": x}, v),
+        data.image.shape[1:],
+        10,
+        ("pixels",),
     )
     return activations(reader, {}, data, "pixels")[0]
 
