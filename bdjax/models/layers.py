@@ -158,7 +158,9 @@ def forward(
     with nn.intercept_methods(look):
         logits, updated = module.apply(state, x, train, mutable=mutable, rngs=rngs)
     if unknown := (set(edits) | set(masks)) - set(acts):
-        raise BadInput(f"the model has no site '{sorted(unknown)[0]}'; it has: {', '.join(acts)}")
+        raise BadInput(
+            f"the model has no site '{sorted(unknown)[0]}': take one of {', '.join(acts)}"
+        )
     return Output(logits, acts, {**variables, **updated})
 
 
@@ -217,7 +219,7 @@ def default_site(model: Model) -> str:
 def check_site(model: Model, site: str) -> None:
     """Raises `BadInput` where `model` has no such site."""
     if site not in model.sites:
-        raise BadInput(f"the model has no site '{site}'; it has: {', '.join(model.sites)}")
+        raise BadInput(f"the model has no site '{site}': take one of {', '.join(model.sites)}")
 
 
 __all__ = [
