@@ -43,7 +43,9 @@ class FinePruning(Defense):
 
     Decides most: the learning rate of the fine-tuning, more than the pruning. The paper has none;
     ours is that of the authors' solver, Adam at a fixed 1e-3, and of Ye et al., whose 10 epochs we
-    take too. Show it beside others: `analysis.sensitivity`.
+    take too. Show it beside others (`analysis.sensitivity`): at 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2 the
+    preset `cpu` left one all-to-all net of MNIST an ASR_nt of 50, 17, 3, 1 and 1 %, one with the
+    5×5 square 100, 100, 100, 92 and 3 %.
 
     `info`: `order: [C]`, `activation: [C]` = ā, `curve: [C + 1]` accuracy on the clean images by
     pruned count (before any fine-tuning), `pruned` = k, `loss` and `acc` of the fine-tuning, by
@@ -51,10 +53,9 @@ class FinePruning(Defense):
     `channels.curve`; for learning rate × channels `grid`.
 
     Differs from the paper: a mask stands for zeroed weights, and keeps pruned channels at zero in
-    the fine-tuning. Differs from BackdoorBench: its
-    drop is relative and in steps of 1 % of the channels, its learning rate decays along a cosine,
-    and it looks at test images. Differs from Ye et al.: they zero the weights and let them grow
-    again.
+    the fine-tuning. Differs from BackdoorBench: its drop is relative and in steps of 1 % of the
+    channels, its learning rate decays along a cosine, and it looks at test images. Differs from Ye
+    et al.: they zero the weights and let them grow again.
     """
 
     max_drop: Share = 0.04

@@ -35,7 +35,8 @@ class NcPruning(TriggerDefense):
     `info`: `order: [C]`, `gap: [C]`, `curve: [C + 1]` accuracy on the clean images and `reaction:
     [C + 1]` to the trigger by pruned count, `pruned` = how many; those of `TriggerDefense.fired`.
 
-    Decides most: `until`. The paper does not say when a net no longer reacts: it is ours.
+    Decides most: `until`. The paper does not say when a net no longer reacts: it is ours. At 0.01,
+    0.05, 0.2 and 0.4 one net of MNIST was left an ASR_nt of 1, 5, 24 and 56 %.
     """
 
     until: Share = 0.05

@@ -30,7 +30,8 @@ class NcUnlearning(TriggerDefense):
     `info`: `loss`, `acc: [epochs]` of the fine-tuning; those of `TriggerDefense.fired`.
 
     Decides most: the learning rate. The paper has none for it; ours is that of its victims'
-    training, Adam at 1e-3.
+    training, Adam at 1e-3. At 1e-4, 3e-4, 1e-3 and 3e-3 the preset `cpu` left one net of MNIST
+    an ASR_nt of 94, 49, 18 and 1 %.
 
     Differs from the paper: it takes 10 % of the training images, ours are the defender's own; the
     batch is ours. Differs from BackdoorBench: its learning rate decays along a

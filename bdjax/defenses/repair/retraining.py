@@ -18,7 +18,8 @@ class Retraining(Defense):
     `recipe`: the training; its length is ours. Preset: `cpu`, 5 epochs.
 
     Decides most: the learning rate. The paper has none; ours is that of the training which goes on,
-    `Recipe`'s.
+    `Recipe`'s. At 1e-3, 3e-3 and 1e-2 the preset `cpu` left one net of MNIST an ASR_nt of 100, 85
+    and 9 %.
 
     `info`: `loss` and `acc` by epoch.
     """
