@@ -401,7 +401,7 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         for name, value in fields.items():  # an array of no dimension is written as a number
             kinds = ranges(known[name]) if name in known and isinstance(value, float) else []
             if kinds and kinds[0][0] <= _ARRAYS:
-                fields[name] = np.float32(value)[...]
+                fields[name] = np.asarray(value, np.float32)
         return cls(**fields)
     name = described["name"]
     if name not in {e.name for e in entries(kind)}:  # of another kind than what it is a part of
