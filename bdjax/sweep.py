@@ -88,7 +88,7 @@ PROGRAMS = 64
 of which Linux allows a process 65,530.
 """
 
-ARCHITECTURES = 3
+ARCHITECTURES = 2
 """Architectures whose programs are kept: a process that works through many does not grow with each.
 """
 

@@ -77,7 +77,7 @@ def test_layers_before_and_behind_a_site():
     assert layers_behind(build(DeepId(), (55, 47, 3), 10), "conv_last") == ("fc_2", "logits")
     # The bias of a BatchNorm comes after its convolution.
     assert bias_of(build(ResNet20(), (32, 32, 3), 10), "conv_last") == ("block_9_2_norm", "bias")
-    with pytest.raises(BadInput, match="no site 'conv_9'; it has: "):
+    with pytest.raises(BadInput, match="no site 'conv_9': take one of "):
         bias_of(cnn, "conv_9")
     with pytest.raises(BadInput, match="no layer reads site 'penultimate' alone"):
         # the logits read the input too

@@ -15,8 +15,11 @@ from bdjax import experiment
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
+LONG = ("cheng2019", "strip_neural_cleanse", "veldanda2020", "ye2021")
+
+
 @pytest.mark.parametrize(
-    "name", ["cheng2019", "shamshiri2023", "strip_neural_cleanse", "veldanda2020", "ye2021"]
+    "name", ["shamshiri2023", *(pytest.param(name, marks=pytest.mark.long) for name in LONG)]
 )
 def test_smoke(name, tmp_path):
     file, out = EXPERIMENTS / f"{name}.py", tmp_path / "out"

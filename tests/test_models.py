@@ -181,7 +181,7 @@ def test_masks_and_edits_at_every_site_and_stacked_parameters(name):
 
 def test_unknown_site():
     model = small("strip-mnist")
-    with pytest.raises(BadInput, match="no site 'conv_9'; it has: conv_1_pre"):
+    with pytest.raises(BadInput, match="no site 'conv_9': take one of conv_1_pre"):
         model.apply(drawn(model), images(model), edits={"conv_9": jnp.zeros_like})
 
 

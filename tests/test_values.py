@@ -74,8 +74,13 @@ def filled(cls, field, value):
 
 
 def made(cls):
+    def something(hint):
+        if dataclasses.is_dataclass(hint):
+            return made(hint)
+        return (0.0,) if typing.get_origin(hint) is tuple else jnp.zeros(2)
+
     needed = {
-        f.name: jnp.zeros(2)
+        f.name: something(registry.hints(cls)[f.name])
         for f in dataclasses.fields(cls)
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
@@ -495,6 +500,7 @@ def test_a_cell_of_a_notebook_may_run_again(monkeypatch, own_names):
 # --- What is let go ---
 
 MANY = """
+import statistics
 import subprocess
 import sys
 from bdjax import registry
@@ -519,7 +525,8 @@ for i in range(60):
     row = runner.run([Cell("", str(i), source, net, Recipe(epochs=1, batch=50), BadNets())])
     assert "acc_test" in row[0]["metrics"]
     sizes.append(resident())
-print(sizes[-1] - sizes[0])
+# What the last compilation has just freed comes and goes.
+print(statistics.median(sizes[-9:]) - sizes[0])
 """
 
 
