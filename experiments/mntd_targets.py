@@ -11,7 +11,8 @@
 - "logits" gives the meta-classifier logits, as the released code does, "one set of images" all
   shadow nets the same images; else it reads probabilities, of bootstrapped shadow nets.
 - Detection and false alarms are at the default threshold, which comes from held-out shadow nets.
-  Intervals are at 95 %: Wilson's for rates, from 2,000 bootstrap samples of the nets for AUROC.
+  Intervals are at 95 %: Wilson's for rates, from 2,000 bootstrap samples of the nets for AUROC
+  (of no width where every infected net scores above every clean one).
 """
 
 from collections.abc import Iterator
