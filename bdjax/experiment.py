@@ -8,12 +8,15 @@ in its docstring ("- …") stands on the page as notes.
 
 import contextlib
 import importlib.util
+import os
 import re
 import shlex
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,18 +43,35 @@ def load(path: str | Path) -> ModuleType:
             [p.as_posix() for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
         )
         raise BadInput(f"no experiment file {path}{near(path.as_posix(), others)}")
+    if path.suffix != ".py":
+        raise BadInput(f"{path} is no experiment file: its name does not end in .py")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
-    try:
+    with _raised_in(path):
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise BadInput(f"{path} is not Python: {error}") from error
     for name, form in (("cells", "cells(scale, seeds)"), ("SCALES", "SCALES"), ("TITLE", "TITLE")):
         if not hasattr(module, name):
             raise BadInput(f"{path} is no experiment: it defines no {form}")
     return module
+
+
+@contextmanager
+def _raised_in(path: Path):
+    """Turns what an experiment file raises into one line that says where."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except SyntaxError as error:
+        raise BadInput(f"{path} is not Python: {' '.join(str(error).split())}") from error
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
+        place = f"{path}, line {lines[-1]}" if lines else str(path)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"{place}: {what[:300]}") from error
 
 
 def run(
@@ -99,7 +119,13 @@ def run(
             f"{folder} has {len(earlier)} rows: give another --out, or leave --no-resume away to "
             "go on"
         )
-    cells = list({cell.run: cell for cell in module.cells(scale, seeds)}.values())
+    with _raised_in(Path(path)):
+        made = list(module.cells(scale, seeds))
+    if odd := [cell for cell in made if not isinstance(cell, Cell)]:
+        raise BadInput(f"{path}: cells gives {shown(type(odd[0]).__name__)}, not Cell")
+    if not made:
+        raise BadInput(f"{path} has no cells at scale {scale}: there is nothing to run")
+    cells = list({cell.run: cell for cell in made}.values())
     if dry_run:
         plan(cells, earlier, places, width, part)
         return []
@@ -128,8 +154,10 @@ def run(
         begun = time.monotonic()
         report.print_table(rows, console)
         typed = shlex.quote(Path(path).as_posix())
-        figures = list(module.figures(rows, store, scale)) if hasattr(module, "figures") else []
-        trends = claims(module, rows)
+        with _raised_in(Path(path)):
+            drawn = module.figures(rows, store, scale) if hasattr(module, "figures") else ()
+            figures = list(drawn)
+            trends = claims(module, rows)
         clock.add("report", begun)
         seconds = clock.seconds | {"total": time.monotonic() - start}
         page = report.write(

@@ -86,7 +86,7 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
                 yield from zipped(cell, **varied)
 
 
-def scores(rows: list[dict]) -> Iterator[tuple[str, str, dict[str, np.ndarray], list[dict]]]:
+def scores(rows: list[dict]) -> Iterator[tuple[str, str, dict[str, np.ndarray], list]]:
     """Each kind of net and judge: how far above the threshold its nets score, by attack."""
     nets = dict.fromkeys(row["table"].split(", ")[0] for row in rows)
     judges = dict.fromkeys(row["row"] for row in rows if row["defense"])

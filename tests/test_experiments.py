@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bdjax import experiment
+from bdjax.types import BadInput
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -57,3 +58,37 @@ def test_smoke(name, tmp_path):
         assert verdict in ("reproduced", "partly", "not") and numbers
     drawn = sorted(path.stem for path in (out / "figures").glob("*.png"))
     assert drawn and page.count("<img") == len(drawn)
+
+
+BEGIN = "TITLE, SCALES = 'Odd', ('smoke',)\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("x = (", "is not Python"),
+        ("1 / 0\n", "line 1: ZeroDivisionError: division by zero"),
+        ("raise SystemExit('no')\n", "line 1: SystemExit: no"),
+        ("import nothing_of_this_name\n", "line 1: ModuleNotFoundError"),
+        ("raise ValueError('two\\nlines')\n", "ValueError: two lines"),
+        (BEGIN, "defines no cells"),
+        (f"{BEGIN}def cells(scale, seeds):\n    return []\n", "has no cells at scale smoke"),
+        (f"{BEGIN}def cells(scale, seeds):\n    yield 3\n", "cells gives int, not Cell"),
+        (f"{BEGIN}def cells(scale, seeds):\n    return [][0]\n", "line 3: IndexError"),
+        (f"{BEGIN}def cells(scale):\n    return []\n", "TypeError"),
+        (f"{BEGIN}cells = None\n", "TypeError"),
+    ],
+)
+def test_an_odd_file_is_told_of_in_one_line(text, line, tmp_path):
+    file = tmp_path / "odd.py"
+    file.write_text(text)
+    with pytest.raises(BadInput, match=line) as caught:
+        experiment.run(file, "smoke", tmp_path / "out", quiet=True)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.py"]
+
+
+def test_a_file_that_is_no_python(tmp_path):
+    (tmp_path / "odd.txt").write_text("hello")
+    with pytest.raises(BadInput, match="does not end in"):
+        experiment.run(tmp_path / "odd.txt", "smoke", tmp_path / "out")
