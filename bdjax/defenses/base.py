@@ -130,7 +130,7 @@ class Judge(Defense):
 
     def once(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
         """The verdict of one seed."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define once(key, model, variables, clean)")
 
     def rank(
         self, key: jax.Array, model: Model, variables: Variables, clean: Split
