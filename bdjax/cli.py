@@ -197,7 +197,8 @@ class Train:
 
     def __call__(self) -> None:
         from bdjax.store import old_model, save_model, unfinished
-        from bdjax.sweep import Cell, Runner, device_name
+        from bdjax.study import Cell
+        from bdjax.sweep import Runner, device_name
 
         flags: Any = self
         own.whole(self.out, old_model)
@@ -252,7 +253,8 @@ class Defend:
             save_model,
             unfinished,
         )
-        from bdjax.sweep import Cell, Runner, device_name, fits, labelled
+        from bdjax.study import Cell
+        from bdjax.sweep import Runner, device_name, fits, labelled
 
         if self.out is not None:
             own.whole(self.out, old_model)

@@ -31,7 +31,8 @@ from bdjax.own import explained
 from bdjax.progress import shown
 from bdjax.registry import name_of, near
 from bdjax.store import Store, read_rows, result_files
-from bdjax.sweep import Cell, Clock, Runner, footprint, groups, room, say
+from bdjax.study import Cell
+from bdjax.sweep import Clock, Runner, footprint, groups, room, say
 from bdjax.types import BadInput, whole
 
 

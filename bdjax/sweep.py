@@ -1,7 +1,7 @@
 """From cells to rows: cells that differ in numbers alone are stacked and run as one compiled
 program.
 
-A `Cell` names a victim (dataset × model × recipe × attack × seed) and what is done to it. The
+A `study.Cell` names a victim (dataset × model × recipe × attack × seed) and what is done to it. The
 victim of several defenses is trained once, in chunks that are checkpointed, and kept by the hash of
 its configuration. Rows are on disk as soon as their group ends; a run that was interrupted goes on
 where it stopped. Processes that share the work by victims (`Store.shard`) never talk to each other:
@@ -11,7 +11,6 @@ their rows are merged by whoever reads them.
 import contextlib
 import ctypes
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -22,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +32,9 @@ from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
 from bdjax.datasets.base import Source
 from bdjax.defenses.base import Defense, Judge
-from bdjax.models.layers import Net, build
+from bdjax.models.layers import build
 from bdjax.own import renamed
 from bdjax.progress import Board, Progress, Stop, shown
-from bdjax.registry import replace
 from bdjax.store import (
     Store,
     load_tree,
@@ -47,6 +45,7 @@ from bdjax.store import (
     save_tree,
     write_tree,
 )
+from bdjax.study import Cell, Probe
 from bdjax.train import (
     Recipe,
     advance,
@@ -91,140 +90,6 @@ of which Linux allows a process 65,530.
 ARCHITECTURES = 2
 """Architectures whose programs are kept: a process that works through many does not grow with each.
 """
-
-
-class Probe(Protocol):
-    """A measurement of a net, a `pytree` class: `{name: array}`, pure and safe under jit and vmap.
-    Scalars become metrics of the row, all else its arrays.
-    """
-
-    def __call__(
-        self, key: jax.Array, model: Model, variables: Any, attack: Any, clean: Split, test: Split
-    ) -> dict[str, Any]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One row of a table, for one seed. `reported`: the paper's values of our metrics;
-    `substitute`: what stands in for its data; `probe`: what else is measured of the net, after the
-    defense if there is one.
-    """
-
-    table: str
-    row: str
-    dataset: Any
-    model: Net
-    recipe: Recipe
-    attack: Attack | None = None
-    defense: Defense | None = None
-    seed: int = 0
-    reported: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    substitute: str | None = None
-    probe: "Probe | None" = None
-
-    def __post_init__(self) -> None:
-        whole("seed", self.seed, 0, 2**32 - 1)
-        kinds = {"dataset": Source, "model": Net, "recipe": Recipe}
-        for part, kind in (kinds | {"attack": Attack, "defense": Defense}).items():
-            value = getattr(self, part)
-            if not isinstance(value, kind) and (value is not None or part in kinds):
-                raise BadInput(f"a cell's {part} is {type(value).__name__}, not {kind.__name__}")
-            registry.validate(value)
-        registry.validate(self.probe)
-
-    @property
-    def stage(self) -> str | None:
-        """What the defense returns; None without one."""
-        return (
-            None
-            if self.defense is None
-            else registry.get("defense", registry.name_of(self.defense) or "").stage
-        )
-
-    @property
-    def twin(self) -> "Cell":
-        """The same victim without the attack."""
-        return dataclasses.replace(
-            self, row=f"{self.row}, clean twin", attack=None, defense=None, reported={}
-        )
-
-    @functools.cached_property
-    def data(self) -> str:
-        """Content hash of the data set, as it was when it was first asked for."""
-        return fingerprint(self.dataset.load())
-
-    @functools.cached_property
-    def victim(self) -> str:
-        """Content hash of everything that decides the victim's weights."""
-        return registry.digest(self.data, self.model, self.recipe, self.attack, self.seed)
-
-    @functools.cached_property
-    def run(self) -> str:
-        """Content hash of the row."""
-        probes = () if self.probe is None else (self.probe,)
-        return registry.digest(self.victim, self.defense, self.table, self.row, *probes)
-
-
-def grid(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
-    """Copies of the dataclass `base` over the product of `axes`: `grid(cell, seed=range(3),
-    attack__rate=(0.01, 0.1))`.
-
-    `a__b` is field `b` of field `a`, an array or a static one. Here and below `base` may be
-    several: combinators nest.
-    """
-    kept = {path: tuple(values) for path, values in axes.items()}
-    for one in _several(base):
-        for values in itertools.product(*kept.values()):
-            yield _with(one, kept, values)
-
-
-def zipped(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
-    """Copies over the axes in step, the first values of all, then the second ones: `zipped(cell,
-    seed=(0, 1), attack__target=(3, 7))`.
-    """
-    kept = {path: tuple(values) for path, values in axes.items()}
-    if len({len(values) for values in kept.values()}) > 1:
-        raise BadInput(
-            "zipped axes differ in length: "
-            f"{', '.join(f'{path} {len(kept[path])}' for path in kept)}"
-        )
-    for one in _several(base):
-        for values in zip(*kept.values(), strict=True):
-            yield _with(one, kept, values)
-
-
-def sample(
-    base: Any,
-    count: int,
-    draw: int = 0,
-    **axes: Sequence[Any] | Callable[[np.random.Generator], Any],
-):
-    """`count` random copies, the same ones for the same `draw`: an axis is a sequence to choose
-    from or a function of a generator: `sample(cell, 50, attack__rate=lambda rng: 10 **
-    rng.uniform(-3, -1))`.
-    """
-    rng = np.random.default_rng(draw)
-    for one in _several(base):
-        for _ in range(count):
-            drawn = [
-                axis(rng) if callable(axis) else axis[int(rng.integers(len(axis)))]
-                for axis in axes.values()
-            ]
-            yield _with(one, axes, drawn)
-
-
-chain = itertools.chain
-"""Several sweeps as one: `chain(grid(…), sample(…))`. A cell that occurs twice is run once."""
-
-
-def _several(base: Any) -> Iterable[Any]:
-    return [base] if dataclasses.is_dataclass(base) else base
-
-
-def _with(base: Any, paths: Iterable[str], values: Iterable[Any]) -> Any:
-    for path, value in zip(paths, values, strict=True):
-        base = replace(base, path.split("__"), value)
-    return base
 
 
 def stack(items: Sequence[Any]) -> Any:

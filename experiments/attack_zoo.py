@@ -39,7 +39,8 @@ from bdjax.models.deepid import DeepId
 from bdjax.models.nc_gtsrb import NcGtsrb
 from bdjax.models.shamshiri import Cnn
 from bdjax.store import Store
-from bdjax.sweep import Cell, Runner, grid
+from bdjax.study import Cell, grid
+from bdjax.sweep import Runner
 from bdjax.train import Recipe, stamped, unit
 from bdjax.zoo import veldanda
 

@@ -66,7 +66,7 @@ from bdjax.models.alexnet import AlexNet
 from bdjax.models.layers import default_site
 from bdjax.registry import pytree, static
 from bdjax.store import Store
-from bdjax.sweep import Cell, grid
+from bdjax.study import Cell, grid
 from bdjax.train import Recipe, predict, stamped, unit
 
 TITLE = "Cheng et al. (2019): ℓ∞ pruning of a backdoored traffic-sign net"

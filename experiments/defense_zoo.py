@@ -56,7 +56,7 @@ from bdjax.models.nc_gtsrb import NcGtsrb
 from bdjax.models.shamshiri import Cnn
 from bdjax.models.strip import StripMnist
 from bdjax.store import Store
-from bdjax.sweep import Cell, grid
+from bdjax.study import Cell, grid
 from bdjax.train import Recipe
 from bdjax.types import BadInput, word
 

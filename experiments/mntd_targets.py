@@ -31,7 +31,7 @@ from bdjax.datasets.sample import Sample
 from bdjax.defenses.models.mntd import Mntd
 from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.store import Store
-from bdjax.sweep import Cell, zipped
+from bdjax.study import Cell, zipped
 from bdjax.train import Recipe
 
 TITLE = "MNTD on nets of another recipe"

@@ -49,7 +49,7 @@ from bdjax.defenses.train.db_covidnet import DbCovidNet
 from bdjax.defenses.train.lpsf import Lpsf
 from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.store import Store
-from bdjax.sweep import Cell, grid
+from bdjax.study import Cell, grid
 from bdjax.train import Recipe, stamped
 
 TITLE = "Shamshiri & Sohn (2023): three defenses on Fashion-MNIST"

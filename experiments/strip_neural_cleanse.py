@@ -82,7 +82,8 @@ from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.models.strip import StripCifar10, StripMnist
 from bdjax.registry import static
 from bdjax.store import Store
-from bdjax.sweep import Cell, Runner, grid
+from bdjax.study import Cell, grid
+from bdjax.sweep import Runner
 from bdjax.train import Recipe, predict, stamped, unit
 from bdjax.types import Split
 

@@ -25,7 +25,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.store import Store
-from bdjax.sweep import Cell, grid
+from bdjax.study import Cell, grid
 from bdjax.train import Recipe
 
 TITLE = "A sweep: three defenses by poison rate, target and seed"

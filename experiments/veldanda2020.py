@@ -76,7 +76,7 @@ from bdjax.models.deepid import DeepId
 from bdjax.models.layers import default_site
 from bdjax.models.shamshiri import Cnn
 from bdjax.store import Store
-from bdjax.sweep import Cell, grid
+from bdjax.study import Cell, grid
 from bdjax.train import Recipe, evaluate, stamped, unit
 from bdjax.types import Model, Split
 from bdjax.zoo import veldanda

@@ -77,7 +77,8 @@ from bdjax.models.keras_h5 import load_keras_weights
 from bdjax.models.layers import build
 from bdjax.registry import pytree, static
 from bdjax.store import Store
-from bdjax.sweep import JUDGES, Cell, grid, stack, take
+from bdjax.study import Cell, grid
+from bdjax.sweep import JUDGES, stack, take
 from bdjax.train import Curves, Recipe, batched, predict, stamped, unit
 from bdjax.types import Array, Model
 

@@ -19,7 +19,8 @@ from bdjax.models.layers import build
 from bdjax.models.resnet20 import ResNet20
 from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.store import Store
-from bdjax.sweep import Cell, Runner
+from bdjax.study import Cell
+from bdjax.sweep import Runner
 from bdjax.train import Recipe, clean_set, evaluate, fit, stamped, unit
 from bdjax.types import BadInput
 

@@ -33,7 +33,7 @@ ROW = {
 EXPERIMENT = """
     from bdjax import registry
     from bdjax.models.shamshiri import Ffnn
-    from bdjax.sweep import Cell
+    from bdjax.study import Cell
     from bdjax.train import Recipe
 
     TITLE, SCALES = "small", ("smoke",)

@@ -24,8 +24,10 @@ from bdjax.defenses.samples.spectral_signatures import SpectralSignatures
 from bdjax.defenses.train.lpsf import Lpsf
 from bdjax.models.shamshiri import Ffnn
 from bdjax.progress import Terminated
+from bdjax.registry import replace
 from bdjax.store import Store
-from bdjax.sweep import Cell, Runner, chain, grid, groups, replace, sample, zipped
+from bdjax.study import Cell, chain, grid, sample, zipped
+from bdjax.sweep import Runner, groups
 from bdjax.train import Recipe, predict, stamped
 from bdjax.types import BadInput
 
@@ -216,7 +218,7 @@ EXPERIMENT = """
     from bdjax.attacks.badnets import BadNets
     from bdjax.defenses.repair.fine_pruning import FinePruning
     from bdjax.models.shamshiri import Ffnn
-    from bdjax.sweep import Cell, grid
+    from bdjax.study import Cell, grid
     from bdjax.train import Recipe, predict, stamped
 
     TITLE, SCALES = "a small one", ("smoke",)

@@ -15,9 +15,10 @@ from bdjax.attacks.clean_label import CleanLabel
 from bdjax.attacks.multi_trigger import MultiTrigger
 from bdjax.defenses.repair.retraining import Retraining
 from bdjax.models.shamshiri import Ffnn
-from bdjax.registry import make
+from bdjax.registry import make, replace
 from bdjax.store import Store
-from bdjax.sweep import Cell, Runner, chain, grid, replace
+from bdjax.study import Cell, chain, grid
+from bdjax.sweep import Runner
 from bdjax.train import Recipe
 from bdjax.types import BadInput
 

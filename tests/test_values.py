@@ -22,7 +22,8 @@ from bdjax.attacks.blended import Blended
 from bdjax.augment import Augmentation
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn, Ffnn
-from bdjax.sweep import Cell, Runner
+from bdjax.study import Cell
+from bdjax.sweep import Runner
 from bdjax.train import (
     Recipe,
     advance,
@@ -507,7 +508,8 @@ from bdjax import registry
 from bdjax.attacks.badnets import BadNets
 from bdjax.models.shamshiri import Cnn
 from bdjax.store import Store
-from bdjax.sweep import Cell, Runner
+from bdjax.study import Cell
+from bdjax.sweep import Runner
 from bdjax.train import Recipe
 
 

@@ -11,7 +11,7 @@ import planted
 import pytest
 from scipy import stats
 
-from bdjax import metrics, registry, report, sweep
+from bdjax import metrics, registry, report, study, sweep
 from bdjax.cli import main
 from bdjax.defenses.base import Judge, folded
 from bdjax.defenses.invert.deep_inspect import DeepInspect
@@ -253,7 +253,7 @@ def test_a_first_ranking_is_printed_where_there_are_many_labels(
     victim, sample, monkeypatch, tmp_path, capsys
 ):
     model, variables, attack = victim
-    cell = sweep.Cell(
+    cell = study.Cell(
         "", "", registry.make("dataset", "fashion-mnist-sample", train_size=2000, test_size=500),
         registry.make("model", "ffnn", hidden=(64,)), sweep.Recipe(epochs=5, batch=32), attack,
         NeuralCleanse(steps=1, batches=4, batch=16, seeds=2),
