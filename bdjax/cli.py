@@ -262,7 +262,7 @@ class Defend:
         if lacking := [part for part in ("dataset", "recipe") if about[part] is None]:
             raise BadInput(f"{self.checkpoint}: its model.json names no {lacking[0]}: save it anew")
         flags: Any = self
-        stage = _stage(flags.defense)
+        stage = flags.defense.stage
         dataset = about["dataset"]
         if self.labels != "given":
             if stage in ("train", "samples"):
@@ -272,7 +272,7 @@ class Defend:
                 )
             dataset = labelled(dataset, model, variables, self.labels)
         fits(model, dataset.load())
-        if stage == "samples" and any(_stage(defense) == "train" for defense in about["defenses"]):
+        if stage == "samples" and any(defense.stage == "train" for defense in about["defenses"]):
             raise BadInput(
                 f"{self.checkpoint} was made by a defense that replaces training, by rows of its "
                 f"own: give {registry.name_of(flags.defense)} the model that `bdjax train` made"
@@ -334,10 +334,6 @@ class Defend:
             )
             raise BadInput(f"leave --train-seed away: {known}")
         return self.train_seed if needed else about["seed"]
-
-
-def _stage(defense: Any) -> str:
-    return registry.get("defense", registry.name_of(defense) or "").stage
 
 
 def _show(row: dict[str, Any], out: Path | None) -> None:

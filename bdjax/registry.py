@@ -50,13 +50,6 @@ class Entry(NamedTuple):
     file: str
     cls: type
 
-    @property
-    def stage(self) -> str:
-        """What a defense returns = the folder that it stands in: train, repair, invert, inputs,
-        samples or models.
-        """
-        return self.cls.__module__.split(".")[-2]
-
 
 def static(default: Any = dataclasses.MISSING, **kwargs) -> Any:
     """A dataclass field that is part of the compile key instead of a leaf."""
@@ -80,6 +73,11 @@ def _source(cls: type) -> str:
 
 def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
     def decorate(cls: type[T]) -> type[T]:
+        if kind == "defense" and not hasattr(cls, "stage"):
+            raise BadInput(
+                f"defense '{name}' is of no kind: derive {cls.__qualname__} from Training, Repair, "
+                "Inversion, Judge, InputFilter or SampleFilter of bdjax.defenses.base"
+            )
         cls = pytree(cls)
         paragraph = (inspect.getdoc(cls) or "").partition("\n\n")[0]
         cite = _CITATION.search(" ".join(paragraph.split()))
@@ -112,7 +110,7 @@ def attack(name: str) -> Callable[[type[T]], type[T]]:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def defense(name: str) -> Callable[[type[T]], type[T]]:
-    """Registers a defense under `name`; its stage is the folder that it stands in."""
+    """Registers a defense under `name`, a class of one of the kinds of `defenses.base`."""
     return _register("defense", name)
 
 

@@ -64,12 +64,8 @@ class Cell:
 
     @property
     def stage(self) -> str | None:
-        """What the defense returns; None without one."""
-        return (
-            None
-            if self.defense is None
-            else registry.get("defense", registry.name_of(self.defense) or "").stage
-        )
+        """The kind of the defense; None without one."""
+        return None if self.defense is None else self.defense.stage
 
     @property
     def twin(self) -> "Cell":

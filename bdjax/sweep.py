@@ -31,7 +31,14 @@ from bdjax import mesh, metrics, own, registry, schema
 from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
 from bdjax.datasets.base import Source
-from bdjax.defenses.base import Defense, Judge
+from bdjax.defenses.base import (
+    Defense,
+    Judge,
+    judge,
+    measure,
+    split_scalars,
+    targets_flagged,
+)
 from bdjax.models.layers import build
 from bdjax.own import renamed
 from bdjax.progress import Board, Progress, Stop, shown
@@ -51,24 +58,19 @@ from bdjax.train import (
     advance,
     begin,
     evaluate,
-    fit,
     poisoned_set,
     poisoning_key,
     predict,
-    stamped,
-    unit,
-    without,
 )
 from bdjax.types import (
     BadInput,
     Dataset,
+    Judgement,
     Model,
-    Repaired,
-    Scores,
     Split,
-    Suspects,
+    Splits,
     Unlabelled,
-    Verdict,
+    Victim,
     Word,
     whole,
     word,
@@ -208,7 +210,7 @@ class Unfit(Exception):
     """A program does not fit into the device's memory with a single lane."""
 
 
-class Victim(NamedTuple):
+class Trained(NamedTuple):
     """A trained victim, on the host: the attack as it is fired, and the net. `loss` is that of the
     last epoch.
     """
@@ -252,7 +254,7 @@ class Runner:
         self.counts: dict[str, dict[str, int]] = {}
         self.twins: set[str] = set()
         self.mine: set[str] = set()
-        self.others: dict[str, Victim] = {}
+        self.others: dict[str, Trained] = {}
         self.said: set[str] = set()
         self.last: tuple[Any, Any] = (None, None)
 
@@ -318,7 +320,7 @@ class Runner:
         """The row of `cell` for a given victim, and the repaired variables where its defense
         repairs. `trained`: the seed of the victim's training, the cell's if not given.
         """
-        self._checked(cell, model)
+        self._checked(cell, model, trained)
         built, shared = self._data(cell)
         none = {"compile": 0.0, "run": 0.0}
         replaces = cell.stage == "train"  # it has no victim, but that one's recipe and images
@@ -339,7 +341,7 @@ class Runner:
     def _first_ranking(self, cell: Cell, model: Model, shared: Any, variables: Any) -> None:
         """Prints which labels lead after a short search, where the whole one has many to try."""
         judge = cell.defense
-        if model.classes < RANKED or not isinstance(judge, Judge) or type(judge).rank is Judge.rank:
+        if model.classes < RANKED or judge is None or "rank" not in judge.hooks:
             return
         items = self._stacked([(jax.random.key(cell.seed), judge, variables)])
         norms = np.asarray(self._ran("defend", _rank, model, shared, *items))[0]
@@ -351,15 +353,15 @@ class Runner:
             self.quiet,
         )
 
-    def _checked(self, cell: Cell, model: Model | None = None) -> None:
+    def _checked(self, cell: Cell, model: Model | None = None, trained: int | None = None) -> None:
         """Raises `BadInput` where the cell cannot be run, on `model` where its net is given, and
-        counts what its attack poisons: once for a victim.
+        counts what its attack poisons under the seed of the training: once for a victim.
         """
         check(cell, model)
         if cell.attack is None or cell.victim in self.counts:
             return
         data = cell.dataset.load()
-        key = jax.random.fold_in(jax.random.key(cell.seed), 2)  # as in `_epoch`
+        key = poisoning_key(jax.random.key(cell.seed if trained is None else trained))
         found = cell.attack.count(key, jnp.asarray(data.train.label), data.classes)
         self.counts[cell.victim] = found
         if found["poisoned"] < found["asked"]:
@@ -395,7 +397,7 @@ class Runner:
             )
             if self.unlabelled:
                 others = [split._replace(label=Unlabelled()) for split in others]
-            splits = (train, *others)
+            splits = Splits(train, *others)
             self.last = data, mesh.place(splits, jnp.zeros(1), self.places)[0]
         self.clock.add("data", start)
         model = build(cell.model, data.shape, data.classes)
@@ -430,13 +432,13 @@ class Runner:
             if lost := [cell for cell in alike if not np.isfinite(victims[cell.victim].loss)]:
                 self._failed(lost, "training diverged: the loss is not finite")
 
-            def judge(piece: Sequence[Cell]) -> None:
+            def judged(piece: Sequence[Cell]) -> None:
                 self._judged(
                     piece, model, shared, [victims[cell.victim][:2] for cell in piece], seconds
                 )
 
             for piece in _pieces(whole, room(self.places, self.lanes)):
-                self.unfit += self._halved(piece, judge)
+                self.unfit += self._halved(piece, judged)
                 self.stop.check()
         for alike in _grouped((c for c in cells if c.stage == "train"), _judging):
             for piece in _pieces(alike, room(self.places, self.lanes)):
@@ -466,7 +468,7 @@ class Runner:
 
     def _victims(
         self, cells: Sequence[Cell], model: Model, shared: Any
-    ) -> tuple[dict[str, Victim], dict[str, float]]:
+    ) -> tuple[dict[str, Trained], dict[str, float]]:
         """The victims of `cells` by name, without those that do not fit; and seconds a victim.
         Those that are not there yet are trained, all in one program.
         """
@@ -482,7 +484,7 @@ class Runner:
         names = list(dict.fromkeys(cell.victim for cell in cells))
         seconds = {"compile": 0.0, "run": 0.0}
         before = self.clock.split()
-        found: dict[str, Victim] = {}
+        found: dict[str, Trained] = {}
 
         def train(missing: Sequence[Cell]) -> None:
             trained, losses = self._trained(missing, model, shared)
@@ -511,7 +513,7 @@ class Runner:
             for i, name in enumerate(held):
                 if name in owner:
                     attack, variables = take(both, i)
-                    found[name] = Victim(attack, variables, float(losses[i]))
+                    found[name] = Trained(attack, variables, float(losses[i]))
         return found, seconds
 
     def _partial(self, cells: Sequence[Cell]) -> Path:
@@ -718,30 +720,24 @@ class Runner:
         self.board.tell(doing=label)
         defenses = self._prepared(cells, model, shared)
         self.stop.check()
-        victims = victims or [(bound(cell, shared), cell.recipe) for cell in cells]
+        victims = victims or [(bound(cell, shared), None) for cell in cells]
         keys = [jax.random.key(cell.seed) for cell in cells]
-        if stage == "samples":
-            # The suspects must be sought among the very rows that the victim was trained on: the
-            # key of these is the training's.
-            known = keys if trained is None else [jax.random.key(trained)] * len(cells)
-            victims = [
-                (attack, (net, cell.recipe, key))
-                for (attack, net), cell, key in zip(victims, cells, known, strict=True)
-            ]
-        keys = keys if stage == "samples" else [jax.random.fold_in(key, 1) for key in keys]
-        keys, defenses, (attacks, given) = self._stacked(
-            list(zip(keys, defenses, victims, strict=True))
-        )
-        found, arrays, variables, judged, repaired = {}, {}, given, model, None
-        if stage is not None and defense is not None:
+        known = keys if trained is None else [jax.random.key(trained)] * len(cells)
+        items = zip(
+            keys if stage == "samples" else [jax.random.fold_in(key, 1) for key in keys],
+            defenses, victims, [cell.recipe for cell in cells], known, strict=True
+        )  # fmt: skip
+        keys, defenses, (attacks, variables), recipes, known = self._stacked(list(items))
+        found, arrays, judged, repaired = {}, {}, model, None
+        if defense is not None:
             say(label, self.quiet or self.board.live)
+            parts = {"variables": variables, "attack": attacks, "recipe": recipes, "key": known}
             # One program serves the victims of all attacks, where neither the defense nor its
             # report looks at the attack.
-            blind = (
-                stage in ("repair", "invert", "models") and type(defense).report is Defense.report
-            )
-            items = (keys, defenses, None if blind else attacks, given)
-            found, arrays, repaired = self._ran("defend", JUDGES[stage], model, shared, *items)
+            needs = {*defense.needs, *(["attack"] if "report" in defense.hooks else [])}
+            parts = {name: part if name in needs else None for name, part in parts.items()}
+            items = (keys, defenses, parts)
+            found, arrays, repaired = self._ran("defend", _defended, model, shared, *items)
             if repaired is not None:
                 variables, judged = repaired, defense.wrap(model)
         # What passes a filter is measured there.
@@ -757,9 +753,8 @@ class Runner:
         found, arrays = jax.device_get((found, arrays))
         if "flagged" in arrays and cells[0].attack is not None:
             aims = [cell.attack.targets(model.classes) for cell in cells if cell.attack is not None]
-            targets = np.stack([np.asarray(aim) for aim in aims])
             flagged = arrays["flagged"][: len(cells)]  # the rest is padding
-            found["target_flagged"] = (flagged & targets).sum(1) / targets.sum(1)
+            found["target_flagged"] = targets_flagged(flagged, np.stack([*map(np.asarray, aims)]))
         spent = self.clock.split(before, len(cells))
         if stage is None:
             spent = {name: value + seconds[name] for name, value in spent.items()}
@@ -802,7 +797,7 @@ class Runner:
             for n, i in enumerate(mine)
         }
 
-    def _clean(self, cells: Sequence[Cell], model: Model, shared: Any) -> Mapping[str, Victim]:
+    def _clean(self, cells: Sequence[Cell], model: Model, shared: Any) -> Mapping[str, Trained]:
         """The clean victims of `cells`. One that another shard trains and writes is trained here
         too, and kept in memory: shards never wait for each other.
         """
@@ -813,7 +808,7 @@ class Runner:
             (attack, variables), losses = self._trained(missing, model, shared)
             own.remove(self._partial(missing), old_checkpoint)
             for i, cell in enumerate(missing):
-                net = Victim(attack, take(variables, i), float(losses[i]))
+                net = Trained(attack, take(variables, i), float(losses[i]))
                 self.others[cell.victim] = net
         return {**found, **{name: self.others[name] for name in others}}
 
@@ -822,7 +817,7 @@ class Runner:
         and an architecture, whatever the victims' seeds.
         """
         defense = cells[0].defense
-        if defense is None or type(defense).prepare is Defense.prepare:
+        if defense is None or "prepare" not in defense.hooks:
             return [cell.defense for cell in cells]
         paths = [
             self.store.folder / "prepared" / registry.digest(c.data, c.model, c.defense)
@@ -963,7 +958,7 @@ def fits(model: Model, data: Dataset) -> None:
 
 def bound(cell: Cell, shared: Any) -> Any:
     """The cell's attack with the images that it takes from the training set."""
-    return None if cell.attack is None else cell.attack.bind(shared[0])
+    return None if cell.attack is None else cell.attack.bind(shared.train)
 
 
 def warn(acc: float, n: int, majority: float) -> None:
@@ -982,230 +977,65 @@ def say(line: str, quiet: bool) -> None:
         print(shown(line), file=sys.stderr, flush=True)
 
 
-# --- The programs: each is mapped over runs. `shared = (train, clean, test)`. ---
+# --- The programs: each is mapped over runs. ---
 
 
-def _untrained(cell: Cell, model: Model, shared: Any) -> Any:
+def _untrained(cell: Cell, model: Model, data: Splits) -> Any:
     variables = model.init(jax.random.key(0))
     if cell.attack is None:
         return None, variables
-    attack = jax.tree.map(jnp.asarray, bound(cell, shared))
+    attack = jax.tree.map(jnp.asarray, bound(cell, data))
     if type(attack).train is Attack.train:
         return attack, variables
-    attack, variables, _ = attack.train(jax.random.key(0), model, cell.recipe, shared[0])
+    attack, variables, _ = attack.train(jax.random.key(0), model, cell.recipe, data.train)
     return attack, variables
 
 
-def _begin(model: Model, shared: Any, key: jax.Array, recipe: Recipe, attack: Any) -> Any:
+def _begin(model: Model, data: Splits, key: jax.Array, recipe: Recipe, attack: Any) -> Any:
     return begin(jax.random.fold_in(key, 0), model, recipe)
 
 
 def _epoch(
-    model: Model, shared: Any, key: jax.Array, recipe: Recipe, attack: Any, state: Any
+    model: Model, data: Splits, key: jax.Array, recipe: Recipe, attack: Any, state: Any
 ) -> Any:
-    train = poisoned_set(poisoning_key(key), shared[0], attack, model.classes)
+    train = poisoned_set(poisoning_key(key), data.train, attack, model.classes)
     state, curves = advance(jax.random.fold_in(key, 3), state, model, recipe, train, epochs=1)
     return state, curves.loss[0]
 
 
-def _whole_training(model: Model, shared: Any, key: jax.Array, recipe: Recipe, attack: Any) -> Any:
-    attack, variables, curves = attack.train(key, model, recipe, shared[0])
+def _whole_training(model: Model, data: Splits, key: jax.Array, recipe: Recipe, attack: Any) -> Any:
+    attack, variables, curves = attack.train(key, model, recipe, data.train)
     return (attack, variables), curves.loss[-1]
 
 
+def _defended(model: Model, data: Splits, key: jax.Array, defense: Any, parts: Any) -> Judgement:
+    return judge(key, Victim(model, **parts), defense, data, measured=False)
+
+
 def _measured(
-    model: Model, shared: Any, key: jax.Array, attack: Any, variables: Any
+    model: Model, data: Splits, key: jax.Array, attack: Any, variables: Any
 ) -> tuple[dict, dict]:
-    """ACC and ASR as every row has them: scalars and arrays."""
-    train, _, test = shared
-    found = evaluate(key, model, variables, test, attack)
-    acc_train = metrics.accuracy(
-        metrics.labels(predict(model, variables, train.image)), train.label
-    )
-    found = {"acc_train": acc_train, "acc_test": found.pop("acc"), **found}
-    return split_scalars(found)
+    return measure(key, Victim(model, variables, attack), data)
 
 
-def _accuracy(model: Model, shared: Any, variables: Any) -> jax.Array:
-    return evaluate(jax.random.key(0), model, variables, shared[2])["acc"]
-
-
-def _report(defense: Any, key, model: Model, variables: Any, test: Split, attack, result) -> dict:
-    """The defense's own report, unless there are no labels that it could be measured by."""
-    if isinstance(test.label, Unlabelled):
-        return {}
-    return defense.report(key, model, variables, test, attack, result)
+def _accuracy(model: Model, data: Splits, variables: Any) -> jax.Array:
+    return evaluate(jax.random.key(0), model, variables, data.test)["acc"]
 
 
 def _probed(
-    model: Model, shared: Any, key: jax.Array, probe: Probe, attack: Any, variables: Any
+    model: Model, data: Splits, key: jax.Array, probe: Probe, attack: Any, variables: Any
 ) -> tuple[dict, dict]:
     return split_scalars(
-        probe(jax.random.fold_in(key, 3), model, variables, attack, shared[1], shared[2])
+        probe(jax.random.fold_in(key, 3), model, variables, attack, data.clean, data.test)
     )
 
 
-def split_scalars(found: Mapping[str, Any]) -> tuple[dict, dict]:
-    """The scalars of a nested dict, and its arrays, by dotted name."""
-    scalars, arrays = {}, {}
-    for name, value in found.items():
-        if isinstance(value, Mapping):
-            inner = split_scalars(value)
-            scalars |= {f"{name}.{k}": v for k, v in inner[0].items()}
-            arrays |= {f"{name}.{k}": v for k, v in inner[1].items()}
-        elif value is not None:
-            (scalars if jnp.ndim(value) == 0 else arrays)[name] = jnp.asarray(value)
-    return scalars, arrays
+def _prepare(model: Model, data: Splits, defense: Any) -> Any:
+    return defense.prepare(jax.random.key(0), model, data.clean)
 
 
-Judged = tuple[dict, dict, Any]
-"""Scalars and arrays to report, and the variables that ACC and ASR are then measured on (None: the
-victim's).
-"""
-
-
-def _prepare(model: Model, shared: Any, defense: Any) -> Any:
-    return defense.prepare(jax.random.key(0), model, shared[1])
-
-
-def _repair(
-    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any
-) -> Judged:
-    result: Repaired = defense(jax.random.fold_in(key, 1), model, variables, shared[1])
-    extra = _report(defense, key, model, variables, shared[2], attack, result)
-    return *split_scalars({**result.info, **extra}), result.variables
-
-
-def _train(
-    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, recipe: Any
-) -> Judged:
-    train = poisoned_set(poisoning_key(key), shared[0], attack, model.classes)
-    result: Repaired = defense(jax.random.fold_in(key, 1), model, recipe, train, shared[1])
-    extra = defense.report(key, model, result.variables, shared[2], attack, result)
-    return *split_scalars({**result.info, **extra}), result.variables
-
-
-def _verdict(
-    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any
-) -> Judged:
-    result: Verdict = defense(jax.random.fold_in(key, 1), model, variables, shared[1])
-    extra = _report(defense, key, model, variables, shared[2], attack, result)
-    found = {
-        "anomaly_index": result.index,
-        "p_value": jnp.asarray(result.p_value),
-        "infected": result.infected.astype(jnp.float32),
-    }
-    if "seeds" in result.info:
-        found["undecided"] = result.undecided.astype(jnp.float32)
-    scalars, arrays = split_scalars({**result.info, **extra, "flagged": result.flagged})
-    return {**found, **scalars}, arrays, None
-
-
-def _rank(model: Model, shared: Any, key: jax.Array, judge: Judge, variables: Any) -> Any:
-    return judge.rank(jax.random.fold_in(key, 1), model, variables, shared[1])
-
-
-def _inputs(
-    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, variables: Any
-) -> Judged:
-    """ACC and ASR count what passes: a clean input that is flagged is lost, a stamped one that is
-    flagged is stopped.
-    """
-    _, clean, test = shared
-    kd = jax.random.fold_in(key, 1)
-    # Clean and stamped inputs go through one call: the defense is traced once.
-    pictures, predictions = [unit(test.image)], []
-    kinds = range(1, attack.triggers + 1) if attack is not None else ()
-    pictures += [
-        stamped(attack, kind, test.image, jax.random.fold_in(key, kind + 1)) for kind in kinds
-    ]
-    x = jnp.stack(pictures)
-    predictions = jax.lax.map(lambda x: metrics.labels(predict(model, variables, x)), x)
-    scores: Scores = defense(kd, model, variables, clean, x.reshape(-1, *x.shape[2:]))
-    score, flagged = (leaf.reshape(x.shape[:2]) for leaf in (scores.score, scores.flagged))
-    if isinstance(test.label, Unlabelled):
-        more = split_scalars({k: v for k, v in scores.info.items() if k != "answer"})
-        found = {"frr": flagged[0].mean(), "boundary": scores.boundary}
-        return {**more[0], **found}, {**more[1], "score_clean": score[0]}, None
-    # A filter may answer by another net than the victim's.
-    answers = scores.info["answer"].reshape(x.shape[:2]) if "answer" in scores.info else predictions
-    right = answers[0] == test.label
-    low, high = metrics.interval(flagged[0])
-    found = {
-        "acc_test": (right & ~flagged[0]).mean(),
-        "frr": flagged[0].mean(),
-        "frr_low": low,
-        "frr_high": high,
-        "boundary": scores.boundary,
-    }
-    arrays = {"score_clean": score[0]}
-    if attack is not None:
-        aimed = jnp.stack(
-            [attack.success(jnp.asarray(kind), test.label, model.classes) for kind in kinds]
-        )
-
-        def measure(score_, flagged_, predicted, answered, aimed):
-            works = metrics.hits(predicted, aimed) & (aimed != test.label)
-            far, _ = metrics.far_frr(flagged[0], flagged_, works)
-            rates = metrics.attack_success(jnp.where(flagged_, -2, answered), aimed, test.label)
-            return far, rates.all, rates.nt, metrics.auroc(-score[0], -score_, None, works)
-
-        far, every, nt, auroc = jax.vmap(measure)(
-            score[1:], flagged[1:], predictions[1:], answers[1:], aimed
-        )
-        found |= {
-            "far": far.mean(),
-            "asr_all": every.mean(),
-            "asr_nt": nt.mean(),
-            "auroc": auroc.mean(),
-        }
-        arrays |= {"score_trojan": score[1:], "far_per_trigger": far}
-    extra = _report(defense, key, model, variables, test, attack, scores)
-    more = split_scalars({**{k: v for k, v in scores.info.items() if k != "answer"}, **extra})
-    return {**more[0], **found}, {**more[1], **arrays}, None
-
-
-def _samples(
-    model: Model, shared: Any, key: jax.Array, defense: Any, attack: Any, given: Any
-) -> Judged:
-    """ACC and ASR are those of a net that is trained again, without the suspects."""
-    variables, recipe, trained = given
-    train = poisoned_set(poisoning_key(trained), shared[0], attack, model.classes)
-    result: Suspects = defense(jax.random.fold_in(key, 1), model, variables, train)
-    exists = jnp.arange(train.plan.kind.shape[0]) < train.plan.size
-    poison, removed = (train.plan.kind > 0) & exists, result.removed & exists
-    hit = (poison & removed).sum()
-    found = dict(result.info)
-    if attack is not None:
-        clean = exists & ~poison
-        found |= {
-            "recall": hit / poison.sum(), "precision": hit / jnp.maximum(removed.sum(), 1),
-            "auroc_pooled": metrics.auroc(result.score, result.score, clean, poison),
-            "auroc_within": _within(result.score, train.plan.label, clean, poison, model.classes),
-        }  # fmt: skip
-    extra = _report(defense, key, model, variables, shared[2], attack, result)
-    again, _ = fit(jax.random.fold_in(trained, 3), model, recipe, without(train, result.removed))
-    return *split_scalars({**found, **extra}), again
-
-
-def _within(
-    score: jax.Array, label: jax.Array, clean: jax.Array, poison: jax.Array, classes: int
-) -> jax.Array:
-    """AUROC among the rows of one training label, the mean over the labels that hold both kinds: it
-    owes nothing to scores that differ from label to label.
-    """
-
-    def one(k):
-        mine = label == k
-        return metrics.auroc(score, score, clean & mine, poison & mine)
-
-    return jnp.nanmean(mesh.lane_map(one, jnp.arange(classes), 1))
-
-
-JUDGES: dict[str, Callable[..., Judged]] = {
-    "repair": _repair, "train": _train, "invert": _verdict, "models": _verdict, "inputs": _inputs,
-    "samples": _samples,
-}  # fmt: skip
+def _rank(model: Model, data: Splits, key: jax.Array, judge: Judge, variables: Any) -> Any:
+    return judge.rank(jax.random.fold_in(key, 1), model, variables, data.clean)
 
 
 def _held(path: Path) -> list[str]:

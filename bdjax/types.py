@@ -161,6 +161,19 @@ class Dataset(NamedTuple):
         return self.train.image.shape[1:]  # type: ignore[return-value]
 
 
+Attack = Any
+
+
+class Splits(NamedTuple):
+    """The images of a data set without the rest, on the devices: what programs share. `train` is
+    None where nothing looks at it.
+    """
+
+    train: Split
+    clean: Split
+    test: Split
+
+
 class Output(NamedTuple):
     """`logits: [B, K]`; `acts: {site: [B, ...]}`; `variables`: the input variables, BatchNorm
     statistics updated if training.
@@ -206,6 +219,29 @@ class Plan(NamedTuple):
     def take(self, rows: jax.Array, size: jax.Array) -> "Plan":
         """The rows `rows`, an index array over M, of which the first `size` exist."""
         return Plan(*(leaf[rows] for leaf in self[:-1]), size=size)
+
+
+class Victim(NamedTuple):
+    """A net to be judged, and what is known of how it came about: its `attack` as it is fired
+    (None: a clean net, or nobody knows), the `recipe` and `key` of its training. Kinds of defenses
+    need different ones of these; what is not known is None.
+    """
+
+    model: Model
+    variables: Any = None
+    attack: "Attack | None" = None
+    recipe: Any = None
+    key: Any = None
+
+
+class Judgement(NamedTuple):
+    """What is reported of a defense on a victim, of any kind: `metrics: {name: []}`, `arrays` for
+    pictures, and the `variables` that it leaves behind, None where it leaves the net alone.
+    """
+
+    metrics: dict[str, Any]
+    arrays: dict[str, Any]
+    variables: Variables | None = None
 
 
 class Repaired(NamedTuple):

@@ -59,7 +59,7 @@ from bdjax.channels import channel_means
 from bdjax.datasets.public import Gtsrb
 from bdjax.datasets.sample import Sample
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
-from bdjax.defenses.invert.reversed import Reversed, described
+from bdjax.defenses.parts.reversed import Reversed, described
 from bdjax.defenses.repair.linf_pruning import LinfPruning
 from bdjax.experiment import there
 from bdjax.models.alexnet import AlexNet

@@ -85,7 +85,7 @@ from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.sweep import Runner
 from bdjax.train import Recipe, predict, stamped, unit
-from bdjax.types import Split
+from bdjax.types import Split, Splits, Victim
 
 TITLE = "STRIP and Neural Cleanse (slides): triggers found by what they do"
 
@@ -229,11 +229,9 @@ class Needs:
     defense: Any = None
 
     def __call__(self, key, model, variables, attack, clean: Split, test: Split) -> dict[str, Any]:
-        stage = registry.get("defense", registry.name_of(self.defense) or "").stage
-        inputs = (test.image[:1],) if stage == "inputs" else ()
-        bare: Any = clean._replace(label=None)
+        data = Splits(clean, clean._replace(label=None), test[slice(1)])
         try:
-            jax.eval_shape(lambda: self.defense(key, model, variables, bare, *inputs))
+            jax.eval_shape(lambda: self.defense.applied(key, Victim(model, variables), data))
         except (TypeError, ValueError, AttributeError):
             return {"needs_labels": jnp.ones(())}
         return {"needs_labels": jnp.zeros(())}

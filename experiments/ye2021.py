@@ -66,7 +66,7 @@ from bdjax.channels import prune
 from bdjax.datasets import data_dir
 from bdjax.datasets.files import Faces
 from bdjax.datasets.sample import Sample
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Defense, judge
 from bdjax.defenses.inputs.goodnet import quarantine
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
@@ -78,9 +78,9 @@ from bdjax.models.layers import build
 from bdjax.registry import pytree, static
 from bdjax.store import Store
 from bdjax.study import Cell, grid
-from bdjax.sweep import JUDGES, stack, take
+from bdjax.sweep import stack, take
 from bdjax.train import Curves, Recipe, batched, predict, stamped, unit
-from bdjax.types import Array, Model
+from bdjax.types import Array, Model, Splits, Victim
 
 TITLE = "Ye et al. (2021): Fine-Pruning, STRIP and goodnets on backdoored face nets"
 
@@ -132,11 +132,9 @@ class Filtered:
     every: int = static(1)
 
     def __call__(self, key, model, variables, attack, clean, test):
-        shared, attack = (None, clean, test[:: self.every]), Only(attack=attack, kind=self.kind)
-        scalars, arrays, _ = JUDGES["inputs"](
-            read(model, self.scale), shared, key, self.defense, attack, variables
-        )
-        return scalars | arrays
+        victim = Victim(read(model, self.scale), variables, Only(attack=attack, kind=self.kind))
+        found = judge(key, victim, self.defense, Splits(test, clean, test[:: self.every]))
+        return found.metrics | found.arrays
 
 
 @pytree
@@ -218,12 +216,9 @@ class Searched:
 
     def __call__(self, key, model, variables, attack, clean, test):
         model = model._replace(classes=min(self.labels, model.classes))
-        scalars, arrays, _ = JUDGES["invert"](
-            model, (None, clean, test), key, self.defense, attack, variables
-        )
-        targets = attack.targets(model.classes)
-        hit = (arrays["flagged"] & targets).sum() / targets.sum()
-        return scalars | arrays | {"target_flagged": hit}
+        victim, data = Victim(model, variables, attack), Splits(test, clean, test)
+        found = judge(key, victim, self.defense, data, measured=False)
+        return found.metrics | found.arrays
 
 
 # --- The published net, and what stands in for faces at scale smoke ---

@@ -8,11 +8,12 @@ import pytest
 from bdjax import registry
 from bdjax.analysis.sensitivity import Sensitivity
 from bdjax.attacks.badnets import BadNets
+from bdjax.defenses.base import Defense, judge
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
 from bdjax.sweep import compile_key, stack
-from bdjax.train import poisoned_set, unit
-from benchmarks.defenses import applied
+from bdjax.train import Recipe, unit
+from bdjax.types import BadInput, Splits, Victim
 
 DEFENSES = registry.entries("defense")
 WORK = {
@@ -38,14 +39,15 @@ def test_every_defense_is_one_traceable_program_over_keys_nets_and_numbers(entry
     keys = jax.random.split(jax.random.key(0), runs)
     nets = jax.eval_shape(jax.vmap(model.init), keys)
     defenses = stack([defense] * runs)
-    train = poisoned_set(jax.random.key(1), sample.train, BadNets(), sample.classes)
     images = sample.test.image[:8]
+    data = Splits(sample.train, clean, sample.test[:8])
 
     def run(key, variables, defense):
-        return applied(defense, key, model, variables, clean, train, images)
+        victim = Victim(model, variables, BadNets(), Recipe(epochs=1), jax.random.key(1))
+        return defense.applied(key, victim, data)
 
     found = jax.eval_shape(jax.vmap(run), keys, nets, defenses)
-    if entry.stage in ("repair", "train"):
+    if entry.cls.stage in ("repair", "train"):
         wrapped = defense.wrap(model)
         wanted = jax.eval_shape(jax.vmap(wrapped.init), keys)
         shapes = [
@@ -57,14 +59,45 @@ def test_every_defense_is_one_traceable_program_over_keys_nets_and_numbers(entry
             jax.vmap(lambda v: wrapped.apply(v, unit(images)).logits), found.variables
         )
         assert out.shape[:2] == (runs, 8)
-    elif entry.stage in ("invert", "models"):
+    elif entry.cls.stage in ("invert", "models"):
         assert found.index.shape == found.infected.shape == (runs,)
         assert found.flagged.shape == (runs, sample.classes) and found.flagged.dtype == bool
-    elif entry.stage == "inputs":
+    elif entry.cls.stage == "inputs":
         assert found.score.shape == found.flagged.shape == (runs, 8) and found.flagged.dtype == bool
     else:
-        assert found.score.shape == found.removed.shape == (runs, *train.plan.label.shape)
+        assert found.score.shape == found.removed.shape == (runs, len(sample.train.label))
     assert isinstance(found.info, dict)
+
+
+@pytest.mark.parametrize("entry", DEFENSES, ids=lambda entry: entry.name)
+def test_one_function_judges_every_kind_and_asks_for_what_is_absent(entry, sample):
+    model = build(Cnn("VALID", hidden=16, features=(4, 4)), sample.shape, sample.classes)
+    data, key = Splits(sample.train, sample.clean, sample.test[:8]), jax.random.key(0)
+    defense = small(entry)
+
+    def judged(**parts):
+        given = {"attack": BadNets(), "recipe": Recipe(epochs=1), "key": key} | parts
+        if "variables" not in parts:
+            given["variables"] = model.init(key)
+        return judge(key, Victim(model, **given), defense, data)
+
+    found = jax.eval_shape(judged)
+    assert {"acc_test", "asr_nt"} <= set(found.metrics), "measured, whatever the kind"
+    assert all(value.shape == () for value in found.metrics.values())
+    assert not any(value.shape == () for value in found.arrays.values())
+    leaves_a_net = entry.cls.stage in ("train", "repair", "samples")
+    assert (found.variables is not None) == leaves_a_net
+    for part in set(defense.needs) - {"attack"}:
+        with pytest.raises(BadInput, match=f"needs the victim's {part}"):
+            judged(**{part: None})
+
+
+def test_a_defense_of_no_kind_is_refused():
+    with pytest.raises(BadInput, match="derive Nothing from Training"):
+
+        @registry.defense("nothing")
+        class Nothing(Defense):
+            pass
 
 
 @pytest.mark.parametrize("entry", DEFENSES, ids=lambda entry: entry.name)
@@ -116,7 +149,7 @@ def test_another_rule_width_or_rate_would_be_seen():
 
 
 @pytest.mark.parametrize(
-    "entry", [e for e in DEFENSES if e.stage == "repair"], ids=lambda entry: entry.name
+    "entry", [e for e in DEFENSES if e.cls.stage == "repair"], ids=lambda entry: entry.name
 )
 def test_the_outcome_over_the_number_that_decides_it_is_one_program(entry, sample):
     """Every repair names that number, a leaf, and its docstring says where the default is from."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.badnets import BadNets
+from bdjax.defenses.parts.view import viewed
 from bdjax.defenses.train.db_covidnet import (
     TIE,
     DbCovidNet,
@@ -20,7 +21,6 @@ from bdjax.defenses.train.db_covidnet import (
     ensemble,
     resample,
 )
-from bdjax.defenses.train.view import viewed
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import make

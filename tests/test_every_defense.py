@@ -140,7 +140,7 @@ def test_a_result_or_one_line(capsys, saved, kind, name):
     words = {"asr", "far", "recall", "precision", "target", "poisoned"}
     of_attack = [key for key in found if words & set(re.split(r"[_.]", key))]
     assert bool(of_attack) == (ATTACKS[kind] is not None)
-    if registry.get("defense", name).stage in ("invert", "models"):
+    if registry.get("defense", name).cls.stage in ("invert", "models"):
         assert "\nflagged        " in text
         norms = [line.split(":")[0] for line in text.splitlines() if line.startswith("  label ")]
         assert norms in ([], [f"  label {k} ({c})" for k, c in enumerate("abcd")])

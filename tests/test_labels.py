@@ -10,11 +10,11 @@ import pytest
 
 from bdjax import channels, metrics
 from bdjax.attacks.badnets import BadNets
+from bdjax.defenses.base import judge
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.train.db_covidnet import combine, ensemble
-from bdjax.sweep import JUDGES
 from bdjax.train import attacked, evaluate
-from bdjax.types import Split
+from bdjax.types import Split, Splits, Victim
 from tests.planted import units
 
 ROOT = Path(__file__).parents[1]
@@ -114,7 +114,6 @@ def test_a_member_without_a_label_votes_for_nobody(vote):
 
 
 def test_a_broken_net_behind_a_filter_is_right_about_nothing_and_obeys_nobody():
-    shared, defense = (DATA, DATA, DATA), Strip(n=4)
-    judge = jax.jit(lambda key: JUDGES["inputs"](MODEL, shared, key, defense, ATTACK, BROKEN)[0])
-    found = judge(jax.random.key(0))
+    data, victim = Splits(DATA, DATA, DATA), Victim(MODEL, BROKEN, ATTACK)
+    found = jax.jit(lambda key: judge(key, victim, Strip(n=4), data).metrics)(jax.random.key(0))
     assert (found["acc_test"], found["asr_all"], found["asr_nt"]) == (0, 0, 0)

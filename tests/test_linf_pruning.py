@@ -11,7 +11,7 @@ from flax.linen import relu
 
 from bdjax.attacks.badnets import BadNets
 from bdjax.channels import prune, responses
-from bdjax.defenses.invert.reversed import Reversed
+from bdjax.defenses.parts.reversed import Reversed
 from bdjax.defenses.repair.linf_pruning import LinfPruning, cap
 from bdjax.models.layers import Net, build, conv, dense, site
 from bdjax.models.shamshiri import Ffnn

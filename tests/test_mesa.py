@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from bdjax.defenses.invert import mesa
-from bdjax.defenses.invert.inversion import descend
 from bdjax.defenses.invert.mesa import (
     Estimator,
     Mesa,
@@ -22,6 +21,7 @@ from bdjax.defenses.invert.mesa import (
     stick,
     stick_each,
 )
+from bdjax.defenses.parts.inversion import descend
 from bdjax.defenses.repair.mesa_retraining import MesaRetraining, Patches
 from bdjax.train import Recipe, predict
 from bdjax.types import BadInput, Model, Output, Split

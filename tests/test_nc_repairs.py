@@ -13,7 +13,7 @@ import pytest
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.inputs.nc_filter import NcFilter
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
-from bdjax.defenses.invert.reversed import Reversed, TriggerDefense, fire
+from bdjax.defenses.parts.reversed import Reversed, TriggerDefense, fire
 from bdjax.defenses.repair import nc_unlearning
 from bdjax.defenses.repair.nc_pruning import NcPruning
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning

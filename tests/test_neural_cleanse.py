@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.defenses.invert.inversion import Trigger, random_trigger, squash, stamp, unsquash
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
+from bdjax.defenses.parts.inversion import Trigger, random_trigger, squash, stamp, unsquash
 from bdjax.types import BadInput, Model, Output, Split, Verdict
 
 SIDE, GAIN, LEVEL = 12, 60.0, 0.5

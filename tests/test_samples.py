@@ -12,6 +12,7 @@ import pytest
 
 from bdjax import metrics
 from bdjax.attacks.badnets import BadNets
+from bdjax.defenses.parts.classes import principal
 from bdjax.defenses.samples.activation_clustering import (
     ActivationClustering,
     halfway,
@@ -19,7 +20,6 @@ from bdjax.defenses.samples.activation_clustering import (
     two_means,
     unmix,
 )
-from bdjax.defenses.samples.classes import principal
 from bdjax.defenses.samples.spectral_signatures import SpectralSignatures
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn

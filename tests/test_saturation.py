@@ -17,8 +17,8 @@ import test_neural_cleanse as nc
 import bdjax
 from bdjax.defenses.invert import deep_inspect, inversion, mesa
 from bdjax.defenses.invert.abs import VISIBLE, Abs, Candidate
-from bdjax.defenses.invert.inversion import BOUND, Trigger, descend, squash, unsquash, within
 from bdjax.defenses.invert.neural_cleanse import WORST
+from bdjax.defenses.parts.inversion import BOUND, Trigger, descend, squash, unsquash, within
 
 FAR = 50.0
 """A raw value from which tanh in float32 has no way back."""

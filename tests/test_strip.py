@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bdjax.datasets.sample import Sample
-from bdjax.defenses.inputs.boundary import quantile_boundary
 from bdjax.defenses.inputs.strip import Strip, entropies, spread, superimpose
+from bdjax.defenses.parts.boundary import quantile_boundary
 from bdjax.types import BadInput, Model, Output, Split
 
 KEY = jax.random.key(0)

@@ -16,7 +16,7 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.inputs.nc_filter import NcFilter
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
-from bdjax.defenses.invert.reversed import Reversed
+from bdjax.defenses.parts.reversed import Reversed
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning
 from bdjax.train import stamped
 

@@ -400,7 +400,7 @@ def test_what_does_not_fit_is_halved_then_left_out_and_named(small, tmp_path, mo
 
     def compiled(fn, model, shared, items, lanes, *rest):
         many = len(jax.tree.leaves(items)[0]) > 1
-        broken = (fn is sweep._epoch and many) or fn is sweep._repair
+        broken = (fn is sweep._epoch and many) or fn is sweep._defended
         return exhausted if broken else real(fn, model, shared, items, lanes, *rest)
 
     monkeypatch.setattr(sweep, "compiled", compiled)

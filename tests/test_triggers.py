@@ -31,7 +31,7 @@ from bdjax.attacks.post_it import PostIt
 from bdjax.attacks.sunglasses import Sunglasses
 from bdjax.attacks.trigger_combination import TriggerCombination
 from bdjax.attacks.weighted_loss import WeightedLoss
-from bdjax.defenses.samples.classes import activations
+from bdjax.defenses.parts.classes import activations
 from bdjax.defenses.train.db_covidnet import resample
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn

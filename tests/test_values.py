@@ -36,7 +36,7 @@ from bdjax.train import (
     predict,
     stamped,
 )
-from bdjax.types import INT32, BadInput, Split, whole
+from bdjax.types import INT32, BadInput, Split, Splits, Victim, whole
 
 KEY = jax.random.key(0)
 MODEL = build(Cnn(features=(2, 4), hidden=8), (28, 28, 1), 10)
@@ -161,8 +161,8 @@ def test_what_is_traced_passes(entry):
 
 
 def test_what_was_learned_or_found_passes():
-    from bdjax.defenses.invert.reversed import Reversed
     from bdjax.defenses.models.mntd import Meta, Mntd
+    from bdjax.defenses.parts.reversed import Reversed
     from bdjax.defenses.repair.nc_pruning import NcPruning
 
     found = Reversed(
@@ -225,15 +225,12 @@ def test_data_are_checked_at_every_door(data):
             predict(MODEL, {}, data.image)
     for entry in registry.entries("defense"):
         with pytest.raises(BadInput):
-            called(entry.cls(), entry.stage, data)
+            called(entry.cls(), data)
 
 
-def called(defense, stage, data):
-    if stage == "train":
-        return defense(KEY, MODEL, Recipe(epochs=1), clean_set(data), data)
-    if stage == "samples":
-        return defense(KEY, MODEL, {}, clean_set(data))
-    return defense(KEY, MODEL, {}, data, *([data.image] if stage == "inputs" else []))
+def called(defense, data):
+    victim = Victim(MODEL, {}, None, Recipe(epochs=1), KEY)
+    return defense.applied(KEY, victim, Splits(data, data, data))
 
 
 @pytest.mark.parametrize("entry", registry.entries("defense"), ids=lambda e: e.name)
@@ -242,12 +239,12 @@ def test_defenses_are_checked_when_called(entry):
         found = registry.ranges(registry.hints(entry.cls)[field.name])
         if found and found[0][0] & {int, float}:
             with pytest.raises(BadInput, match=field.name):
-                called(filled(entry.cls, field, math.nan), entry.stage, DATA)
+                called(filled(entry.cls, field, math.nan), DATA)
             with pytest.raises(BadInput, match=field.name):
                 filled(entry.cls, field, math.nan).check(MODEL, DATA)
     if "site" in entry.cls.__dataclass_fields__:  # the defense's own check is run, too
         with pytest.raises(BadInput, match="no site 'nowhere'"):
-            called(entry.cls(site="nowhere"), entry.stage, DATA)
+            called(entry.cls(site="nowhere"), DATA)
 
 
 def test_recipes_are_checked_where_training_begins():

@@ -13,10 +13,11 @@ from scipy import stats
 
 from bdjax import metrics, registry, report, study, sweep
 from bdjax.cli import main
+from bdjax.defenses import base
 from bdjax.defenses.base import Judge, folded
 from bdjax.defenses.invert.deep_inspect import DeepInspect
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
-from bdjax.defenses.invert.reversed import Reversed
+from bdjax.defenses.parts.reversed import Reversed
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
 from bdjax.registry import pytree
@@ -24,7 +25,7 @@ from bdjax.store import Store
 from bdjax.types import BadInput, Verdict, word
 
 KEY = jax.random.key(0)
-JUDGES = [e for e in registry.entries("defense") if e.stage in ("invert", "models")]
+JUDGES = [e for e in registry.entries("defense") if e.cls.stage in ("invert", "models")]
 QUICK = NeuralCleanse(steps=12, batches=3, batch=8, patience=2)
 
 
@@ -323,6 +324,6 @@ def test_auroc_within_owes_nothing_to_scores_that_differ_between_labels():
     mine = label == 1
     pairs = score[poison][:, None] > score[mine & ~poison][None]
     assert pooled > 0.7
-    assert float(sweep._within(*args, 3)) == pytest.approx(pairs.mean(), abs=1e-6)
+    assert float(base._within(*args, 3)) == pytest.approx(pairs.mean(), abs=1e-6)
     assert pairs.mean() < 0.5
-    assert np.isnan(sweep._within(*args[:3], jnp.zeros(300, bool), 3))
+    assert np.isnan(base._within(*args[:3], jnp.zeros(300, bool), 3))

@@ -1,20 +1,22 @@
-"""What a defense is. The folder that it stands in says what it is given and what it returns:
+"""What a defense is: its base class says what it is given, what it returns, and what ACC, ASR and
+FAR mean with it in place.
 
-| folder | call | returns |
+| base | call | returns |
 |---|---|---|
-| `train/` | `(key, model, recipe, data: TrainSet, clean: Split)` | `Repaired`: replaces training |
-| `repair/` | `(key, model, variables, clean)` | `Repaired` |
-| `invert/`, `models/` | `(key, model, variables, clean)` | `Verdict` on the model, see `Judge` |
-| `inputs/` | `(key, model, variables, clean, x: [B, H, W, C])` | `Scores` of the inputs |
-| `samples/` | `(key, model, variables, data)` | `Suspects`: a sweep trains without them |
+| `Training` | `(key, model, recipe, data: TrainSet, clean)` | `Repaired`: replaces training |
+| `Repair` | `(key, model, variables, clean)` | `Repaired` |
+| `Judge`, `Inversion` | `(key, model, variables, clean)` | `Verdict` on the model |
+| `InputFilter` | `(key, model, variables, clean, x: [B, H, W, C])` | `Scores` of the inputs |
+| `SampleFilter` | `(key, model, variables, data: TrainSet)` | `Suspects` among the training rows |
 
 All are pure and safe under jit and vmap over the key, the variables and every leaf of the defense.
+`judge` measures any of them.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,41 @@ import numpy as np
 
 from bdjax import mesh, metrics
 from bdjax.registry import admit, pytree, static, validate
-from bdjax.train import Recipe, agree
-from bdjax.types import BadInput, Model, Range, Split, Variables, Verdict, between, check_images
+from bdjax.train import (
+    Recipe,
+    TrainSet,
+    agree,
+    evaluate,
+    fit,
+    poisoned_set,
+    poisoning_key,
+    predict,
+    stamped,
+    unit,
+    without,
+)
+from bdjax.types import (
+    Array,
+    Attack,
+    BadInput,
+    Dataset,
+    Judgement,
+    Model,
+    Range,
+    Repaired,
+    Scores,
+    Split,
+    Splits,
+    Suspects,
+    Unlabelled,
+    Variables,
+    Verdict,
+    Victim,
+    between,
+    check_images,
+)
 
+Stage = Literal["train", "repair", "invert", "models", "inputs", "samples"]
 SEEDS = 2**31 - 1
 """Folded into a judge's key for its further seeds: no search folds in so large a number."""
 
@@ -52,21 +86,32 @@ def _admitted(method: Callable) -> Callable:
     return guarded
 
 
+HOOKS = ("prepare", "report", "rank")
+"""What a defense may define beside its call."""
+
+
 @pytree
 class Defense:
-    """Base of the defenses.
+    """What all defenses share; derive from one of the kinds below.
 
+    `stage`: the kind in a word, as rows name it. `needs`: the parts of a `Victim` that it is given.
+    `hooks`: those of `prepare`, `report` and `rank` that the class or a base of it defines.
     `budget_fields`: the fields, dotted where nested, that count work: steps, epochs, images,
     members. A preset `cpu` differs from `paper`, or from the defaults where there is none, in these
     alone: never in a rule, a rate or a width. `sensitive`: of a repair, the number that decides
     most what is left of the backdoor, dotted too; see `analysis.sensitivity`.
     """
 
+    stage: ClassVar[Stage]
+    needs: ClassVar[tuple[str, ...]] = ("variables",)
+    hooks: ClassVar[frozenset[str]] = frozenset()
     budget_fields: ClassVar[tuple[str, ...]] = ()
     sensitive: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        inherited = (base.hooks for base in cls.__bases__ if issubclass(base, Defense))
+        cls.hooks = frozenset(HOOKS).intersection(vars(cls)).union(*inherited)
         for name in {"__call__", "prepare"} & set(vars(cls)):
             setattr(cls, name, _admitted(vars(cls)[name]))
 
@@ -91,9 +136,9 @@ class Defense:
         return model
 
     def prepare(self, key: jax.Array, model: Model, clean: Split) -> "Defense":
-        """This defense with what it learns once for an architecture and the defender's images,
-        before it sees a victim (MNTD's shadow models); most learn nothing. Called without it, a
-        defense prepares itself.
+        """A hook: this defense with what it learns once for an architecture and the defender's
+        images, before it sees a victim (MNTD's shadow models). Called without it, a defense
+        prepares itself.
         """
         return self
 
@@ -103,18 +148,210 @@ class Defense:
         model: Model,
         variables: Variables,
         test: Split,
-        attack: Any,
+        attack: Attack | None,
         result: Any,
     ) -> dict[str, jax.Array]:
-        """Further arrays for figures, measured on `test` after the fact; nothing of it flows back
-        into `result`.
+        """A hook: further numbers and arrays for figures, measured on `test` after the fact;
+        nothing of it flows back into `result`.
         """
         return {}
+
+    def applied(self, key: jax.Array, victim: Victim, data: Splits) -> Any:
+        """What the call returns, given what its kind is given of a victim and its data."""
+        raise TypeError(
+            f"{type(self).__name__} is of no kind: derive it from Training, Repair, Inversion, "
+            "Judge, InputFilter or SampleFilter"
+        )
+
+    def judged(self, key: jax.Array, victim: Victim, data: Splits) -> Judgement:
+        """What is reported of this defense on a victim; ACC and ASR of the net that is left are
+        measured by `judge`.
+        """
+        result = self.applied(jax.random.fold_in(key, 1), victim, data)
+        more = self.reported(key, victim, victim.variables, data, result)
+        return Judgement(*split_scalars({**result.info, **more}), result.variables)
+
+    def reported(self, key: jax.Array, victim: Victim, variables: Any, data: Splits, result: Any):
+        """What the hook `report` adds, unless there are no labels that it could be measured by."""
+        if "report" not in self.hooks or isinstance(data.test.label, Unlabelled):
+            return {}
+        return self.report(key, victim.model, variables, data.test, victim.attack, result)
+
+
+@pytree
+class Training(Defense):
+    """Replaces the training, on the rows that the attacker poisoned: `__call__(key, model, recipe,
+    data: TrainSet, clean) -> Repaired`. ACC and ASR are those of the net that it trains.
+    """
+
+    stage = "train"
+    needs = ("recipe", "key", "attack")
+
+    def __call__(
+        self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split
+    ) -> Repaired:
+        raise TypeError(f"{type(self).__name__} must define __call__")
+
+    def applied(self, key: jax.Array, victim: Victim, data: Splits) -> Repaired:
+        return self(key, victim.model, victim.recipe, trained_on(victim, data), data.clean)
+
+    def judged(self, key: jax.Array, victim: Victim, data: Splits) -> Judgement:
+        result = self.applied(jax.random.fold_in(key, 1), victim, data)
+        more = self.reported(key, victim, result.variables, data, result)
+        return Judgement(*split_scalars({**result.info, **more}), result.variables)
+
+
+@pytree
+class Repair(Defense):
+    """Changes a net: `__call__(key, model, variables, clean) -> Repaired`. ACC and ASR are those of
+    the net that it leaves.
+    """
+
+    stage = "repair"
+
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split
+    ) -> Repaired:
+        raise TypeError(f"{type(self).__name__} must define __call__")
+
+    def applied(self, key: jax.Array, victim: Victim, data: Splits) -> Repaired:
+        return self(key, victim.model, victim.variables, data.clean)
+
+
+@pytree
+class InputFilter(Defense):
+    """Judges inputs: `__call__(key, model, variables, clean, x: [B, H, W, C]) -> Scores`.
+
+    ACC and ASR count what passes: a clean input that is flagged is lost, a stamped one that is
+    flagged is stopped. `frr`: share of the clean test images that are flagged, with its 95 %
+    interval; `far`: of the stamped ones that the net obeys, the share that passes; `auroc` of the
+    scores of these two. Means over the triggers. A filter may answer by another net than the
+    victim's: `info["answer"]: [B]`.
+    """
+
+    stage = "inputs"
+    needs = ("variables", "attack")
+
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array
+    ) -> Scores:
+        raise TypeError(f"{type(self).__name__} must define __call__")
+
+    def applied(self, key: jax.Array, victim: Victim, data: Splits) -> Scores:
+        return self(key, victim.model, victim.variables, data.clean, data.test.image)
+
+    def judged(self, key: jax.Array, victim: Victim, data: Splits) -> Judgement:
+        model, variables, attack, test = victim.model, victim.variables, victim.attack, data.test
+        # Clean and stamped inputs go through one call: the defense is traced once.
+        kinds = range(1, attack.triggers + 1) if attack is not None else ()
+        pictures = [unit(test.image)]
+        pictures += [
+            stamped(attack, kind, test.image, jax.random.fold_in(key, kind + 1)) for kind in kinds
+        ]
+        x = jnp.stack(pictures)
+        predictions = jax.lax.map(lambda x: metrics.labels(predict(model, variables, x)), x)
+        inputs = data._replace(test=Split(x.reshape(-1, *x.shape[2:]), test.label))
+        scores = self.applied(jax.random.fold_in(key, 1), victim, inputs)
+        score, flagged = (leaf.reshape(x.shape[:2]) for leaf in (scores.score, scores.flagged))
+        answers = scores.info.get("answer", predictions).reshape(x.shape[:2])
+        more = {name: value for name, value in scores.info.items() if name != "answer"}
+        found = {"frr": flagged[0].mean(), "boundary": scores.boundary}
+        arrays = {"score_clean": score[0]}
+        if not isinstance(test.label, Unlabelled):
+            found["frr_low"], found["frr_high"] = metrics.interval(flagged[0])
+            found["acc_test"] = ((answers[0] == test.label) & ~flagged[0]).mean()
+            more |= self.reported(key, victim, variables, data, scores)
+            if attack is not None:
+                aimed = jnp.stack(
+                    [attack.success(jnp.asarray(k), test.label, model.classes) for k in kinds]
+                )
+                passing = _passing(
+                    score, flagged, predictions, answers, aimed, jnp.asarray(test.label)
+                )
+                arrays |= {"score_trojan": score[1:], "far_per_trigger": passing["far"]}
+                found |= {name: each.mean() for name, each in passing.items()}
+        scalars, others = split_scalars(more)
+        return Judgement({**scalars, **found}, {**others, **arrays})
+
+
+def _passing(
+    score: jax.Array, flagged: jax.Array, predicted: jax.Array, answers: jax.Array,
+    aimed: jax.Array, label: jax.Array,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """`far`, `asr_all`, `asr_nt`, `auroc: [T]` of clean inputs, at index 0 of `[1 + T, N]`, and of
+    those under each trigger, `aimed: [T, N]` at.
+    """
+
+    def one(score_, flagged_, predicted_, answer, aimed):
+        works = metrics.hits(predicted_, aimed) & (aimed != label)
+        far, _ = metrics.far_frr(flagged[0], flagged_, works)
+        rates = metrics.attack_success(jnp.where(flagged_, -2, answer), aimed, label)
+        auroc = metrics.auroc(-score[0], -score_, None, works)
+        return {"far": far, "asr_all": rates.all, "asr_nt": rates.nt, "auroc": auroc}
+
+    return jax.vmap(one)(score[1:], flagged[1:], predicted[1:], answers[1:], aimed)
+
+
+@pytree
+class SampleFilter(Defense):
+    """Judges the rows of a training set by the net that was trained on them: `__call__(key, model,
+    variables, data: TrainSet) -> Suspects`.
+
+    ACC and ASR are those of a net that is trained again, from the victim's key, without the
+    suspects. `recall`, `precision` of the poisoned rows; `auroc_pooled` over all rows,
+    `auroc_within` among those of one training label.
+    """
+
+    stage = "samples"
+    needs = ("variables", "recipe", "key", "attack")
+
+    def __call__(
+        self, key: jax.Array, model: Model, variables: Variables, data: TrainSet
+    ) -> Suspects:
+        raise TypeError(f"{type(self).__name__} must define __call__")
+
+    def applied(self, key: jax.Array, victim: Victim, data: Splits) -> Suspects:
+        return self(key, victim.model, victim.variables, trained_on(victim, data))
+
+    def judged(self, key: jax.Array, victim: Victim, data: Splits) -> Judgement:
+        model, rows = victim.model, trained_on(victim, data)
+        result = self.applied(jax.random.fold_in(key, 1), victim, data)
+        exists = jnp.arange(rows.plan.kind.shape[0]) < rows.plan.size
+        poison, removed = (rows.plan.kind > 0) & exists, result.removed & exists
+        hit = (poison & removed).sum()
+        found = dict(result.info)
+        if victim.attack is not None:
+            score, clean = result.score, exists & ~poison
+            found |= {
+                "recall": hit / poison.sum(), "precision": hit / jnp.maximum(removed.sum(), 1),
+                "auroc_pooled": metrics.auroc(score, score, clean, poison),
+                "auroc_within": _within(score, rows.plan.label, clean, poison, model.classes),
+            }  # fmt: skip
+        more = self.reported(key, victim, victim.variables, data, result)
+        again = jax.random.fold_in(victim.key, 3)
+        repaired, _ = fit(again, model, victim.recipe, without(rows, result.removed))
+        return Judgement(*split_scalars({**found, **more}), repaired)
+
+
+def _within(
+    score: jax.Array, label: jax.Array, clean: jax.Array, poison: jax.Array, classes: int
+) -> jax.Array:
+    """AUROC among the rows of one training label, the mean over the labels that hold both kinds: it
+    owes nothing to scores that differ from label to label.
+    """
+
+    def one(k):
+        mine = label == k
+        return metrics.auroc(score, score, clean & mine, poison & mine)
+
+    return jnp.nanmean(mesh.lane_map(one, jnp.arange(classes), 1))
 
 
 @pytree
 class Judge(Defense):
-    """Base of the judges of a model: a random search, `once`, run with `seeds` different draws.
+    """Judges a model: `__call__(key, model, variables, clean) -> Verdict`, of a random search,
+    `once`, run with `seeds` different draws. The net stays as it is, and so do its ACC and ASR;
+    `target_flagged` is the share of the attack's targets that are flagged.
 
     One draw is no finding: the same net can have an index of 3.4 and of 1.4 by its seed alone. Of
     several seeds a verdict says `infected` where the rule holds on every one, `undecided` where
@@ -126,7 +363,28 @@ class Judge(Defense):
     one would. Seeds run one after another: they need the memory of one.
     """
 
+    stage = "models"
+
     seeds: Annotated[int, Range(1, 1_000)] = static(1)
+
+    def applied(self, key: jax.Array, victim: Victim, data: Splits) -> Verdict:
+        return self(key, victim.model, victim.variables, data.clean)
+
+    def judged(self, key: jax.Array, victim: Victim, data: Splits) -> Judgement:
+        result = self.applied(jax.random.fold_in(key, 1), victim, data)
+        more = self.reported(key, victim, victim.variables, data, result)
+        found = {
+            "anomaly_index": result.index,
+            "p_value": jnp.asarray(result.p_value),
+            "infected": result.infected.astype(jnp.float32),
+        }
+        if "seeds" in result.info:
+            found["undecided"] = result.undecided.astype(jnp.float32)
+        if victim.attack is not None:
+            aims = victim.attack.targets(victim.model.classes)
+            found["target_flagged"] = targets_flagged(result.flagged, aims)
+        scalars, arrays = split_scalars({**result.info, **more, "flagged": result.flagged})
+        return Judgement({**found, **scalars}, arrays)
 
     def once(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
         """The verdict of one seed."""
@@ -135,8 +393,8 @@ class Judge(Defense):
     def rank(
         self, key: jax.Array, model: Model, variables: Variables, clean: Split
     ) -> jax.Array | None:
-        """A first look at every label before a long search: what `once` compares, roughly, small =
-        suspicious: `[K]`. None where a judge has none.
+        """A hook: a first look at every label before a long search: what `once` compares, roughly,
+        small = suspicious: `[K]`.
         """
         return None
 
@@ -160,6 +418,81 @@ class Judge(Defense):
 
         found: Verdict = mesh.lane_map(one, (self.keys(key), jnp.arange(self.seeds)), 1)
         return folded(found)
+
+
+@pytree
+class Inversion(Judge):
+    """A judge that searches for the triggers, or the neurons, of a backdoor."""
+
+    stage = "invert"
+
+
+def judge(
+    key: jax.Array, victim: Victim, defense: Defense | None, data: Splits | Dataset,
+    *, measured: bool = True,
+) -> Judgement:  # fmt: skip
+    """What `defense` does to `victim`, measured on `data.test`: the same for every kind, pure, safe
+    under jit and vmap.
+
+    Without a defense: the victim itself. `measured=False` leaves out `acc_train`, `acc_test`,
+    `asr_all`, `asr_nt` of the net that is left behind. Parts of the victim that the kind needs and
+    that are absent raise `BadInput`.
+
+    >>> victim = Victim(model, variables, attack)
+    >>> judge(key, victim, FinePruning(), dataset).metrics["asr_nt"]
+    """
+    data = Splits(data.train, data.clean, data.test)
+    needs = ("variables",) if defense is None else defense.needs
+    for part in needs:
+        if getattr(victim, part) is None and part != "attack":  # a clean net has none
+            who = "to measure a net" if defense is None else type(defense).__name__
+            raise BadInput(f"{who} needs the victim's {part}: Victim(…, {part}=…)")
+    done = Judgement({}, {}) if defense is None else defense.judged(key, victim, data)
+    if not measured or isinstance(data.test.label, Unlabelled):
+        return done
+    found, arrays = dict(done.metrics), dict(done.arrays)
+    if not isinstance(defense, InputFilter):  # what passes a filter is measured there
+        left = victim
+        if defense is not None and done.variables is not None:
+            left = victim._replace(model=defense.wrap(victim.model), variables=done.variables)
+        numbers, curves = measure(key, left, data)
+        found, arrays = {**numbers, **found}, {**curves, **arrays}
+    return Judgement(found, arrays, done.variables)
+
+
+def trained_on(victim: Victim, data: Splits) -> TrainSet:
+    """The very rows that a victim of this key was trained on."""
+    key = poisoning_key(victim.key)
+    return poisoned_set(key, data.train, victim.attack, victim.model.classes)
+
+
+def measure(key: jax.Array, victim: Victim, data: Splits) -> tuple[dict, dict]:
+    """ACC and ASR of a net as every row has them: scalars and arrays."""
+    model, variables = victim.model, victim.variables
+    found = evaluate(key, model, variables, data.test, victim.attack)
+    found["acc_test"] = found.pop("acc")
+    if data.train is not None:
+        answers = metrics.labels(predict(model, variables, data.train.image))
+        found["acc_train"] = metrics.accuracy(answers, jnp.asarray(data.train.label))
+    return split_scalars(found)
+
+
+def targets_flagged(flagged: Array, targets: Array) -> Any:
+    """The share of the targets `[..., K]` that are among the labels `flagged: [..., K]`."""
+    return (flagged & targets).sum(-1) / targets.sum(-1)
+
+
+def split_scalars(found: Mapping[str, Any]) -> tuple[dict, dict]:
+    """The scalars of a nested dict, and its arrays, by dotted name."""
+    scalars, arrays = {}, {}
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            inner = split_scalars(value)
+            scalars |= {f"{name}.{k}": v for k, v in inner[0].items()}
+            arrays |= {f"{name}.{k}": v for k, v in inner[1].items()}
+        elif value is not None:
+            (scalars if jnp.ndim(value) == 0 else arrays)[name] = jnp.asarray(value)
+    return scalars, arrays
 
 
 def folded(found: Verdict) -> Verdict:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.channels import channel_means, curve, first_below, mask_of, prune
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import InputFilter, Repair
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.metrics import labels
 from bdjax.models.layers import check_site, default_site
@@ -38,7 +38,7 @@ def quarantine(first: jax.Array, second: jax.Array, flag: Flag = "disagree") -> 
 
 
 @pytree
-class AntiNet(Defense):
+class AntiNet(Repair):
     """The opposite of a repair: prunes the channels that clean images fire most, so that the
     backdoor alone is left.
 
@@ -77,7 +77,7 @@ class AntiNet(Defense):
 
 
 @defense("goodnet")
-class Goodnet(Defense):
+class Goodnet(InputFilter):
     """Compare a net with its repaired self; where they disagree the input is poisoned (Ye et al.,
     2021).
 
@@ -101,8 +101,8 @@ class Goodnet(Defense):
     Differs from the paper: see `fine-pruning`; its anti-network is in the authors' code alone.
     """
 
-    repair: Defense = FinePruning(**FinePruning.presets["csaw"])
-    light: Defense | None = None
+    repair: Repair = FinePruning(**FinePruning.presets["csaw"])
+    light: Repair | None = None
     flag: Flag = static("disagree")
 
     budget_fields = ("repair.recipe.epochs",)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses.base import Defense
-from bdjax.defenses.inputs.boundary import quantile_boundary, realised
+from bdjax.defenses.base import InputFilter
+from bdjax.defenses.parts.boundary import quantile_boundary, realised
 from bdjax.registry import defense, static
 from bdjax.train import unit
 from bdjax.types import Array, BadInput, Model, Range, Scores, Split, Variables
@@ -35,7 +35,7 @@ def tree(clean: Array, shuffled: Array, x: Array, nu: Array, seed: Array) -> np.
 
 
 @defense("input-anomaly")
-class InputAnomaly(Defense):
+class InputAnomaly(InputFilter):
     """Reject inputs that a classical detector finds strange (Liu et al., 2017, arXiv:1710.00942).
 
     A reconstruction: of the paper we know that it tells legitimate from anomalous inputs with a

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.channels import mask_of, responses
-from bdjax.defenses.inputs.boundary import quantile_boundary, realised
+from bdjax.defenses.base import InputFilter
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
-from bdjax.defenses.invert.reversed import TriggerDefense
+from bdjax.defenses.parts.boundary import quantile_boundary, realised
+from bdjax.defenses.parts.reversed import TriggerDefense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import stamped
@@ -18,7 +19,7 @@ from bdjax.types import Array, Model, Scores, Share, Split, Variables
 
 
 @defense("nc-filter")
-class NcFilter(TriggerDefense):
+class NcFilter(TriggerDefense, InputFilter):
     """Flag inputs that fire the neurons of a reversed trigger (Wang et al., 2019).
 
     Neurons of the second-to-last layer are ranked by their mean activation on the clean images

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from bdjax import metrics
-from bdjax.defenses.base import Defense
-from bdjax.defenses.inputs.boundary import quantile_boundary, realised
+from bdjax.defenses.base import InputFilter
+from bdjax.defenses.parts.boundary import quantile_boundary, realised
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
 from bdjax.types import (
@@ -112,7 +112,7 @@ def below(entropy: jax.Array, boundary: jax.Array) -> jax.Array:
 
 
 @defense("strip")
-class Strip(Defense):
+class Strip(InputFilter):
     """Superimpose clean images: a prediction that stays certain betrays a trigger (Gao et al.,
     2019, arXiv:1902.06531).
 

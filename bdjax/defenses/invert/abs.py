@@ -11,8 +11,8 @@ import optax
 from flax import linen as nn
 
 from bdjax import mesh, metrics
-from bdjax.defenses.base import Judge
-from bdjax.defenses.invert.inversion import (
+from bdjax.defenses.base import Inversion
+from bdjax.defenses.parts.inversion import (
     BOUND,
     Trigger,
     descend,
@@ -79,7 +79,7 @@ class Search(NamedTuple):
 
 
 @defense("abs")
-class Abs(Judge):
+class Abs(Inversion):
     """Stimulate each neuron, then look for a trigger that fires the few suspicious ones (Liu et
     al., 2019).
 

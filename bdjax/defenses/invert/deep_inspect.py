@@ -11,8 +11,8 @@ import optax
 from flax import linen as nn
 
 from bdjax import mesh, metrics
-from bdjax.defenses.base import Judge, searched, spread
-from bdjax.defenses.invert.inversion import BOUND, descend, reaches, squash, within
+from bdjax.defenses.base import Inversion, searched, spread
+from bdjax.defenses.parts.inversion import BOUND, descend, reaches, squash, within
 from bdjax.registry import defense, static
 from bdjax.train import batched
 from bdjax.types import (
@@ -78,7 +78,7 @@ def left_index(x: jax.Array) -> jax.Array:
 
 
 @defense("deep-inspect")
-class DeepInspect(Judge):
+class DeepInspect(Inversion):
     """Find the label that a conditional generator reaches by small perturbations, without data
     (Chen et al., 2019).
 

@@ -8,8 +8,8 @@ import optax
 from flax import linen as nn
 
 from bdjax import mesh, metrics
-from bdjax.defenses.base import Judge
-from bdjax.defenses.invert.inversion import descend, squash
+from bdjax.defenses.base import Inversion
+from bdjax.defenses.parts.inversion import descend, squash
 from bdjax.registry import defense, static
 from bdjax.train import batched, unit
 from bdjax.types import (
@@ -120,7 +120,7 @@ def stick_each(key: jax.Array, x: jax.Array, patch: jax.Array) -> jax.Array:
 
 
 @defense("mesa")
-class Mesa(Judge):
+class Mesa(Inversion):
     """Learn a generator of the patches that work, for each label and threshold (Qiao et al., 2019,
     arXiv:1910.04749).
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from bdjax import mesh, metrics
-from bdjax.defenses.base import Judge, searched, spread
-from bdjax.defenses.invert.inversion import (
+from bdjax.defenses.base import Inversion, searched, spread
+from bdjax.defenses.parts.inversion import (
     BOUND,
     Trigger,
     descend,
@@ -101,7 +101,7 @@ class Found(NamedTuple):
 
 
 @defense("neural-cleanse")
-class NeuralCleanse(Judge):
+class NeuralCleanse(Inversion):
     """Reverse-engineer the smallest trigger of every label, flag the outliers (Wang et al., 2019).
 
     For each label t: min over m, Δ of ℓ(t, f((1 − m)⊙x + m⊙Δ)) + λ·|m|₁ over the defender's clean

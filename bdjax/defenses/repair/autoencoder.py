@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Repair
 from bdjax.mesh import fits
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
@@ -49,7 +49,7 @@ def guarded(model: Model, hidden: tuple[int, ...]) -> Model:
 
 
 @defense("autoencoder")
-class Autoencoder(Defense):
+class Autoencoder(Repair):
     """Put an autoencoder of clean images before the net (Liu et al., 2017, arXiv:1710.00942).
 
     f(g(x)), where g is trained on the clean images: min E‖g(x) − x‖². What it has never seen, a

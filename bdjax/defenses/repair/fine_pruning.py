@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.channels import channel_means, curve, curves_on_test, largest_within, mask_of, prune
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Repair
 from bdjax.mesh import lane_map
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, static
@@ -17,7 +17,7 @@ from bdjax.types import Array, BadInput, Model, Repaired, Share, Size, Split, Va
 
 
 @defense("fine-pruning")
-class FinePruning(Defense):
+class FinePruning(Repair):
     """Prune the channels that clean images leave dormant, then fine-tune (Liu et al., 2018,
     arXiv:1805.12185).
 

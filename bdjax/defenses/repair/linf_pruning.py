@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from bdjax.attacks.base import Attack
 from bdjax.channels import largest_within, masked, prune, responses, sweep
+from bdjax.defenses.base import Repair
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
-from bdjax.defenses.invert.reversed import Pick, Reversed, TriggerDefense, described, fire
+from bdjax.defenses.parts.reversed import Pick, Reversed, TriggerDefense, described, fire
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, static, validate
 from bdjax.train import unit
@@ -59,7 +60,7 @@ def capped(model: Model, site: str, rule: Rule) -> Model:
 
 
 @defense("linf-pruning")
-class LinfPruning(TriggerDefense):
+class LinfPruning(TriggerDefense, Repair):
     """Cut the neurons of the last convolution that fire beyond a threshold (Cheng et al., 2019,
     arXiv:2002.12162).
 

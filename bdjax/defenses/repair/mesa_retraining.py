@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.base import Part, poison_rows
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Repair
 from bdjax.defenses.invert.mesa import Mesa, stick
 from bdjax.registry import defense, pytree
 from bdjax.train import Recipe, TrainSet, fit, stamp_key
@@ -31,7 +31,7 @@ class Patches:
 
 
 @defense("mesa-retraining")
-class MesaRetraining(Defense):
+class MesaRetraining(Repair):
     """Fine-tune on clean images, some under generated patches (Qiao et al., 2019,
     arXiv:1910.04749).
 

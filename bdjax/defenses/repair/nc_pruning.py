@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.channels import curve, curves_on_test, first_below, mask_of, prune, responses
+from bdjax.defenses.base import Repair
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
-from bdjax.defenses.invert.reversed import TriggerDefense
+from bdjax.defenses.parts.reversed import TriggerDefense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.types import Model, Repaired, Share, Split, Variables
 
 
 @defense("nc-pruning")
-class NcPruning(TriggerDefense):
+class NcPruning(TriggerDefense, Repair):
     """Prune the neurons of a reversed trigger until the net no longer reacts to it (Wang et al.,
     2019).
 

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.base import Part, poison_rows
+from bdjax.defenses.base import Repair
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
-from bdjax.defenses.invert.reversed import TriggerDefense
+from bdjax.defenses.parts.reversed import TriggerDefense
 from bdjax.registry import defense, static, validate
 from bdjax.train import Recipe, TrainSet, clean_set, fit, stamp_key
 from bdjax.types import BadInput, Model, Repaired, Share, Split, Variables
 
 
 @defense("nc-unlearning")
-class NcUnlearning(TriggerDefense):
+class NcUnlearning(TriggerDefense, Repair):
     """Fine-tune on clean images, a fifth of which carry the reversed trigger with true labels (Wang
     et al., 2019).
 

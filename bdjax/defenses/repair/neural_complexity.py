@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.channels import prune, responses
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Repair
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, clean_set, fit
@@ -58,7 +58,7 @@ def complexity(corr: jax.Array, present: jax.Array, draws: jax.Array) -> jax.Arr
 
 
 @defense("neural-complexity")
-class NeuralComplexity(Defense):
+class NeuralComplexity(Repair):
     """Prune the nodes whose removal changes the layer's neural complexity least (Zhang & Qiao,
     2010).
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.base import Attack, Part
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Repair
 from bdjax.mesh import lane_map
 from bdjax.metrics import accuracy, labels
 from bdjax.registry import defense, pytree, static
@@ -52,7 +52,7 @@ class Noise(Attack):
 
 
 @defense("nnoculation")
-class NNoculation(Defense):
+class NNoculation(Repair):
     """Retrain on clean and coarsely noised images (Veldanda et al., 2020, arXiv:2002.08313).
 
     For each noise level p of `levels` the net is trained on the clean images and a noisy copy of

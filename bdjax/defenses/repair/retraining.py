@@ -2,14 +2,14 @@
 
 import jax
 
-from bdjax.defenses.base import Defense
+from bdjax.defenses.base import Repair
 from bdjax.registry import defense
 from bdjax.train import Recipe, clean_set, fit
 from bdjax.types import Model, Repaired, Split, Variables
 
 
 @defense("retraining")
-class Retraining(Defense):
+class Retraining(Repair):
     """Continue training on the defender's clean images (Liu et al., 2017, arXiv:1710.00942).
 
     All parameters are free; nothing is pruned. The paper has about a fifth of the size of the

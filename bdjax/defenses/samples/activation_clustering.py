@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from bdjax import mesh, metrics
-from bdjax.defenses.base import Defense
-from bdjax.defenses.samples.classes import activations, along_own, principal
+from bdjax.defenses.base import SampleFilter
+from bdjax.defenses.parts.classes import activations, along_own, principal
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, batched, fit, without
@@ -114,7 +114,7 @@ def silhouettes(z: jax.Array, group: jax.Array, *, batch: int = 250) -> jax.Arra
 
 
 @defense("activation-clustering")
-class ActivationClustering(Defense):
+class ActivationClustering(SampleFilter):
     """Split each class into two clusters of activations, suspect one of them (Chen et al., 2018,
     arXiv:1811.03728).
 

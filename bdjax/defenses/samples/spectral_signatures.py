@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from bdjax import mesh
-from bdjax.defenses.base import Defense
-from bdjax.defenses.samples.classes import activations, along_own, principal
+from bdjax.defenses.base import SampleFilter
+from bdjax.defenses.parts.classes import activations, along_own, principal
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import TrainSet
@@ -17,7 +17,7 @@ Projection = Literal["centred", "released"]
 
 
 @defense("spectral-signatures")
-class SpectralSignatures(Defense):
+class SpectralSignatures(SampleFilter):
     """Drop the rows that stand out along their class's top singular vector (Tran et al., 2018,
     arXiv:1811.00636).
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses.base import Defense
-from bdjax.defenses.train.view import viewed
+from bdjax.defenses.base import Training
+from bdjax.defenses.parts.view import viewed
 from bdjax.mesh import bytes_of, fits, lane_map
 from bdjax.metrics import hits, labels
 from bdjax.registry import defense, static
@@ -137,7 +137,7 @@ def resample(key: jax.Array, plan: Plan) -> Plan:
 
 
 @defense("db-covidnet")
-class DbCovidNet(Defense):
+class DbCovidNet(Training):
     """Bagging of nets that each see a few blocks of the image, and vote (Shamshiri et al., 2023).
 
     A reconstruction: the paper's text could not be obtained. Known: dropped features, or pixels,

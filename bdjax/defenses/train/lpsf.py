@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses.base import Defense
-from bdjax.defenses.train.view import viewed
+from bdjax.defenses.base import Training
+from bdjax.defenses.parts.view import viewed
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, fit, unit
 from bdjax.types import INT32, Array, BadInput, Model, Range, Repaired, Share, Split
@@ -120,7 +120,7 @@ def exponent(degree: jax.Array, least: Array | float) -> jax.Array:
 
 
 @defense("lpsf")
-class Lpsf(Defense):
+class Lpsf(Training):
     """Link-Pruning Scale-Free: prune the links of dormant pixels before training (Kaviani et al.,
     2023).
 

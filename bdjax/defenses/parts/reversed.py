@@ -11,8 +11,8 @@ import numpy as np
 
 from bdjax.attacks.base import Attack
 from bdjax.defenses.base import Defense
-from bdjax.defenses.invert.inversion import Trigger, stamp
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
+from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.registry import pytree, static, validate
 from bdjax.train import unit
 from bdjax.types import (
