@@ -129,6 +129,7 @@ KINDS = {
             "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
             "reported?": {...: Measured()},
             "oracle?": bool,
+            **dict.fromkeys(("tags?", "set?"), dict),
             **dict.fromkeys(("experiment?", "scale?", "device?", "jax?", "commit?"), str | None),
             **dict.fromkeys(("dataset?", "model?", "attack?", "defense?"), str | None),
             **dict.fromkeys(("substitute?", "error?", "verdict?"), str | None),

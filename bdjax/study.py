@@ -37,7 +37,8 @@ class Probe(Protocol):
 class Cell:
     """One row of a table, for one seed. `reported`: the paper's values of our metrics;
     `substitute`: what stands in for its data; `probe`: what else is measured of the net, after the
-    defense if there is one.
+    defense if there is one; `tags`: what the row is to be found by, `{"net": "CNN"}`; `changed`:
+    what was set otherwise than the experiment has it, by path, see `bdjax.changes`.
     """
 
     table: str
@@ -51,6 +52,8 @@ class Cell:
     reported: Mapping[str, float] = dataclasses.field(default_factory=dict)
     substitute: str | None = None
     probe: Probe | None = None
+    tags: Mapping[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
+    changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         whole("seed", self.seed, 0, 2**32 - 1)

@@ -867,6 +867,7 @@ class Runner:
             "metrics": found, "verdict": said(found), "victim": cell.victim,
             **({"plan": plan} if (plan := self.counts.get(cell.victim)) else {}),
             **({} if self.unlabelled else {"test": _test(cell)}), "reported": dict(cell.reported),
+            "tags": dict(cell.tags), **({"set": dict(cell.changed)} if cell.changed else {}),
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "oracle": bool(cell.defense is not None and cell.defense.oracle),
             "substitute": cell.substitute, "device": device_name(), "jax": jax.__version__,

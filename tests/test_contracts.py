@@ -96,7 +96,7 @@ def test_one_function_judges_every_kind_and_asks_for_what_is_absent(entry, sampl
 
 
 def test_a_defense_of_no_kind_is_refused():
-    with pytest.raises(BadInput, match="nothing.* of no kind: derive .*Nothing from Training"):
+    with pytest.raises(BadInput, match=r"nothing.* of no kind: derive .*Nothing from Training"):
 
         @registry.defense("nothing")
         class Nothing(Defense):

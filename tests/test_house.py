@@ -14,7 +14,7 @@ LAYERS = (
     {"types", "__version__"}, {"registry", "schema", "own"},
     {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"}, {"train"},
     {"store", "channels"}, {"attacks"},
-    {"defenses", "analysis", "zoo"}, {"study"}, {"sweep"},
+    {"defenses", "analysis", "zoo"}, {"study", "changes"}, {"sweep"},
     {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}

@@ -24,6 +24,7 @@ from bdjax import cli, datasets, plots, progress, report, schema, store, sweep
 from bdjax.attacks.badnets import BadNets
 from bdjax.datasets.files import Npz
 from bdjax.datasets.sample import Sample
+from bdjax.defenses import base
 from bdjax.models.keras_h5 import load_keras_weights
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
@@ -590,7 +591,8 @@ def test_defend_looks_at_the_rows_that_were_poisoned(tmp_path, monkeypatch, caps
         jax.debug.callback(note, train.plan.source, train.plan.kind)
         return train
 
-    monkeypatch.setattr(sweep, "poisoned_set", recorded)
+    for module in (sweep, base):
+        monkeypatch.setattr(module, "poisoned_set", recorded)
     out = str(tmp_path / "net")
     data = ["--dataset.train-size", "100", "--dataset.test-size", "20"]
     fast = ["--model", "ffnn", "--model.hidden", "4", "--recipe.epochs", "1", "--quiet"]

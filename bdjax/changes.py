@@ -1,0 +1,209 @@
+"""Fields of an experiment's cells, changed by name: `attack.rate=0.05`,
+`defense[fine-pruning].recipe.lr=1e-4`.
+
+A path begins with a part of a cell, of one method alone where its name stands in brackets. A change
+is made in the cells that have the field and read it.
+"""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+import jax
+import numpy as np
+
+from bdjax import registry
+from bdjax.study import Cell
+from bdjax.types import BadInput
+
+PARTS = ("dataset", "model", "recipe", "attack", "defense", "probe")
+_PATH = re.compile(r"(?P<part>\w+)(\[(?P<method>[\w.-]+)\])?(?P<fields>(\.\w+)+)")
+
+
+def read(settings: Iterable[str]) -> dict[str, str]:
+    """`PATH=VALUE` words as `{path: text}`."""
+    found: dict[str, str] = {}
+    for word in settings:
+        path, equals, text = (part.strip() for part in word.partition("="))
+        if not equals or not text or not _PATH.fullmatch(path):
+            raise BadInput(
+                f"'{word}' is not of the form PATH=VALUE, such as attack.rate=0.05 or "
+                "'defense[fine-pruning].recipe.lr=1e-4'"
+            )
+        if path in found:
+            raise BadInput(f"{path} is set twice")
+        found[path] = text
+    return found
+
+
+def changed(cells: Iterable[Cell], settings: Mapping[str, Any]) -> list[Cell]:
+    """The cells with each `{path: value}` set where a cell has the field, a value as such or in the
+    words of a command line. `Cell.changed` says what was set.
+
+    Raises `BadInput` where no cell has a field or reads it, and where two cells become one.
+    """
+    cells = list(cells)
+    found = [_changed(cell, settings) for cell in cells]
+    for path in settings:
+        if not any(path in cell.changed for cell in found):
+            raise BadInput(_unknown(cells, settings, path))
+    before: dict[str, Cell] = {}
+    for old, new in zip(cells, found, strict=True):
+        twin = before.setdefault(new.run, old)
+        if twin.run != old.run:
+            names = " and ".join(f"'{c.table}: {c.row}', seed {c.seed}" for c in (twin, old))
+            raise BadInput(f"{', '.join(new.changed)}: {names} would become one run")
+    return found
+
+
+def varied(cells: Iterable[Cell], path: str, values: Sequence[Any]) -> Iterator[Cell]:
+    """Each cell that has the field `path` with each of `values`, named in its row and its tags;
+    other cells as they are.
+    """
+    cells = list(cells)
+    if not any(_has(cell, path) for cell in cells):
+        raise BadInput(_unknown(cells, {path: values}, path))
+    for cell in cells:
+        for value in values if _has(cell, path) else ():
+            new = _set(cell, path, value)
+            shown = _shown(_get(new, path))
+            tags = {**cell.tags, path: shown}
+            yield dataclasses.replace(new, row=f"{cell.row}, {path} {shown}", tags=tags)
+        if not _has(cell, path):
+            yield cell
+
+
+def _shown(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else str(registry.describe(value))
+
+
+def _changed(cell: Cell, settings: Mapping[str, Any]) -> Cell:
+    paths = [path for path in settings if _has(cell, path)]
+    while True:
+        new = cell
+        for path in paths:
+            new = _set(new, path, settings[path])
+        if not (idle := [path for path in paths if _idle(new, path)]):
+            what = {path: _shown(_get(new, path)) for path in paths}
+            return dataclasses.replace(new, changed={**cell.changed, **what})
+        paths = [path for path in paths if path not in idle]
+
+
+def _split(path: str) -> tuple[str, str | None, list[str]]:
+    match = _PATH.fullmatch(path)
+    if match is None or match["part"] not in PARTS:
+        raise BadInput(
+            f"'{path}' names no field of a cell: it begins with one of {', '.join(PARTS)}"
+        )
+    return match["part"], match["method"], match["fields"].split(".")[1:]
+
+
+def _get(cell: Cell, path: str) -> Any:
+    part, _, fields = _split(path)
+    value = getattr(cell, part)
+    for field in fields:
+        value = getattr(value, field)
+    return value
+
+
+def _has(cell: Cell, path: str) -> bool:
+    part, method, fields = _split(path)
+    value = getattr(cell, part)
+    if method is not None and registry.name_of(value) != method:
+        return False
+    for field in fields:
+        if not dataclasses.is_dataclass(value) or field not in _names(value):
+            return False
+        value = getattr(value, field)
+    return True
+
+
+def _names(value: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(value)]
+
+
+def _idle(cell: Cell, path: str) -> str | None:
+    """Why a field is not read by the method that it is a field of; None where it is."""
+    part, _, fields = _split(path)
+    return registry.unread(getattr(cell, part), fields)
+
+
+def _set(cell: Cell, path: str, value: Any) -> Cell:
+    part, _, fields = _split(path)
+    holder = getattr(cell, part)
+    for field in fields[:-1]:
+        holder = getattr(holder, field)
+    hint, old = registry.hints(type(holder))[fields[-1]], getattr(holder, fields[-1])
+    new = _value(path, hint, value) if isinstance(value, str) else value
+    if dataclasses.is_dataclass(old) and new is not None and not dataclasses.is_dataclass(new):
+        raise BadInput(
+            f"{path} is a {type(old).__name__}: set one of its fields, "
+            f"{', '.join(f'{path}.{name}' for name in _names(old))}"
+        )
+    if isinstance(new, int) and not isinstance(new, bool) and _float(hint):
+        new = float(new)  # as a default has it: numbers of one type share a program
+    try:
+        return registry.replace(cell, [part, *fields], new)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
+def _float(hint: Any) -> bool:
+    kinds = {kind for found, _ in registry.ranges(hint) for kind in found}
+    return float in kinds and int not in kinds
+
+
+def _value(path: str, hint: Any, text: str) -> Any:
+    """A value in words: a Python literal, `1,2` for a tuple, true, false, none, or the text."""
+    if "Callable" in str(hint) and text.lower() != "none":
+        raise BadInput(f"{path} is a function, which can be given from Python only")
+    known = {"none": None, "true": True, "false": False}
+    if text.lower() in known:
+        return known[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    several = any(get_origin(one) is tuple for one in (hint, *get_args(hint)))
+    if several and not isinstance(value, (tuple, list)):
+        value = (value,)
+    return _tuples(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _unknown(cells: Sequence[Cell], settings: Mapping[str, Any], path: str) -> str:
+    """Why `path` changes no cell."""
+    if having := [cell for cell in cells if _has(cell, path)]:
+        reason = _idle(_changed_all(having[0], settings), path)
+        return f"{path} has no effect: {reason}"
+    part, method, _ = _split(path)
+    methods = {registry.name_of(getattr(cell, part)) for cell in cells} - {None}
+    if method is not None and method not in methods:
+        return f"no cell has the {part} '{method}'{registry.near(method, map(str, methods))}"
+    known = {
+        f"{p}.{name}" for cell in cells for p in PARTS for name in _paths(getattr(cell, p))
+    }  # fmt: skip
+    plain = path.replace(f"[{method}]", "")
+    return f"no cell has a field {path}{registry.near(plain, sorted(known))}"
+
+
+def _changed_all(cell: Cell, settings: Mapping[str, Any]) -> Cell:
+    for path in settings:
+        if _has(cell, path) and not isinstance(settings[path], (tuple, list)):
+            cell = _set(cell, path, settings[path])
+    return cell
+
+
+def _paths(value: Any) -> Iterator[str]:
+    if not dataclasses.is_dataclass(value):
+        return
+    for name in _names(value):
+        yield name
+        inner = getattr(value, name)
+        if not isinstance(inner, (jax.Array, np.ndarray)):
+            yield from (f"{name}.{path}" for path in _paths(inner))
