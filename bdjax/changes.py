@@ -185,11 +185,14 @@ def _unknown(cells: Sequence[Cell], settings: Mapping[str, Any], path: str) -> s
     methods = {registry.name_of(getattr(cell, part)) for cell in cells} - {None}
     if method is not None and method not in methods:
         return f"no cell has the {part} '{method}'{registry.near(method, map(str, methods))}"
-    known = {
-        f"{p}.{name}" for cell in cells for p in PARTS for name in _paths(getattr(cell, p))
-    }  # fmt: skip
-    plain = path.replace(f"[{method}]", "")
-    return f"no cell has a field {path}{registry.near(plain, sorted(known))}"
+    known = set()
+    for cell in cells:
+        for name in PARTS if method is None else [part]:
+            value = getattr(cell, name)
+            if method is None or registry.name_of(value) == method:
+                head = name if method is None else f"{name}[{method}]"
+                known |= {f"{head}.{inner}" for inner in _paths(value)}
+    return f"no cell has a field {path}{registry.near(path, sorted(known))}"
 
 
 def _changed_all(cell: Cell, settings: Mapping[str, Any]) -> Cell:

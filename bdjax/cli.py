@@ -22,6 +22,17 @@ from bdjax.types import BadInput, Seed
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
 Words = tyro.conf.Positional
+Settings = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        name="set",
+        metavar="PATH=VALUE",
+        help="A field of the cells that is set otherwise, such as attack.rate=0.05 or "
+        "'defense[fine-pruning].recipe.lr=1e-4'; may be given several times. The results go to a "
+        "folder of their own.",
+    ),
+]
 
 
 def run(
@@ -30,6 +41,8 @@ def run(
     out: Path | None = None,
     seeds: int | None = None,
     lanes: int | None = None,
+    settings: Settings = (),
+    only: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Run an experiment file: prints its table "paper vs ours", writes a results folder; goes on
@@ -41,11 +54,12 @@ def run(
         out: Results folder; results/NAME-SCALE if not given.
         seeds: How many seeds; the scale's own number if not given.
         lanes: Runs side by side on a device; if not given 1 on a CPU and all on an accelerator.
+        only: Only the tables or rows whose name this pattern fits, such as "MNIST*".
         quiet: No progress.
     """
     from bdjax import experiment
 
-    experiment.run(file, scale, out, seeds, quiet, lanes)
+    experiment.run(file, scale, out, seeds, quiet, lanes, changes=settings, only=only)
 
 
 def sweep(
@@ -59,6 +73,8 @@ def sweep(
     devices: int | None = None,
     resume: bool = True,
     dry_run: bool = False,
+    settings: Settings = (),
+    only: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Run a sweep: an experiment file with many cells, on any number of devices and machines.
@@ -76,6 +92,7 @@ def sweep(
         devices: How many devices; all of this process if not given.
         resume: Go on where an earlier run stopped; --no-resume refuses a folder that has rows.
         dry_run: Print cells, groups, memory and expected time; train nothing.
+        only: Only the tables or rows whose name this pattern fits, such as "MNIST*".
         quiet: No progress.
     """
     from bdjax import experiment
@@ -86,6 +103,8 @@ def sweep(
         "devices": devices,
         "resume": resume,
         "dry_run": dry_run,
+        "changes": settings,
+        "only": only,
     }
     experiment.run(file, scale, out, seeds, quiet, lanes, live=True, **options)
 
@@ -530,9 +549,14 @@ def _later(fn: Callable) -> Callable:
     return made
 
 
+SEVERAL = ("--set",)
+"""Flags that may be given more than once."""
+
+
 def _parsed(commands: dict[str, Callable], args: Sequence[str]) -> Any:
     """What the arguments ask for, not yet begun; a mistake is one line."""
     flags = [word.partition("=")[0] for word in args if word.startswith("--")]
+    flags = [flag for flag in flags if flag not in SEVERAL]
     if twice := next((flag for flag in flags if flags.count(flag) > 1), None):
         raise BadInput(f"{twice} is given twice")
     commands = {name: fn if isinstance(fn, type) else _later(fn) for name, fn in commands.items()}

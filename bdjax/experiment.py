@@ -7,6 +7,7 @@ in its docstring ("- …") stands on the page as notes.
 """
 
 import contextlib
+import fnmatch
 import importlib.util
 import os
 import re
@@ -27,9 +28,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bdjax import progress, report
+from bdjax.changes import changed, read
 from bdjax.own import explained
 from bdjax.progress import shown
-from bdjax.registry import name_of, near
+from bdjax.registry import digest, name_of, near
 from bdjax.store import Store, read_rows, result_files
 from bdjax.study import Cell
 from bdjax.sweep import Clock, Runner, footprint, groups, room, say
@@ -89,13 +91,17 @@ def run(
     resume: bool = True,
     dry_run: bool = False,
     live: bool = False,
+    changes: Sequence[str] = (),
+    only: str | None = None,
 ) -> list[dict[str, Any]]:
     """Runs the experiment at `path`; returns its rows. What was finished by an earlier run is not
     done again.
 
     `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `devices`:
     how many of this process's; `resume=False` refuses a folder that has rows; `dry_run` prints what
-    would be done; `live`: a table instead of bars.
+    would be done; `live`: a table instead of bars; `changes`: fields of the cells that are set
+    otherwise, `PATH=VALUE` each, see `bdjax.changes`; `only`: the cells whose table or row this
+    pattern of a shell fits.
     """
     width = lanes if lanes in (None, "auto") else whole("lanes", lanes, 1)
     part = None if shard is None else part_of(shard)
@@ -109,7 +115,9 @@ def run(
     if seeds is not None:
         whole("seeds", seeds, 1, SEEDS)
     places = local_devices(devices)
-    folder = Path("results") / f"{Path(path).stem}-{scale}" if out is None else Path(out)
+    settings = read(changes)
+    name = f"{Path(path).stem}-{scale}" + (f"-{digest(settings)[:8]}" if settings else "")
+    folder = Path("results") / name if out is None else Path(out)
     if not dry_run:
         Store(folder, part).ready()
         report.ready(folder, "report.json")
@@ -126,6 +134,10 @@ def run(
         raise BadInput(f"{path}: cells gives {shown(type(odd[0]).__name__)}, not Cell")
     if not made:
         raise BadInput(f"{path} has no cells at scale {scale}: there is nothing to run")
+    if only is not None:
+        made = among(made, only)
+    if settings:
+        made = changed(made, settings)
     cells = list({cell.run: cell for cell in made}.values())
     if dry_run:
         plan(cells, earlier, places, width, part)
@@ -155,6 +167,8 @@ def run(
         begun = time.monotonic()
         report.print_table(rows, console)
         typed = shlex.quote(Path(path).as_posix())
+        more = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in settings.items())
+        more += "" if only is None else f" --only {shlex.quote(only)}"
         with _raised_in(Path(path)):
             drawn = module.figures(rows, store, scale) if hasattr(module, "figures") else ()
             figures = list(drawn)
@@ -164,7 +178,7 @@ def run(
         page = report.write(
             folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends,
             seconds=seconds,
-            command=f"bdjax {'sweep' if live else 'run'} {typed} --scale {scale}",
+            command=f"bdjax {'sweep' if live else 'run'} {typed} --scale {scale}{more}",
         )  # fmt: skip
         say(
             "seconds by stage: "
@@ -173,6 +187,19 @@ def run(
         )
         print(shown(f"results: {folder / 'results.jsonl'}") + f"\npage: {shown(page)}")
         return rows
+
+
+def among(cells: Sequence[Cell], only: str) -> list[Cell]:
+    """The cells whose table, row, or `table: row` the pattern `only` fits: `MNIST*`."""
+
+    def fits(cell: Cell) -> bool:
+        names = (cell.table, cell.row, f"{cell.table}: {cell.row}")
+        return any(fnmatch.fnmatchcase(name.lower(), only.lower()) for name in names)
+
+    if not (found := [cell for cell in cells if fits(cell)]):
+        tables = ", ".join(f"'{name}'" for name in dict.fromkeys(cell.table for cell in cells))
+        raise BadInput(f"no table and no row is called '{only}'; the tables are {tables}")
+    return found
 
 
 def claims(module: ModuleType, rows: Sequence[report.Row]) -> list[report.Trend]:

@@ -270,9 +270,13 @@ def _redraws(row: Row) -> bool:
 
 
 def _notes(cells: Iterable[Row]) -> list[str]:
-    """What the rows of victims say of their poison and of their clean twins."""
+    """What was set in the rows, and what those of victims say of their poison and their twins."""
     found = []
     for cell in cells:
+        if changed := cell.get("set"):
+            found.append(
+                "not as in the experiment: " + ", ".join(f"{k} {v}" for k, v in changed.items())
+            )
         plan = cell.get("plan")
         if isinstance(plan, Mapping) and plan["poisoned"] < plan["asked"]:
             found.append(f"{plan['poisoned']} rows poisoned of {plan['asked']} asked for")
