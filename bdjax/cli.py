@@ -426,7 +426,7 @@ def plugged(args: Sequence[str]) -> list[str]:
     for _, word in given:
         if not word or word.startswith("-"):
             raise BadInput("--plugin takes a file or a module, such as --plugin my_net.py")
-        plugins.load(word)
+        plugins.load_plugins(word)
     return left
 
 

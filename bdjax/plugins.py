@@ -1,7 +1,7 @@
 """Methods from outside the package: files, modules, what `BDJAX_PLUGINS` names, and installed
 packages that have an entry point of the group `bdjax.plugins`.
 
->>> load("my_net.py", "my_package.attacks")
+>>> load_plugins("my_net.py", "my_package.attacks")
 
 Nothing is imported because a file of results or a checkpoint names it.
 """
@@ -32,7 +32,7 @@ _words: list[str] = []
 _standing = False
 
 
-def load(*plugins: str | Path) -> list[Entry]:
+def load_plugins(*plugins: str | Path) -> list[Entry]:
     """Registers the methods of files (`my_net.py`) and of modules that Python finds by their names
     (`my_package.attacks`); returns them. What is loaded already, and has not changed, stays.
     """
@@ -60,7 +60,7 @@ def standing() -> None:
         return
     _standing = True  # a plugin may ask for the methods that are there
     try:
-        load(*filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)))
+        load_plugins(*filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)))
     except BaseException as error:
         _standing = False
         if isinstance(error, BadInput):
@@ -72,7 +72,7 @@ def standing() -> None:
         try:
             with all_or_nothing():
                 before = registry.brought()
-                with raised_in(point.value):
+                with raised_in(point.value, begun=False):
                     point.load()
                 _checked(before, point.module)
         except BadInput as error:
@@ -100,14 +100,16 @@ def _module(name: str) -> list[Entry]:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # as `python -m` has it, but behind all else
     before = registry.brought()
-    with raised_in(name):
-        try:
+    try:
+        with raised_in(name, begun=False):
             importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-                raise
-            file = f"; the file is --plugin {name}.py" if Path(f"{name}.py").is_file() else ""
-            raise BadInput(f"no plugin {name}: Python finds no module {error.name}{file}") from None
+    except BadInput as error:
+        cause = error.__cause__
+        missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        if missing is None or not f"{name}.".startswith(f"{missing}."):
+            raise
+        file = f"; the file is --plugin {name}.py" if Path(f"{name}.py").is_file() else ""
+        raise BadInput(f"no plugin {name}: Python finds no module {missing}{file}") from None
     return _checked(before, name)
 
 
@@ -123,6 +125,12 @@ def _checked(before: list[Entry], where: str, shown_as: str | None = None) -> li
             f"{shown_as or where} is no plugin: it registers no method of its own (a class under "
             "@attack, @defense, @model or @dataset of bdjax.registry)"
         )
+    for entry in found:
+        try:
+            registry.hints(entry.cls)
+        except Exception as error:
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise BadInput(f"{shown_as or where}: {entry.kind} '{entry.name}': {what}") from error
     return found
 
 
@@ -142,36 +150,38 @@ def executed(path: Path, name: str, what: str) -> ModuleType:
     with explained(path, "read"):
         text = path.read_bytes()
     sys.modules[name] = module  # dataclasses look their module up there
-    with raised_in(path), all_or_nothing():
+    with raised_in(path, begun=False), all_or_nothing():
         try:
             code = compile(text, spec.origin, "exec", dont_inherit=True)
         except (SyntaxError, ValueError) as error:  # ValueError: it holds a null byte
             reason = " ".join(str(error).split())
-            raise BadInput(f"{path} is not Python: {reason}") from error
+            raise SyntaxError(reason) from error
         exec(code, vars(module))
     return module
 
 
 @contextmanager
-def raised_in(where: str | Path) -> Iterator[None]:
-    """Turns what a user's file, or module, raises into one line that says where."""
+def raised_in(where: str | Path, *, begun: bool = True) -> Iterator[None]:
+    """Turns what a user's file, or module, raises into one line that says where; a `BadInput` of
+    one that has `begun`, of a cell, say, speaks for itself.
+    """
     try:
         yield
-    except BadInput:
-        raise
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [
-            f"{where}, line {frame.lineno}"
-            for frame in frames
-            if os.path.abspath(frame.filename) == os.path.abspath(where)
-        ]
-        # Of a module: the file that was being imported.
-        lines = lines or [
-            f"{where}: {frame.filename}, line {frame.lineno}"
-            for frame in frames
-            if frame.name == "<module>" and os.path.isfile(frame.filename)
-        ]
-        place = lines[-1] if lines else str(where)
+        if begun and isinstance(error, BadInput):
+            raise
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadInput(f"{place}: {what[:300]}") from error
+        if isinstance(error, SyntaxError):
+            raise BadInput(f"{where} is not Python: {' '.join(str(error).split())}") from error
+        what = str(error) if isinstance(error, BadInput) else what[:300]
+        raise BadInput(f"{_place(error, where)}: {what}") from error
+
+
+def _place(error: BaseException, where: str | Path) -> str:
+    """The line of a user's file that raised; of a module that of the file being imported."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = [f for f in frames if os.path.abspath(f.filename) == os.path.abspath(where)]
+    if here:
+        return f"{where}, line {here[-1].lineno}"
+    made = [f for f in frames if f.name == "<module>" and os.path.isfile(f.filename)]
+    return f"{where}: {made[-1].filename}, line {made[-1].lineno}" if made else str(where)

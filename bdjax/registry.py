@@ -75,7 +75,7 @@ def pytree(cls: type[T]) -> type[T]:
 
 def _leaves(cls: type[T]) -> type[T]:
     cls = dataclasses.dataclass(frozen=True)(cls)
-    if taken := _RESERVED & {field.name for field in dataclasses.fields(cls)}:
+    if taken := _RESERVED & {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
         raise BadInput(
             f"{cls.__name__}: a field cannot be called '{min(taken)}', which descriptions use"
         )
@@ -128,9 +128,13 @@ def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
         if earlier and (theirs := f"{earlier.cls.__qualname__} in {earlier.source}") != mine:
             # else a file or a cell of a notebook that is run again
             raise BadInput(f"two {kind}s are called '{name}': {theirs} and {mine}; rename one")
-        fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        none = dataclasses.MISSING
+        for field in fields.values():
+            if field.init and field.default is none and field.default_factory is none:
+                raise BadInput(f"{kind} '{name}': its field '{field.name}' needs a default")
         for preset, values in getattr(cls, "presets", {}).items():
-            if unknown := set(values) - fields:
+            if unknown := set(values) - set(fields):
                 words = f"the preset '{preset}' sets '{min(unknown)}', which is no field"
                 raise BadInput(f"{kind} '{name}': {words}")
         paragraph = (inspect.getdoc(cls) or "").partition("\n\n")[0]
@@ -500,10 +504,11 @@ def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> None:
             if (plugin := value.get("plugin")) is not None and not there(kind, value):
                 if not isinstance(plugin, str) or not _PLUGIN.fullmatch(plugin):
                     raise BadInput(f"it names '{shown(plugin)}', which is no plugin")
-                what = f"{kind or 'method'} '{value['name']}'" if "name" in value else "class " + (
-                    str(value.get("class"))
-                )  # fmt: skip
-                lacking.setdefault(plugin, []).append(f"the {what}")
+                words = lacking.setdefault(plugin, [])
+                if "name" in value:
+                    words.append(f"the {kind or 'method'} '{value['name']}'")
+                elif not words:
+                    words.append(f"the class {value.get('class')}")
             for one in value.values():  # a part may be of another kind than what it is a part of
                 look(None, one)
 
@@ -517,7 +522,7 @@ def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> None:
         look(kind, described.get(part))
     if lacking:
         whose = [
-            f"{' and '.join(dict.fromkeys(words))} of "
+            f"{', '.join(dict.fromkeys(words))} of "
             f"{'a notebook' if plugin == '__main__' else plugin}"
             for plugin, words in lacking.items()
         ]
