@@ -7,6 +7,13 @@ from bdjax import metrics as metrics
 from bdjax import types as types
 from bdjax.attacks.base import Attack as Attack
 from bdjax.datasets.base import Source as Source
+from bdjax.defenses.base import InputFilter as InputFilter
+from bdjax.defenses.base import Inversion as Inversion
+from bdjax.defenses.base import Judge as Judge
+from bdjax.defenses.base import Repair as Repair
+from bdjax.defenses.base import SampleFilter as SampleFilter
+from bdjax.defenses.base import Training as Training
+from bdjax.defenses.base import judge as judge
 from bdjax.models.layers import Net as Net
 from bdjax.models.layers import build as build
 from bdjax.plugins import load_plugins as load_plugins
@@ -33,13 +40,16 @@ from bdjax.train import predict as predict
 from bdjax.train import stamped as stamped
 from bdjax.types import BadInput as BadInput
 from bdjax.types import Dataset as Dataset
+from bdjax.types import Judgement as Judgement
 from bdjax.types import Model as Model
 from bdjax.types import Plan as Plan
 from bdjax.types import Repaired as Repaired
 from bdjax.types import Scores as Scores
 from bdjax.types import Split as Split
+from bdjax.types import Splits as Splits
 from bdjax.types import Suspects as Suspects
 from bdjax.types import Verdict as Verdict
+from bdjax.types import Victim as Victim
 
 __version__: str
 __all__: list[str]

@@ -448,7 +448,7 @@ def chosen(kinds: dict[str, str], args: Sequence[str]) -> tuple[dict[str, Any], 
 
 def _with_fields(base: type, methods: dict[str, Any]) -> type:
     """The command `base` with the fields of the chosen methods as nested flags."""
-    given = [
+    given: list[tuple[str, Any, Any]] = [
         (name, type(value), dataclasses.field(default=value))
         for name, value in methods.items()
         if value is not None
