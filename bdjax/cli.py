@@ -1,23 +1,27 @@
 """The command line:
 `bdjax run | sweep | status | bench | list | data | train | defend | report`.
+
+`--plugin` stands before or after any of them, and acts before what they can choose from is known.
 """
 
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import itertools
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from bdjax import own, registry
+from bdjax import own, plugins, registry
+from bdjax.registry import Entry
 from bdjax.types import BadInput, Seed
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
@@ -31,6 +35,15 @@ Settings = Annotated[
         help="A field of the cells that is set otherwise, such as attack.rate=0.05 or "
         "'defense[fine-pruning].recipe.lr=1e-4'; may be given several times. The results go to a "
         "folder of their own.",
+    ),
+]
+Plugins = Annotated[
+    tuple[str, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        help="Methods of your own: FILE.py or package.module, before or after the command; may be "
+        "given several times. BDJAX_PLUGINS names those that are always wanted.",
+        metavar="FILE.py|MODULE",
     ),
 ]
 
@@ -125,7 +138,7 @@ def list_methods(
     kind: Annotated[Kinds | None, Words] = None,
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ):
-    """List the methods: name, paper, year, arXiv, file.
+    """List the methods: name, paper, year, arXiv, file; of your own ones the plugin, too.
 
     Args:
         kind: attacks, defenses, models or datasets; all if not given.
@@ -133,7 +146,7 @@ def list_methods(
     """
     found = registry.entries(None if kind is None else kind.removesuffix("s"))
     rows = [
-        {name: getattr(entry, name) for name in ("kind", "name", "paper", "year", "arxiv", "file")}
+        {name: getattr(entry, name) for name in Entry._fields if name not in ("cls", "source")}
         for entry in found
     ]
     if as_json:
@@ -145,9 +158,10 @@ def list_methods(
 
     from bdjax.progress import shown
 
-    table = Table(*rows[0], box=None)
+    heads = [name for name in rows[0] if name != "plugin" or any(row[name] for row in rows)]
+    table = Table(*heads, box=None)
     for row in rows:
-        table.add_row(*(Text("" if value is None else shown(value)) for value in row.values()))
+        table.add_row(*(Text("" if row[h] is None else shown(row[h])) for h in heads))
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
 
@@ -413,19 +427,35 @@ CHOICES = {
 """The methods that a command takes by name, and which it takes if none is named."""
 
 
+def _taken(flags: Collection[str], args: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes `--FLAG VALUE` and `--FLAG=VALUE` out of `args`: flags and values, and what is left."""
+    given, left, words = [], [], iter(args)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag.removeprefix("--") in flags:
+            given.append((flag.removeprefix("--"), value if equals else next(words, "")))
+        else:
+            left.append(word)
+    return given, left
+
+
+def plugged(args: Sequence[str]) -> list[str]:
+    """Loads the plugins that `args` name; returns what is left."""
+    given, left = _taken(["plugin"], args)
+    for _, word in given:
+        if not word or word.startswith("-"):
+            raise BadInput("--plugin takes a file or a module, such as --plugin my_net.py")
+        plugins.load_plugins(word)
+    return left
+
+
 def chosen(kinds: dict[str, str], args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Takes `--attack NAME:PRESET` and the like out of `args`: the configured methods, and what is
     left.
     """
-    names, left, words = dict(kinds), [], iter(args)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag.removeprefix("--") in kinds and flag.startswith("--"):
-            names[flag.removeprefix("--")] = value if equals else next(words, "")
-        else:
-            left.append(word)
+    given, left = _taken(kinds, args)
     made = {}
-    for kind, named in names.items():
+    for kind, named in (kinds | dict(given)).items():
         name, colon, preset = named.partition(":")
         made[kind] = (
             None
@@ -437,11 +467,12 @@ def chosen(kinds: dict[str, str], args: Sequence[str]) -> tuple[dict[str, Any], 
 
 def _with_fields(base: type, methods: dict[str, Any]) -> type:
     """The command `base` with the fields of the chosen methods as nested flags."""
-    given = [
+    given: list[tuple[str, Any, Any]] = [
         (name, type(value), dataclasses.field(default=value))
         for name, value in methods.items()
         if value is not None
     ]
+    given.append(("plugin", Plugins, dataclasses.field(default=())))
     absent = {name: None for name, value in methods.items() if value is None}
     made = dataclasses.make_dataclass(
         base.__name__, given, bases=(base,), namespace=absent, frozen=True, kw_only=True
@@ -544,8 +575,16 @@ def _later(fn: Callable) -> Callable:
 
     @functools.wraps(fn)
     def made(*args, **kwargs):
+        kwargs.pop("plugin")  # loaded before anything was parsed
         return functools.partial(fn, *args, **kwargs)
 
+    known = inspect.signature(fn)
+    flag = inspect.Parameter(
+        "plugin", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=Plugins
+    )
+    made.__signature__ = known.replace(parameters=[*known.parameters.values(), flag])  # type: ignore[attr-defined]
+    made.__annotations__ = {**fn.__annotations__, "plugin": Plugins}
+    del made.__wrapped__  # tyro would read that one's types
     return made
 
 
@@ -601,6 +640,7 @@ def command(args: Sequence[str]) -> None:
         if not value or (value.startswith("--") and value.endswith("=")):
             name = value.rstrip("=") or flag
             raise BadInput(f"an empty word after {name}: is a variable of the shell not set?")
+    args = plugged(args)
     if args and args[0] in CHOICES:
         methods[args[0]], left = chosen(CHOICES[args[0]], args[1:])
         args = [args[0], *left]

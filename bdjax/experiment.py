@@ -8,16 +8,11 @@ in its docstring ("- …") stands on the page as notes.
 
 import contextlib
 import fnmatch
-import importlib.util
-import os
 import re
 import shlex
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bdjax import progress, report
+from bdjax import plugins, progress, report
 from bdjax.changes import changed, read
 from bdjax.own import explained
+from bdjax.plugins import executed, raised_in
 from bdjax.progress import shown
-from bdjax.registry import digest, name_of, near
+from bdjax.registry import digest, name_of
 from bdjax.store import Store, read_rows, result_files
 from bdjax.study import Cell
 from bdjax.sweep import Clock, Runner, footprint, groups, room, say
@@ -41,40 +37,11 @@ from bdjax.types import BadInput, whole
 def load(path: str | Path) -> ModuleType:
     """The experiment file as a module."""
     path = Path(path)
-    if not path.is_file():
-        others = (
-            [p.as_posix() for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-        )
-        raise BadInput(f"no experiment file {path}{near(path.as_posix(), others)}")
-    if path.suffix != ".py":
-        raise BadInput(f"{path} is no experiment file: its name does not end in .py")
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    with _raised_in(path):
-        spec.loader.exec_module(module)
+    module = executed(path, f"experiment_{path.stem}", "experiment")
     for name, form in (("cells", "cells(scale, seeds)"), ("SCALES", "SCALES"), ("TITLE", "TITLE")):
         if not hasattr(module, name):
             raise BadInput(f"{path} is no experiment: it defines no {form}")
     return module
-
-
-@contextmanager
-def _raised_in(path: Path):
-    """Turns what an experiment file raises into one line that says where."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except SyntaxError as error:
-        raise BadInput(f"{path} is not Python: {' '.join(str(error).split())}") from error
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f.lineno for f in frames if os.path.abspath(f.filename) == os.path.abspath(path)]
-        place = f"{path}, line {lines[-1]}" if lines else str(path)
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadInput(f"{place}: {what[:300]}") from error
 
 
 def run(
@@ -128,7 +95,7 @@ def run(
             f"{folder} has {len(earlier)} rows: give another --out, or leave --no-resume away to "
             "go on"
         )
-    with _raised_in(Path(path)):
+    with raised_in(Path(path)):
         made = list(module.cells(scale, seeds))
     if odd := [cell for cell in made if not isinstance(cell, Cell)]:
         raise BadInput(f"{path}: cells gives {shown(type(odd[0]).__name__)}, not Cell")
@@ -168,8 +135,9 @@ def run(
         report.print_table(rows, console)
         typed = shlex.quote(Path(path).as_posix())
         more = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in settings.items())
+        more += plugins.flags()
         more += "" if only is None else f" --only {shlex.quote(only)}"
-        with _raised_in(Path(path)):
+        with raised_in(Path(path)):
             drawn = module.figures(rows, store, scale) if hasattr(module, "figures") else ()
             figures = list(drawn)
             trends = claims(module, rows)

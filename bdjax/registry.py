@@ -1,8 +1,9 @@
 """One decorated dataclass is a method: its hyper-parameters, its registry entry, its command-line
-flags, its row of the README.
+flags.
 
 Array fields are leaves that a sweep may vmap over; fields made with `static()` are part of the
-compile key.
+compile key. A method is bdjax's own, or that of a plugin: any file, module or notebook outside the
+package (`bdjax.plugins`).
 """
 
 import dataclasses
@@ -14,10 +15,12 @@ import inspect
 import json
 import pkgutil
 import re
+import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
@@ -32,14 +35,18 @@ KINDS = ("attack", "defense", "model", "dataset")
 _CITATION = re.compile(
     r"\((?P<paper>[^()]+?), (?P<year>\d{4})(?:, arXiv:(?P<arxiv>[\w./-]+))?(?:, [^()]*)?\)"
 )
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_RESERVED = {"name", "class", "plugin", "array", "function"}
+"""Keys that `describe` writes beside the fields."""
+_HOME = Path(__file__).resolve().parent
 _entries: dict[tuple[str, str], "Entry"] = {}
-_brought: dict[tuple[str, str], tuple[str, str]] = {}
-_pytrees: dict[str, type] = {}
+_pytrees: dict[tuple[str, str], type] = {}
+"""By plugin, as `_stem` gives it, and name."""
 
 
 class Entry(NamedTuple):
-    """A registered method. `paper`, `year`,
-    `arxiv` come from the first paragraph of its docstring.
+    """A registered method. `paper`, `year`, `arxiv` come from the first paragraph of its docstring;
+    `plugin` is None for bdjax's own, else see `plugin_of`; `source`: its file, or notebook.
     """
 
     kind: str
@@ -48,7 +55,9 @@ class Entry(NamedTuple):
     year: int | None
     arxiv: str | None
     file: str
+    plugin: str | None
     cls: type
+    source: str
 
 
 def static(default: Any = dataclasses.MISSING, **kwargs) -> Any:
@@ -59,10 +68,18 @@ def static(default: Any = dataclasses.MISSING, **kwargs) -> Any:
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def pytree(cls: type[T]) -> type[T]:
     """A frozen dataclass whose non-static fields are pytree leaves."""
-    _pytrees[cls.__name__] = made = jax.tree_util.register_dataclass(
-        dataclasses.dataclass(frozen=True)(cls)
-    )
+    made = _leaves(cls)
+    _pytrees[_stem(plugin_of(made)), made.__name__] = made
     return made
+
+
+def _leaves(cls: type[T]) -> type[T]:
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    if taken := _RESERVED & {field.name for field in dataclasses.fields(cls)}:  # type: ignore[arg-type]
+        raise BadInput(
+            f"{cls.__name__}: a field cannot be called '{min(taken)}', which descriptions use"
+        )
+    return jax.tree_util.register_dataclass(cls)
 
 
 def _source(cls: type) -> str:
@@ -71,35 +88,90 @@ def _source(cls: type) -> str:
     return str(Path(file).resolve()) if file else cls.__module__
 
 
+@functools.cache
+def plugin_of(cls: type) -> str | None:
+    """Where a class comes from that is not bdjax's own, as `--plugin` takes it: its module where
+    Python finds that by its name, else the name of its file, without the folder; `__main__` in a
+    notebook. None for bdjax's own.
+    """
+    source, module = Path(_source(cls)), cls.__module__
+    if source.is_relative_to(_HOME):
+        return None
+    place = source.parent if source.name == "__init__.py" else source.with_suffix("")
+    parts = tuple(module.split("."))
+    importable = module != "__main__" and place.parts[-len(parts) :] == parts
+    return module if importable or not source.is_absolute() else source.name
+
+
+def _stem(plugin: str | None) -> str:
+    """What a plugin is called however it was given: `my_net.py` may be imported as `my_net`."""
+    return (plugin or "").removesuffix(".py").rpartition(".")[2]
+
+
 def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "none":
+        words = "small letters, digits and single hyphens, and not 'none'"
+        raise BadInput(f'@{kind} takes a name of {words}, such as @{kind}("my-{kind}")')
+
     def decorate(cls: type[T]) -> type[T]:
         if kind == "defense" and not hasattr(cls, "stage"):
             raise BadInput(
                 f"defense '{name}' is of no kind: derive {cls.__qualname__} from Training, Repair, "
                 "Inversion, Judge, InputFilter or SampleFilter of bdjax.defenses.base"
             )
-        cls = pytree(cls)
+        cls = _leaves(cls)
+        plugin, source = plugin_of(cls), _source(cls)
+        if plugin is not None:
+            _import_own(kind)  # so that a clash is the plugin's mistake, whichever came first
+        earlier = _entries.get((kind, name))
+        mine = f"{cls.__qualname__} in {source}"
+        if earlier and (theirs := f"{earlier.cls.__qualname__} in {earlier.source}") != mine:
+            # else a file or a cell of a notebook that is run again
+            raise BadInput(f"two {kind}s are called '{name}': {theirs} and {mine}; rename one")
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        none = dataclasses.MISSING
+        for field in fields.values():
+            if field.init and field.default is none and field.default_factory is none:
+                raise BadInput(f"{kind} '{name}': its field '{field.name}' needs a default")
+        for preset, values in getattr(cls, "presets", {}).items():
+            if unknown := set(values) - set(fields):
+                words = f"the preset '{preset}' sets '{min(unknown)}', which is no field"
+                raise BadInput(f"{kind} '{name}': {words}")
         paragraph = (inspect.getdoc(cls) or "").partition("\n\n")[0]
         cite = _CITATION.search(" ".join(paragraph.split()))
-        # A file run as a script (an experiment that brings a method of its own) has no place in the
-        # package.
-        source = Path(_source(cls))
-        root = Path(__file__).parent.parent
-        file = source.relative_to(root).as_posix() if source.is_relative_to(root) else source.name
         paper, year, arxiv = (
             (cite["paper"], int(cite["year"]), cite["arxiv"]) if cite else ("", None, None)
         )
-        brought = (cls.__qualname__, _source(cls))
-        earlier = _brought.setdefault((kind, name), brought)
-        if earlier != brought:  # else a file or a cell of a notebook that is run again
-            raise BadInput(
-                f"two {kind}s are called '{name}': {earlier[0]} in {earlier[1]} and "
-                f"{brought[0]} in {brought[1]}; rename one"
-            )
-        _entries[kind, name] = Entry(kind, name, paper, year, arxiv, file, cls)
+        root = _HOME.parent
+        file = Path(source).name if plugin else Path(source).relative_to(root).as_posix()
+        _entries[kind, name] = Entry(kind, name, paper, year, arxiv, file, plugin, cls, source)
+        _names[cls] = name
         return cls
 
     return decorate
+
+
+_names: dict[type, str] = {}
+"""Of every class that was registered, also one that a cell of a notebook, run again, replaced."""
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[None]:
+    """Takes back what plugins registered within the block, where it raises."""
+    before: tuple[dict, dict] = (dict(_entries), dict(_pytrees))
+    try:
+        yield
+    except BaseException:
+        for table, kept in zip((_entries, _pytrees), before):
+            for key, value in list(table.items()):
+                cls = value.cls if isinstance(value, Entry) else value
+                if value is not kept.get(key) and plugin_of(cls) is not None:
+                    del table[key]
+                    if cls.__module__ != "__main__":  # so that it can be tried again
+                        sys.modules.pop(cls.__module__, None)
+        _entries.update(before[0])
+        _pytrees.update(before[1])
+        raise
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -126,15 +198,28 @@ def dataset(name: str) -> Callable[[type[T]], type[T]]:
     return _register("dataset", name)
 
 
+def _import_own(kind: str) -> None:
+    root = importlib.import_module(f"bdjax.{kind}s")
+    for module in pkgutil.walk_packages(root.__path__, f"bdjax.{kind}s."):
+        importlib.import_module(module.name)
+
+
 def entries(kind: str | None = None) -> list[Entry]:
-    """All registered methods, by kind and name. Imports the modules of that kind on first use."""
+    """All registered methods, by kind and name. Imports the modules of that kind on first use, and
+    the plugins that `BDJAX_PLUGINS` and installed packages name (`plugins.standing`).
+    """
+    from bdjax import plugins
+
     for one in KINDS if kind is None else (kind,):
-        package = f"{one}s"
-        root = importlib.import_module(f"bdjax.{package}")
-        for module in pkgutil.walk_packages(root.__path__, f"bdjax.{package}."):
-            importlib.import_module(module.name)
+        _import_own(one)
+    plugins.standing()
     found = [e for e in _entries.values() if kind in (None, e.kind)]
     return sorted(found, key=lambda e: (KINDS.index(e.kind), e.name))
+
+
+def brought() -> list[Entry]:
+    """The methods of plugins that are registered so far."""
+    return [entry for entry in _entries.values() if entry.plugin is not None]
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -148,7 +233,8 @@ def get(kind: str, name: str) -> Entry:
     known = {e.name: e for e in entries(kind)}
     if name not in known:
         raise BadInput(
-            f"unknown {kind} '{name}'{near(name, known)} (`bdjax list {kind}s` shows all)"
+            f"unknown {kind} '{name}'{near(name, known)} (`bdjax list {kind}s` shows all; one of "
+            "your own needs its --plugin)"
         )
     return known[name]
 
@@ -323,9 +409,7 @@ def _word(value: Any) -> str:
 
 def name_of(method: Any) -> str | None:
     """The registry name of a configured method; None for None."""
-    if method is None:
-        return None
-    return next((e.name for e in _entries.values() if e.cls is type(method)), None)
+    return _names.get(type(method))
 
 
 def replace(base: Any, path: Sequence[str], value: Any) -> Any:
@@ -346,18 +430,16 @@ def is_static(field: dataclasses.Field) -> bool:
 def describe(value: Any, arrays: dict[str, np.ndarray] | None = None) -> Any:
     """The effective configuration as plain JSON values.
 
-    An array of more than 16 values becomes its digest, or, where `arrays` is given, a reference
-    into it, so that `revive` can bring the whole back.
+    What is not bdjax's own names its `plugin`. An array of more than 16 values becomes its digest,
+    or, where `arrays` is given, a reference into it, so that `revive` can bring the whole back.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
             f.name: describe(getattr(value, f.name), arrays) for f in dataclasses.fields(value)
         }
-        return (
-            {"name": name_of(value), **fields}
-            if name_of(value)
-            else {"class": type(value).__name__, **fields}
-        )
+        name, plugin = name_of(value), plugin_of(type(value))
+        said = {"name": name} if name else {"class": type(value).__name__}
+        return said | ({"plugin": plugin} if plugin else {}) | fields
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         array = np.asarray(value)
         if (array.size <= 16 and arrays is None) or array.ndim == 0:
@@ -389,12 +471,13 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     fields = {
         k: revive(kind, value, arrays)
         for k, value in described.items()
-        if k not in ("name", "class")
+        if k not in ("name", "class", "plugin")
     }
     if "class" in described:
-        if described["class"] not in _pytrees:
+        key = _stem(described.get("plugin")), described["class"]
+        if key not in _pytrees:
             entries()  # a part that a method's file brings
-        cls = _pytrees[described["class"]]
+        cls = _pytrees[key]
         known = hints(cls)
         for name, value in fields.items():  # an array of no dimension is written as a number
             kinds = ranges(known[name]) if name in known and isinstance(value, float) else []
@@ -407,6 +490,58 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     return make(kind, name, **fields)
 
 
+def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> None:
+    """Raises `BadInput` where something in `described` is of plugins that are not there, naming
+    them; `kinds`: of which kind its parts are. Imports nothing by what it reads.
+    """
+    lacking: dict[str, list[str]] = {}
+
+    def look(kind: str | None, value: Any) -> None:
+        if isinstance(value, list):
+            for one in value:
+                look(kind, one)
+        elif isinstance(value, dict):
+            if (plugin := value.get("plugin")) is not None and not there(kind, value):
+                if not isinstance(plugin, str) or not _PLUGIN.fullmatch(plugin):
+                    raise BadInput(f"it names '{shown(plugin)}', which is no plugin")
+                words = lacking.setdefault(plugin, [])
+                if "name" in value:
+                    words.append(f"the {kind or 'method'} '{value['name']}'")
+                elif not words:
+                    words.append(f"the class {value.get('class')}")
+            for one in value.values():  # a part may be of another kind than what it is a part of
+                look(None, one)
+
+    def there(kind: str | None, value: dict[str, Any]) -> bool:
+        known = {(of, e.name) for e in entries() for of in (None, e.kind)}
+        if "name" in value:
+            return (kind, value["name"]) in known
+        return (_stem(value["plugin"]), value.get("class")) in _pytrees
+
+    for part, kind in kinds.items():
+        look(kind, described.get(part))
+    if lacking:
+        whose = [
+            f"{', '.join(dict.fromkeys(words))} of "
+            f"{'a notebook' if plugin == '__main__' else plugin}"
+            for plugin, words in lacking.items()
+        ]
+        flags = [f"--plugin {shlex.quote(p)}" for p in lacking if p != "__main__"]
+        do = [f"give {' '.join(flags)}"] if flags else []
+        do += ["run its cells first"] if "__main__" in lacking else []
+        raise BadInput(f"this net needs {' and '.join(whose)}: {' and '.join(do)}")
+
+
+_PLUGIN = re.compile(r"[^/\\\x00-\x1f]+\.py|\w+(\.\w+)*")
+
+
 def digest(*values: Any) -> str:
-    """A content hash of configurations: 16 hex digits."""
-    return hashlib.sha256(json.dumps(describe(values), sort_keys=True).encode()).hexdigest()[:16]
+    """A content hash of configurations: 16 hex digits. It is the same wherever a method lies."""
+    text = json.dumps(_placeless(describe(values)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _placeless(described: Any) -> Any:
+    if isinstance(described, dict):
+        return {k: _placeless(v) for k, v in described.items() if k != "plugin"}
+    return [_placeless(v) for v in described] if isinstance(described, list) else described

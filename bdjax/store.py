@@ -42,6 +42,16 @@ PIXELS = [0.0, 1.0]
 """The range of pixels that every net takes."""
 
 
+PARTS = {
+    "net": "model",
+    "attack": "attack",
+    "dataset": "dataset",
+    "recipe": "recipe",
+    "defenses": "defense",
+}
+"""The described parts of a `model.json`, and of which kind each is."""
+
+
 class Store:
     """A results folder; it is made by the first that writes. `shard`: (i, n) where this process is
     one of n that share the work: it has a results file of its own.
@@ -496,7 +506,8 @@ def copy_model(path: Path, to: Path) -> None:
 
 def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]:
     """`(net, model, variables, about)` of a model folder; `attack`, `dataset`, `recipe` and
-    `defenses` (those applied, in order) in `about` are revived. `seed` and `fingerprint` are None
+    `defenses` (those applied, in order) in `about` are revived; plugins that they need are not
+    loaded but named. `seed` and `fingerprint` are None
     where bdjax 0.1 wrote the folder. Relative paths of the data set start at the folder.
     """
     path = Path(path)
@@ -509,6 +520,10 @@ def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]
     if (pixels := about.pop("pixels", PIXELS)) != PIXELS:
         raise BadInput(f"{path}: the net takes pixels of the range {pixels}; bdjax gives {PIXELS}")
     arrays = schema.read_arrays(path / "arrays.npz", "arrays")
+    try:
+        registry.require(PARTS, about)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
     try:
         net = registry.revive("model", about.pop("net"), arrays)
         shape, classes, masked = tuple(about.pop("shape")), about.pop("classes"), about.pop("masks")

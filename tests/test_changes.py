@@ -1,6 +1,5 @@
 """Fields of an experiment's cells, changed by name."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,12 @@ from bdjax.datasets.sample import Sample
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.models.shamshiri import Ffnn
+from bdjax.store import read_rows
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe
 from bdjax.types import BadInput
 
-BASE = Cell(
-    "t", "victim", Sample(train_size=60, test_size=20), Ffnn(hidden=(4,)), Recipe(epochs=1)
-)
+BASE = Cell("t", "victim", Sample(train_size=60, test_size=20), Ffnn(hidden=(4,)), Recipe(epochs=1))
 VICTIM = Cell("t", "victim", BASE.dataset, BASE.model, BASE.recipe, BadNets())
 CELLS = [
     BASE, VICTIM, *grid(VICTIM, row=["pruned"], defense=[FinePruning()]),
@@ -124,7 +122,7 @@ def test_results_of_a_changed_experiment_stand_beside_the_unchanged_ones(
     main(["run", "mine.py", "--quiet", "--only", "victim", "--set", "attack.rate=0.5"])
     plain, other = sorted(p.name for p in Path("results").iterdir())
     assert plain == "mine-cpu" and other.startswith("mine-cpu-")
-    rows = [json.loads(line) for line in Path("results", other, "results.jsonl").open()]
+    rows = read_rows([Path("results", other, "results.jsonl")])
     assert [row.get("set") for row in rows] == [None, {"attack.rate": 0.5}]
     page = Path("results", other, "index.html").read_text()
     assert "not as in the experiment: attack.rate 0.5" in page

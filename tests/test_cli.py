@@ -33,7 +33,9 @@ def test_list_json(capsys):
     code, out, _ = bdjax(capsys, "list", "--json")
     rows = json.loads(out)
     assert code == 0
-    assert all(set(row) == {"kind", "name", "paper", "year", "arxiv", "file"} for row in rows)
+    assert all(
+        set(row) == {"kind", "name", "paper", "year", "arxiv", "file", "plugin"} for row in rows
+    )
     assert {row["kind"] for row in rows} == {"attack", "defense", "model", "dataset"}
     assert {"badnets", "neural-cleanse", "fine-pruning", "db-covidnet", "cnn"} <= {
         row["name"] for row in rows

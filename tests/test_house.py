@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types", "__version__"}, {"registry", "schema", "own"},
+    {"types", "__version__"}, {"registry", "schema", "own", "plugins"},
     {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"}, {"train"},
     {"store", "channels"}, {"attacks"},
     {"defenses", "analysis", "zoo"}, {"study", "changes"}, {"sweep"},

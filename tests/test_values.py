@@ -463,8 +463,7 @@ def imported(path, module):
 @pytest.fixture
 def own_names(monkeypatch):
     """The registry as it is, restored afterwards."""
-    for table in ("_entries", "_brought"):
-        monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
 def test_two_methods_under_one_name_are_refused(tmp_path, own_names):
