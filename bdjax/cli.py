@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from bdjax import own, plugins, registry
+from bdjax import datasets, own, plugins, registry
 from bdjax.registry import Entry
 from bdjax.types import BadInput, Seed
 
@@ -181,8 +181,6 @@ def prepare(
         data_dir: Where to; BDJAX_DATA_DIR or the user's cache if not given.
         quiet: No progress.
     """
-    from bdjax import datasets
-
     print(datasets.prepare(name, manual_dir=manual_dir, data_dir=data_dir, quiet=quiet))
 
 
@@ -219,8 +217,10 @@ def report(
 class Train:
     """Train a victim of any attack × model × dataset; saves a checkpoint, prints ACC and ASR.
 
-    --attack, --model and --dataset take names of `bdjax list`, or NAME:PRESET; the fields of what
-    was chosen are flags such as --attack.rate. `--attack none` trains the clean twin.
+    --attack, --model and --dataset take names of `bdjax list`, or NAME:PRESET; --dataset also takes
+    a path (an image folder, .npz, .h5, Parquet) or the name of any set that TFDS has prepared.
+    The fields of what was chosen are flags such as --attack.rate. `--attack none` trains the clean
+    twin.
     """
 
     out: Path
@@ -457,11 +457,12 @@ def chosen(kinds: dict[str, str], args: Sequence[str]) -> tuple[dict[str, Any], 
     made = {}
     for kind, named in (kinds | dict(given)).items():
         name, colon, preset = named.partition(":")
-        made[kind] = (
-            None
-            if named == "none" and kind == "attack"
-            else registry.make(kind, name, preset if colon else None)
-        )
+        if kind == "dataset":
+            made[kind] = datasets.source(named)
+        elif named == "none" and kind == "attack":
+            made[kind] = None
+        else:
+            made[kind] = registry.make(kind, name, preset if colon else None)
     return made, left
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import numpy as np
 
+from bdjax import own
 from bdjax.registry import name_of, pytree, static, validate
 from bdjax.types import INT32, Array, BadInput, Count, Dataset, Range, Seed, Split
 
@@ -234,7 +235,8 @@ def _stamp(paths: Iterable[Path]) -> str:
 def _load(source: Source, stamp: str) -> Dataset:
     name = name_of(source) or type(source).__name__
     where = getattr(source, "path", "") or name
-    train, test, names = source.read()
+    with own.explained(Path(where), "read"):
+        train, test, names = source.read()
     classes = len(names) or int(train.label.max()) + 1
     for split in (train, test):
         if split is not None and (high := np.asarray(split.image).max()) <= BLACK:

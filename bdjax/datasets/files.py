@@ -1,7 +1,8 @@
-"""Your own images: `.npz` and `.h5` files, and folders with a sub-folder per class. Reading runs
-nobody's code.
+"""Your own images: `.npz` and `.h5` files, folders with a sub-folder per class, and what tables of
+images share. Reading runs nobody's code.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -9,13 +10,15 @@ import numpy as np
 
 from bdjax import schema
 from bdjax.datasets.base import Source, checked, data_dir
-from bdjax.datasets.pictures import picture
-from bdjax.registry import dataset, static
+from bdjax.datasets.pictures import picture, stacked
+from bdjax.registry import dataset, pytree, static
 from bdjax.types import BadInput, Range, Split
 
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 """How images begin whose names do not say what they are."""
 MOST_NAMES = 1_000_000
+TESTS = ("test", "validation", "valid", "val")
+"""How sub-folders and files of a test set are called: the first that is there is taken."""
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -102,48 +105,57 @@ class ChestXray(Npz):
 
 @dataset("folder")
 class Folder(Source):
-    """A folder of images with a sub-folder per class, resized to `size`×`size`; grey if all of them
-    are, else RGB. They are read as a viewer shows them: see `pictures.picture`.
+    """A folder of images with a sub-folder per class, resized to `size`×`size` (None: all of one
+    size, as they are); grey if all of them are, else RGB. They are read as a viewer shows them: see
+    `pictures.picture`.
 
-    With sub-folders `train` and `test` these are the two sets; without, a stratified fifth is the
-    test set.
+    With sub-folders `train` and `test` (else `validation`, `valid`, `val`) these are the two sets,
+    unless `test` names another folder; without, a stratified fifth is the test set.
     """
 
     path: str = static("")
-    size: Annotated[int, Range(1, 4_096)] = static(32)
+    test: str | None = static(None)
+    size: Annotated[int, Range(1, 4_096)] | None = static(32)
 
     used_if = {"data_dir": None}
 
     def watched(self):
-        return [self.found(self.path)] if self.path else []
+        return [self.found(path) for path in (self.path, self.test) if path]
 
     def read(self):
         root = Path(self.path).expanduser()
         if not self.path or not root.is_dir():
             raise BadInput(f"{self.path or 'give the folder: path=DIR'}: no such folder")
-        official = (root / "train").is_dir() and (root / "test").is_dir()
-        classes = _classes(root / "train" if official else root)
-        train = _files(root / "train" if official else root, classes)
-        test = _files(root / "test", classes) if official else []
-        size = 3 * self.size**2 * len(train + test)
-        if size > (most := schema.memory() // 2):
-            raise BadInput(
-                f"{root}: its images take {schema.gigabytes(size)} at size {self.size}; at most "
-                f"{schema.gigabytes(most)} are read here: give a smaller size"
-            )
-        images = self._decode([path for path, _ in train + test])
-        label = np.array([number for _, number in train + test])
-        split = checked(root, images, label)
+        other = None if self.test is None else self.found(self.test)
+        if other is not None and not other.is_dir():
+            raise BadInput(f"{self.test}: no such folder")
+        if (root / "train").is_dir():
+            beside = (root / name for name in TESTS)
+            if other := other or next((path for path in beside if path.is_dir()), None):
+                root = root / "train"
+        classes = _classes(root)
+        train, test = _files(root, classes), []
+        for name, paths in train.items():
+            if not paths:
+                raise BadInput(f"{root / name}: has no image")
+        train = [(path, classes.index(name)) for name, paths in train.items() for path in paths]
+        if other is not None:
+            found = _files(other, classes)
+            test = [(path, classes.index(name)) for name, paths in found.items() for path in paths]
+            if not test:
+                raise BadInput(f"{other}: has no image")
+        both = train + test
+        images = stacked(self.path, (picture(path) for path, _ in both), len(both), self.size)
+        split = checked(self.path, images, np.array([number for _, number in both]))
         cut = len(train)
-        return split[:cut], split[cut:] if official else None, tuple(classes)
+        return split[:cut], split[cut:] if test else None, tuple(classes)
 
-    def _decode(self, paths: list[Path]) -> np.ndarray:
-        from PIL import Image
 
-        shape = (self.size, self.size)
-        images = [picture(path).resize(shape, Image.Resampling.BILINEAR) for path in paths]
-        mode = "L" if {image.mode for image in images} == {"L"} else "RGB"
-        return np.stack([np.asarray(image.convert(mode)).reshape(*shape, -1) for image in images])
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes as they are numbered: numbers in their order, then words."""
+    return sorted(
+        names, key=lambda name: (int(name), "") if name.isdecimal() else (float("inf"), name)
+    )
 
 
 def _classes(root: Path) -> list[str]:
@@ -154,13 +166,10 @@ def _classes(root: Path) -> list[str]:
     ]
     if not names:
         raise BadInput(f"{root}: has no sub-folders; give one per class")
-    # Folders that are numbers keep their order as numbers.
-    return sorted(
-        names, key=lambda name: (int(name), "") if name.isdecimal() else (float("inf"), name)
-    )
+    return in_order(names)
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     """Whether a file is taken for an image: by its name or, whatever its name, by its content."""
     if path.suffix.lower() in IMAGES:
         schema.plain_file(path)  # a pipe would never end
@@ -172,13 +181,52 @@ def _is_image(path: Path) -> bool:
     return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
-def _files(root: Path, classes: list[str]) -> list[tuple[Path, int]]:
+def _files(root: Path, classes: list[str]) -> dict[str, list[Path]]:
     if unknown := set(_classes(root)) - set(classes):
         raise BadInput(f"{root}: class '{min(unknown)}' has no training images")
-    found = []
-    for number, name in enumerate(classes):
-        paths = sorted(path for path in (root / name).glob("*") if _is_image(path))
-        if not paths:
-            raise BadInput(f"{root / name}: has no image")
-        found += [(path, number) for path in paths]
-    return found
+    return {
+        name: sorted(path for path in (root / name).glob("*") if is_image(path)) for name in classes
+    }
+
+
+# --- Tables: a row an image, a column the images, a column the labels ---
+
+
+@pytree
+class Table(Source):
+    """Rows of images and labels. `image`, `label`: the columns, where it does not go without saying
+    which; `size`: resize the images to `size`×`size` (None: all of one size, as they are).
+    """
+
+    path: str = static("")
+    image: str | None = static(None)
+    label: str | None = static(None)
+    size: Annotated[int, Range(1, 4_096)] | None = static(None)
+
+
+def column(
+    where: object, field: str, wanted: str | None, able: Sequence[str], likely: Sequence[str]
+) -> str:
+    """The column of the images or labels (`field`): the one `wanted`, of those that are `able` to
+    hold them; else the only `likely` or able one, or the one that is called so.
+    """
+    if wanted is not None:
+        if wanted in able:
+            return wanted
+        there = f"; those that do: {', '.join(able)}" if able else ""
+        raise BadInput(f"{where}: no column '{wanted[:60]}' holds {field}s{there}"[:300])
+    found = likely or able
+    found = found if len(found) == 1 else [name for name in USUAL[field] if name in found]
+    if found:
+        return found[0]
+    if not able:
+        raise BadInput(f"{where}: no column holds {field}s; {NEEDED[field]}")
+    names = ", ".join(able)[:150]
+    raise BadInput(f"{where}: several columns could be the {field}s ({names}): give {field}=NAME")
+
+
+USUAL = {"image": ("image", "img"), "label": ("label", "labels")}
+NEEDED = {
+    "image": "give the bytes of image files, or {bytes, path}",
+    "label": "give whole numbers or names",
+}

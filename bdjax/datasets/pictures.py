@@ -4,12 +4,15 @@ refused; nothing that it says is skipped.
 
 import functools
 import io
+import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from bdjax import schema
 from bdjax.types import BadInput
 
 FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"
@@ -25,17 +28,62 @@ def picture(path: Path) -> Any:
     Refused: several frames or pages, more than 16 bits or floating point, a colour profile that is
     damaged or of other colours, damaged and huge images.
     """
+    # By its name, PIL would map a TIFF into memory, and mix up one that lies on its side.
+    try:
+        stream = open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read as an image ({error})") from error
+    with stream:
+        return decoded(path, stream)
+
+
+def decoded(where: object, stream: BinaryIO) -> Any:
+    """As `picture`, of the bytes of an image file; `where` they are."""
     from PIL import Image
 
     try:
-        with warnings.catch_warnings(), open(path, "rb") as stream:
+        with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # By its name, PIL would map a TIFF into memory, and mix up one that lies on its side.
             with Image.open(stream, formats=FORMATS) as file:
                 return _shown(file)
     except Exception as error:  # Whatever a damaged image makes PIL raise.
         why = " ".join(str(error).split()) or type(error).__name__
-        raise BadInput(f"{path}: cannot be read as an image ({why})") from error
+        raise BadInput(f"{where}: cannot be read as an image ({why})") from error
+
+
+def stacked(where: object, pictures: Iterable[Any], count: int, size: int | None) -> np.ndarray:
+    """`count` of `picture`'s images as `[N, H, W, C]`, resized to `size`×`size`, or, where that is
+    None, all of one size as they are; grey if all of them are, else RGB.
+    """
+    from PIL import Image
+
+    found = np.zeros((0, 0, 0, 1), np.uint8)
+    number = 0
+    for number, image in enumerate(pictures, 1):
+        image = image if size is None else image.resize((size, size), Image.Resampling.BILINEAR)
+        side = (image.height, image.width)
+        if number == 1:
+            need, most = 3 * math.prod(side) * count, schema.memory() // 2
+            if need > most:
+                raise BadInput(
+                    f"{where}: its images take {schema.gigabytes(need)} at size "
+                    f"{side[0]}×{side[1]}; at most {schema.gigabytes(most)} are read here: give a "
+                    "smaller size"
+                )
+            found = np.empty((count, *side, 1), np.uint8)
+        if side != found.shape[1:3]:
+            raise BadInput(
+                f"{where}: its images are of different sizes, image {number} is {side[0]}×{side[1]}"
+                f" and those before it {found.shape[1]}×{found.shape[2]}: give a size for all"
+            )
+        if image.mode != "L" and found.shape[-1] == 1:  # until here all were grey
+            found = np.repeat(found, 3, -1)
+        if number <= count:
+            mode = "L" if found.shape[-1] == 1 else "RGB"
+            found[number - 1] = np.asarray(image.convert(mode)).reshape(found.shape[1:])
+    if number != count:
+        raise BadInput(f"{where}: has {number} images where {count} are announced")
+    return found
 
 
 def _shown(file: Any) -> Any:

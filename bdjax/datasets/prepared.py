@@ -12,8 +12,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +22,15 @@ import numpy as np
 
 from bdjax import own, registry, schema
 from bdjax.datasets import base
-from bdjax.datasets.files import read_file
+from bdjax.datasets.files import TESTS, Table, column, read_file
+from bdjax.datasets.pictures import decoded, stacked
 from bdjax.progress import kept
-from bdjax.types import BadInput, Split
+from bdjax.types import BadInput, Split, shown
 
 PARTS = ("train", "test")
 DECODED = "decoded.npz"
+INFO = "dataset_info.json"
+FEATURES = "tensorflow_datasets.core.features."
 # TFDS's own check, the system's words through any library.
 FULL = ("disk space", "No space left", "quota exceeded")
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -56,14 +60,10 @@ class Prepared(base.Source):
 
     def read(self):
         folder = base.data_dir(self.data_dir)
-        # The newest version; what a killed `prepare` leaves is called VERSION.incomplete….
-        versions = sorted(
-            path for path in (folder / self.tfds).glob("*.*.*") if "incomplete" not in path.name
-        )
-        if not versions:
+        if not (there := versions(folder / self.tfds)):
             name = registry.name_of(self)
             raise BadInput(f"{name} is not prepared in {folder}: run `bdjax data prepare {name}`")
-        return *_decoded(versions[-1]), self.names
+        return *_decoded(there[-1]), self.names
 
 
 def prepare(
@@ -250,40 +250,161 @@ def _splits(arrays: dict[str, np.ndarray], where: Path) -> tuple[Split, Split]:
 
 
 def _decode(folder: Path) -> tuple[Split, Split]:
-    import tensorflow_datasets as tfds
-    from PIL import Image
-    from tensorflow_datasets.core.utils import tqdm_utils
+    with _readable(folder, "delete it and run `bdjax data prepare` again"):
+        return tuple(_part(folder, _opened(folder), part)[0] for part in PARTS)  # type: ignore[return-value]
 
-    arrays = {}
+
+@contextlib.contextmanager
+def _readable(folder: Path, hint: str) -> Iterator[None]:
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:  # Whatever damaged records make the reader raise.
+        text = " ".join(str(error).split())[:120] or type(error).__name__
+        raise BadInput(f"{folder}: damaged ({text}); {hint}") from error
+
+
+def _opened(folder: Path) -> Any:
+    """TFDS's builder that reads a prepared folder. It would import whatever module a feature's
+    description names: only TFDS's own features are let through.
+    """
     for path in folder.iterdir():
         schema.plain_file(path)
-    try:
-        builder: Any = tfds.builder_from_directory(folder)
-        for part in PARTS:
-            # TFDS's own decoding warns where there is no OpenCV.
-            rows = builder.as_data_source(part, decoders={"image": tfds.decode.SkipDecoding()})
-            size, shape = (
-                builder.info.splits[part].num_examples,
-                builder.info.features["image"].shape,
-            )
-            image, (label, track) = (
-                np.empty((size, *shape), np.uint8),
-                np.empty((2, size), np.int32),
-            )
-            for start in tqdm_utils.tqdm(
-                range(0, size, 1000), desc=f"Decoding {part} images", leave=False
+
+    def look(value: Any) -> None:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(inner, (dict, list)):
+                look(inner)
+            elif key in ("type", "pythonClassName", "python_class_name") and not (
+                isinstance(inner, str) and inner.startswith(FEATURES)
             ):
-                for i, row in enumerate(
-                    rows.__getitems__(range(start, min(start + 1000, size))), start
-                ):
-                    image[i] = np.asarray(Image.open(io.BytesIO(row["image"]))).reshape(shape)
-                    label[i], track[i] = row["label"], row.get("track", -1)
-            arrays |= {f"{part}_image": image, f"{part}_label": label}
-            if (track >= 0).all():
-                arrays[f"{part}_group"] = track
-    except Exception as error:  # Whatever damaged records make the reader raise.
-        text = " ".join(str(error).split())[:120]
-        raise BadInput(
-            f"{folder}: damaged ({text}); delete it and run `bdjax data prepare` again"
-        ) from error
-    return _splits(arrays, folder)
+                raise BadInput(f"{folder}: has a feature of other code, '{shown(inner)}'")
+
+    described = schema.parse(schema.content(folder / "features.json"))
+    look(described if isinstance(described, dict) else {})
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(folder)
+
+
+def _records(folder: Path, builder: Any, part: str) -> Iterator[bytes]:
+    """The records of a split, each an example as it was written."""
+    import tensorflow_datasets as tfds
+
+    split = builder.info.splits[part]
+    paths = [Path(path) for path in split.filepaths]
+    if any(path.parent != folder for path in paths):
+        raise ValueError("its files lie elsewhere")
+    kind = builder.info.file_format.value
+    if kind == "array_record":
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        rows = builder.as_data_source(part, deserialize_method=raw)
+        for start in range(0, split.num_examples, 250):
+            yield from rows.__getitems__(range(start, min(start + 250, split.num_examples)))
+    elif kind == "tfrecord":
+        for path in paths:
+            yield from _tfrecords(path)
+    else:
+        raise BadInput(f"{folder}: is stored as {kind}: prepare it as array_record or tfrecord")
+
+
+def _tfrecords(path: Path) -> Iterator[bytes]:
+    """Of each record its length in 8 bytes, a checksum in 4, itself, a checksum in 4."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        while head := file.read(12):
+            length = int.from_bytes(head[:8], "little")
+            if len(head) < 12 or length > size - file.tell() - 4:
+                raise ValueError(f"{path.name} ends within a record")
+            yield file.read(length)
+            file.seek(4, os.SEEK_CUR)
+
+
+def _part(
+    folder: Path,
+    builder: Any,
+    part: str,
+    image: str | None = None,
+    label: str | None = None,
+    size: int | None = None,
+) -> tuple[Split, tuple[str, ...]]:
+    """A split of a prepared folder and the names of its classes, see `Table`."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.utils import tqdm_utils
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    features, known = builder.info.features, builder.info.supervised_keys or ()
+    kinds = (("image", image, tfds.features.Image), ("label", label, tfds.features.ClassLabel))
+    chosen = []
+    for field, wanted, kind in kinds:
+        able = [name for name, feature in features.items() if type(feature) is kind]
+        likely = [name for name in able if name in known]
+        chosen.append(column(folder, field, wanted, able, likely))
+    image, label = chosen
+    if np.dtype(features[image].np_dtype) not in (np.uint8, np.uint16):
+        raise BadInput(f"{folder}: images are of {features[image].np_dtype}; 8 or 16 bits are read")
+    count, labels, tracks = builder.info.splits[part].num_examples, [], []
+
+    def pictures() -> Iterator[Any]:
+        bar = {"total": count, "desc": f"Decoding {part} images", "leave": False}
+        for record in tqdm_utils.tqdm(_records(folder, builder, part), **bar):
+            found = tf_example_pb2.Example.FromString(record).features.feature
+            labels.extend(found[label].int64_list.value[:1])
+            tracks.extend(found["track"].int64_list.value[:1] if "track" in features else ())
+            (raw,) = found[image].bytes_list.value
+            yield decoded(f"{folder}: {part} image {len(labels)}", io.BytesIO(raw))
+
+    images = stacked(folder, pictures(), count, size)
+    group = np.asarray(tracks) if tracks and min(tracks) >= 0 else None
+    split = base.checked(folder, images, np.asarray(labels), group)
+    return split, tuple(features[label].names)
+
+
+@registry.dataset("tfds")
+class Tfds(Table):
+    """Any set that TFDS has prepared, as array_record or tfrecord; nothing is downloaded, and no
+    code of the set's own is run.
+
+    `path`: its name in the data folder, or name/config, of which the newest version is taken, or a
+    folder that holds `dataset_info.json`. The splits `train` and `test` (else `validation`) are the
+    two sets; without, a stratified fifth is the test set. `image`, `label`: the features, where
+    several could be; `size`: resize the images to `size`×`size` (None: all of one size, as they
+    are).
+    """
+
+    def found(self, path):
+        inside = base.data_dir(self.data_dir) / path
+        return inside if versions(inside) else Path(path).expanduser()
+
+    def watched(self):
+        return [self.found(self.path)] if self.path else []
+
+    def read(self):
+        if not self.path:
+            raise BadInput("give the set: path=NAME")
+        if not (there := versions(self.found(self.path))):
+            folder = base.data_dir(self.data_dir)
+            raise BadInput(f"{self.path}: no set that TFDS has prepared, here or in {folder}")
+        folder = there[-1]
+        with _readable(folder, "prepare it again"):
+            builder = _opened(folder)
+            parts = [part for part in ("train", *TESTS) if part in builder.info.splits]
+            if "train" not in parts:
+                raise BadInput(f"{folder}: has no split `train`")
+            how = (self.image, self.label, self.size)
+            (train, names), *rest = (_part(folder, builder, part, *how) for part in parts[:2])
+        return train, rest[0][0] if rest else None, names
+
+
+def versions(folder: Path) -> list[Path]:
+    """The folder itself where TFDS has prepared it, else its versions that are prepared, the newest
+    last.
+    """
+    if not own.nameable(folder):
+        return []
+    if (folder / INFO).is_file():
+        return [folder]
+    found = [path for path in folder.glob("*.*.*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
+    found = [path for path in found if (path / INFO).is_file()]
+    return sorted(found, key=lambda path: [int(part) for part in path.name.split(".")])
