@@ -6,6 +6,9 @@ from bdjax import datasets as datasets
 from bdjax import metrics as metrics
 from bdjax import types as types
 from bdjax.attacks.base import Attack as Attack
+from bdjax.changes import changed as changed
+from bdjax.changes import varied as varied
+from bdjax.crossed import crossed as crossed
 from bdjax.datasets.base import Source as Source
 from bdjax.defenses.base import InputFilter as InputFilter
 from bdjax.defenses.base import Inversion as Inversion
@@ -14,6 +17,7 @@ from bdjax.defenses.base import Repair as Repair
 from bdjax.defenses.base import SampleFilter as SampleFilter
 from bdjax.defenses.base import Training as Training
 from bdjax.defenses.base import judge as judge
+from bdjax.experiment import run as run
 from bdjax.models.layers import Net as Net
 from bdjax.models.layers import build as build
 from bdjax.plugins import load_plugins as load_plugins

@@ -59,19 +59,20 @@ def changed(cells: Iterable[Cell], settings: Mapping[str, Any]) -> list[Cell]:
 
 
 def varied(cells: Iterable[Cell], path: str, values: Sequence[Any]) -> Iterator[Cell]:
-    """Each cell that has the field `path` with each of `values`, named in its row and its tags;
-    other cells as they are.
+    """Each cell that has the field `path`, and reads it, with each of `values`, named in its row
+    and its tags; other cells as they are.
     """
     cells = list(cells)
-    if not any(_has(cell, path) for cell in cells):
+    having = [_has(cell, path) and not _idle(cell, path) for cell in cells]
+    if not any(having):
         raise BadInput(_unknown(cells, {path: values}, path))
-    for cell in cells:
-        for value in values if _has(cell, path) else ():
+    for cell, has in zip(cells, having, strict=True):
+        for value in values if has else ():
             new = _set(cell, path, value)
             shown = _shown(_get(new, path))
             tags = {**cell.tags, path: shown}
             yield dataclasses.replace(new, row=f"{cell.row}, {path} {shown}", tags=tags)
-        if not _has(cell, path):
+        if not has:
             yield cell
 
 
@@ -91,7 +92,8 @@ def _changed(cell: Cell, settings: Mapping[str, Any]) -> Cell:
         paths = [path for path in paths if path not in idle]
 
 
-def _split(path: str) -> tuple[str, str | None, list[str]]:
+def split(path: str) -> tuple[str, str | None, list[str]]:
+    """The part of a cell, the one method that is meant (None: any), and the fields within."""
     match = _PATH.fullmatch(path)
     if match is None or match["part"] not in PARTS:
         raise BadInput(
@@ -101,7 +103,7 @@ def _split(path: str) -> tuple[str, str | None, list[str]]:
 
 
 def _get(cell: Cell, path: str) -> Any:
-    part, _, fields = _split(path)
+    part, _, fields = split(path)
     value = getattr(cell, part)
     for field in fields:
         value = getattr(value, field)
@@ -109,7 +111,7 @@ def _get(cell: Cell, path: str) -> Any:
 
 
 def _has(cell: Cell, path: str) -> bool:
-    part, method, fields = _split(path)
+    part, method, fields = split(path)
     value = getattr(cell, part)
     if method is not None and registry.name_of(value) != method:
         return False
@@ -126,12 +128,12 @@ def _names(value: Any) -> list[str]:
 
 def _idle(cell: Cell, path: str) -> str | None:
     """Why a field is not read by the method that it is a field of; None where it is."""
-    part, _, fields = _split(path)
+    part, _, fields = split(path)
     return registry.unread(getattr(cell, part), fields)
 
 
 def _set(cell: Cell, path: str, value: Any) -> Cell:
-    part, _, fields = _split(path)
+    part, _, fields = split(path)
     holder = getattr(cell, part)
     for field in fields[:-1]:
         holder = getattr(holder, field)
@@ -156,20 +158,25 @@ def _float(hint: Any) -> bool:
 
 
 def _value(path: str, hint: Any, text: str) -> Any:
-    """A value in words: a Python literal, `1,2` for a tuple, true, false, none, or the text."""
+    """A value in words, `1,2` for a tuple."""
     if "Callable" in str(hint) and text.lower() != "none":
         raise BadInput(f"{path} is a function, which can be given from Python only")
+    value = literal(text)
+    several = any(get_origin(one) is tuple for one in (hint, *get_args(hint)))
+    if several and value is not None and not isinstance(value, tuple):
+        value = (value,)
+    return value
+
+
+def literal(text: str) -> Any:
+    """A number, tuple, true, false, none, or else the text itself."""
     known = {"none": None, "true": True, "false": False}
     if text.lower() in known:
         return known[text.lower()]
     try:
-        value = ast.literal_eval(text)
+        return _tuples(ast.literal_eval(text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-    several = any(get_origin(one) is tuple for one in (hint, *get_args(hint)))
-    if several and not isinstance(value, (tuple, list)):
-        value = (value,)
-    return _tuples(value)
 
 
 def _tuples(value: Any) -> Any:
@@ -181,7 +188,7 @@ def _unknown(cells: Sequence[Cell], settings: Mapping[str, Any], path: str) -> s
     if having := [cell for cell in cells if _has(cell, path)]:
         reason = _idle(_changed_all(having[0], settings), path)
         return f"{path} has no effect: {reason}"
-    part, method, _ = _split(path)
+    part, method, _ = split(path)
     methods = {registry.name_of(getattr(cell, part)) for cell in cells} - {None}
     if method is not None and method not in methods:
         return f"no cell has the {part} '{method}'{registry.near(method, map(str, methods))}"

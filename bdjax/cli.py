@@ -1,5 +1,5 @@
 """The command line:
-`bdjax run | sweep | status | bench | list | data | train | defend | report`.
+`bdjax run | sweep | study | status | bench | list | data | train | defend | report`.
 
 `--plugin` stands before or after any of them, and acts before what they can choose from is known.
 """
@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -120,6 +121,52 @@ def sweep(
         "only": only,
     }
     experiment.run(file, scale, out, seeds, quiet, lanes, live=True, **options)
+
+
+def study(
+    attack: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    defense: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    dataset: str = "fashion-mnist-sample",
+    model: str = "cnn",
+    grid: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    settings: Settings = (),
+    seeds: int = 1,
+    out: Path | None = None,
+    save: Path | None = None,
+    lanes: str | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Run every attack, and the clean twin, under every defense: a study without writing Python.
+
+    Methods are names of `bdjax list`, or NAME:PRESET. The results folder keeps the experiment file
+    that the study stands for, study.py.
+
+    Args:
+        attack: An attack; may be given several times.
+        defense: A defense; may be given several times.
+        dataset: A data set: a name of `bdjax list`, a path, or a set that TFDS has prepared.
+        model: A family of nets.
+        grid: PATH=VALUE,VALUE, such as attack.rate=0.01,0.1: a field over several values; may be
+            given several times.
+        seeds: How many seeds.
+        out: Results folder; results/study-DIGEST if not given.
+        save: Where else to write the experiment file, to be changed and run by `bdjax run`.
+        lanes: Runs side by side on a device, or auto; 1 on a CPU if not given, else all.
+        dry_run: Print cells, groups, memory and expected time; train nothing.
+        quiet: No progress.
+    """
+    from bdjax import crossed, experiment
+
+    text = crossed.text_of(dataset, model, attack, defense, seeds, grid)
+    folder = out or Path("results") / f"study-{registry.digest(text, sorted(settings))[:8]}"
+    if save is not None:
+        crossed.save(text, save)
+    with contextlib.ExitStack() as stack:
+        kept = stack.enter_context(tempfile.TemporaryDirectory()) if dry_run else folder
+        file = crossed.keep(text, Path(kept))
+        options = {"changes": settings, "dry_run": dry_run, "live": True}
+        experiment.run(file, "cpu", folder, None, quiet, lanes, **options)
 
 
 def status(folder: Annotated[Path, Words]) -> None:
@@ -543,18 +590,6 @@ def _functions(info: Any) -> Any:
     )
 
 
-def keep_compiled() -> None:
-    """Keeps compiled programs in the user's cache: the next run of the same experiment starts at
-    once.
-    """
-    import jax
-
-    from bdjax.datasets.base import data_dir
-
-    if jax.config.values.get("jax_compilation_cache_dir") is None:
-        jax.config.update("jax_compilation_cache_dir", str(data_dir() / "compiled"))
-
-
 def bench() -> None:
     """Measure what training and the defenses cost as they grow."""
 
@@ -589,7 +624,7 @@ def _later(fn: Callable) -> Callable:
     return made
 
 
-SEVERAL = ("--set",)
+SEVERAL = ("--set", "--attack", "--defense", "--grid")
 """Flags that may be given more than once."""
 
 
@@ -648,6 +683,7 @@ def command(args: Sequence[str]) -> None:
     commands: dict[str, Callable] = {
         "run": run,
         "sweep": sweep,
+        "study": study,
         "status": status,
         "list": list_methods,
         "data": prepare,
@@ -666,8 +702,6 @@ def command(args: Sequence[str]) -> None:
         if list(args[1:2]) not in (["prepare"], ["--help"], ["-h"]):
             raise BadInput("`bdjax data prepare NAME` is the only command on data")
         args = ["data", *args[2:]] if args[1] == "prepare" else args
-    if args and args[0] in ("run", "sweep", "train", "defend"):
-        keep_compiled()
     made = _parsed(commands, args)
     if dataclasses.is_dataclass(made):
         if fault := registry.fault_within(made):

@@ -8,13 +8,14 @@ in its docstring ("- …") stands on the page as notes.
 
 import contextlib
 import fnmatch
+import functools
 import re
 import shlex
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def load(path: str | Path) -> ModuleType:
 
 
 def run(
-    path: str | Path,
+    study: str | Path | Iterable[Cell],
     scale: str = "cpu",
     out: str | Path | None = None,
     seeds: int | None = None,
@@ -61,8 +62,10 @@ def run(
     changes: Sequence[str] = (),
     only: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs the experiment at `path`; returns its rows. What was finished by an earlier run is not
-    done again.
+    """Runs a study, an experiment file or cells; returns its rows. What was finished by an earlier
+    run is not done again.
+
+    >>> rows = bdjax.run(grid(cell, seed=range(5)), out="results/mine")
 
     `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `devices`:
     how many of this process's; `resume=False` refuses a folder that has rows; `dry_run` prints what
@@ -76,14 +79,18 @@ def run(
         if part is not None:
             raise BadInput("--hosts shards by itself: leave --shard away")
         part = join(hosts)
-    module = load(path)
+    filed = isinstance(study, (str, Path))
+    path = Path(study) if filed else Path("cells")
+    module = load(path) if filed else _module(study)
+    # What a script's own cells raise is that script's to see.
+    blamed = functools.partial(raised_in, path) if filed else contextlib.nullcontext
     if scale not in module.SCALES:
         raise BadInput(f"{path} has no scale '{scale}'; it has: {', '.join(module.SCALES)}")
     if seeds is not None:
         whole("seeds", seeds, 1, SEEDS)
     places = local_devices(devices)
     settings = read(changes)
-    name = f"{Path(path).stem}-{scale}" + (f"-{digest(settings)[:8]}" if settings else "")
+    name = f"{path.stem}-{scale}" + (f"-{digest(settings)[:8]}" if settings else "")
     folder = Path("results") / name if out is None else Path(out)
     if not dry_run:
         Store(folder, part).ready()
@@ -95,7 +102,7 @@ def run(
             f"{folder} has {len(earlier)} rows: give another --out, or leave --no-resume away to "
             "go on"
         )
-    with raised_in(Path(path)):
+    with blamed():
         made = list(module.cells(scale, seeds))
     if odd := [cell for cell in made if not isinstance(cell, Cell)]:
         raise BadInput(f"{path}: cells gives {shown(type(odd[0]).__name__)}, not Cell")
@@ -119,7 +126,7 @@ def run(
                 say(f"  {report.line(row)}", quiet)
 
         runner = Runner(
-            store, Path(path).stem, scale, width, places, quiet, on_rows=finished, clock=clock,
+            store, path.stem, scale, width, places, quiet, on_rows=finished, clock=clock,
             live=live and not quiet
         )  # fmt: skip
         rows = runner.run(cells)
@@ -133,11 +140,11 @@ def run(
         Store(folder).append(rows)  # what the shards have
         begun = time.monotonic()
         report.print_table(rows, console)
-        typed = shlex.quote(Path(path).as_posix())
+        typed = shlex.quote(path.as_posix())
         more = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in settings.items())
         more += plugins.flags()
         more += "" if only is None else f" --only {shlex.quote(only)}"
-        with raised_in(Path(path)):
+        with blamed():
             drawn = module.figures(rows, store, scale) if hasattr(module, "figures") else ()
             figures = list(drawn)
             trends = claims(module, rows)
@@ -146,7 +153,8 @@ def run(
         page = report.write(
             folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends,
             seconds=seconds,
-            command=f"bdjax {'sweep' if live else 'run'} {typed} --scale {scale}{more}",
+            command=f"bdjax {'sweep' if live else 'run'} {typed} --scale {scale}{more}"
+            if filed else "bdjax.run(cells)",
         )  # fmt: skip
         say(
             "seconds by stage: "
@@ -155,6 +163,12 @@ def run(
         )
         print(shown(f"results: {folder / 'results.jsonl'}") + f"\npage: {shown(page)}")
         return rows
+
+
+def _module(cells: Any) -> Any:
+    """Cells of a notebook or script, as an experiment."""
+    some = [cells] if isinstance(cells, Cell) else cells
+    return SimpleNamespace(TITLE="Cells", SCALES={"cpu": 1}, cells=lambda scale, seeds: some)
 
 
 def among(cells: Sequence[Cell], only: str) -> list[Cell]:

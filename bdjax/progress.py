@@ -46,6 +46,16 @@ def kept(words: str) -> Iterator[None]:
         raise
 
 
+def terminal() -> Any:
+    """A rich console where bars can move: on a terminal, and in a notebook; None elsewhere."""
+    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
+        return None
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console if console.is_terminal or console.is_jupyter else None
+
+
 class Progress(AbstractContextManager):
     """A rich bar on a terminal, plain lines elsewhere: `with Progress(total, "training") as bar:
     bar.step("epoch 3")`.
@@ -55,8 +65,7 @@ class Progress(AbstractContextManager):
         self.total, self.label, self.quiet = total, label, quiet
         self.done, self.start, self.spoke = 0.0, time.monotonic(), time.monotonic()
         self.bar: Any = None
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
+        if not quiet and (console := terminal()) is not None:
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
@@ -74,7 +83,7 @@ class Progress(AbstractContextManager):
                 "ETA",
             )
             self.bar = Rich(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-                            console=Console(stderr=True), transient=True)  # fmt: skip
+                            console=console, transient=True)  # fmt: skip
             self.task = self.bar.add_task(label, total=total, note="")
             self.bar.start()
 
@@ -112,7 +121,7 @@ class Board(AbstractContextManager):
 
     def __init__(self, path: Path | None = None, live: bool = False, **facts: Any):
         now = time.time()
-        self.path, self.live = path, live and sys.stderr.isatty()
+        self.path, self.console = path, terminal() if live else None
         self.facts = {
             "state": "running",
             "started": now,
@@ -122,6 +131,11 @@ class Board(AbstractContextManager):
         }
         self.ended = threading.Event()
         self.screen: Any = None
+
+    @property
+    def live(self) -> bool:
+        """Whether it is shown on a terminal or in a notebook."""
+        return self.console is not None
 
     def tell(self, **facts: Any) -> None:
         """Takes note; it is written with the next heartbeat."""
@@ -148,14 +162,11 @@ class Board(AbstractContextManager):
     def __enter__(self) -> "Board":
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()
-        if self.live:
-            from rich.console import Console
+        if self.console is not None:
             from rich.live import Live
 
             shown = lambda: table([{**self.facts, "updated": time.time()}])  # noqa: E731
-            self.screen = Live(
-                get_renderable=shown, console=Console(stderr=True), refresh_per_second=2
-            )
+            self.screen = Live(get_renderable=shown, console=self.console, refresh_per_second=2)
             self.screen.start()
         return self
 

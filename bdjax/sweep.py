@@ -29,7 +29,7 @@ import numpy as np
 
 from bdjax import mesh, metrics, own, registry, schema
 from bdjax.attacks.base import Attack
-from bdjax.datasets import fingerprint
+from bdjax.datasets import data_dir, fingerprint
 from bdjax.datasets.base import Source
 from bdjax.defenses.base import (
     Defense,
@@ -246,6 +246,7 @@ class Runner:
     """What does not fit into the device's memory."""
 
     def __post_init__(self) -> None:
+        keep_compiled()
         if self.lanes not in (None, "auto"):
             self.lanes = whole("lanes", self.lanes, 1)
         self.places = list(self.devices or jax.local_devices()[:1])
@@ -893,6 +894,12 @@ def compiled(
         .lower(shared, *items)
         .compile()
     )
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache: the next run of a study starts at once."""
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
+        jax.config.update("jax_compilation_cache_dir", str(data_dir() / "compiled"))
 
 
 def out_of_memory(error: Exception) -> bool:

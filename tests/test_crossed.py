@@ -1,0 +1,106 @@
+"""Studies from flags, and cells from Python."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bdjax
+from bdjax.cli import main
+from bdjax.crossed import crossed, text_of
+from bdjax.registry import make
+from bdjax.store import read_rows
+from bdjax.types import BadInput
+
+SMALL = ["--set", "dataset.train_size=60", "--set", "dataset.test_size=20", "--set",
+         "recipe.epochs=1", "--set", "model.hidden=4"]  # fmt: skip
+FLAGS = ["--model", "ffnn", "--attack", "badnets", "--attack", "blended", "--defense",
+         "fine-pruning:cpu", "--grid", "attack.rate=0.1,0.5", "--quiet", *SMALL]  # fmt: skip
+
+
+def test_every_attack_and_the_twin_under_every_defense():
+    attacks = {name: make("attack", name) for name in ("badnets", "blended")}
+    cells = crossed(
+        dataset=make("dataset", "fashion-mnist-sample"), model=make("model", "ffnn"),
+        attacks=attacks, defenses={"strip": make("defense", "strip")}, seeds=(0, 1),
+        axes={"attack.rate": (0.1, 0.5)},
+    )  # fmt: skip
+    assert len(cells) == 2 * (2 + 2 * 2 * 2)
+    assert [c.row for c in cells[::2][:4]] == [
+        "clean", "clean: strip", "badnets, attack.rate 0.1", "badnets, attack.rate 0.5",
+    ]  # fmt: skip
+    assert cells[-1].tags == {"attack": "blended", "defense": "strip", "attack.rate": 0.5}
+    assert cells[-1].attack.rate == 0.5 and cells[-1].seed == 1
+
+
+def test_a_study_from_flags_gives_what_the_file_it_stands_for_gives(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["study", *FLAGS, "--save", "mine.py", "--out", "flags"])
+    main(["run", "mine.py", "--out", "file", "--quiet", *SMALL])
+    flags, file = (read_rows([Path(name, "results.jsonl")]) for name in ("flags", "file"))
+    assert len(flags) == 10
+    assert [row["metrics"] for row in flags] == [row["metrics"] for row in file]
+    assert [row["run"] for row in flags] == [row["run"] for row in file]
+    twins = [row["twin"] for row in flags if row["attack"] and not row["defense"]]
+    assert len(twins) == 4, "clean twins are there"
+    assert Path("flags", "study.py").read_text() == Path("mine.py").read_text()
+    assert Path("flags", "index.html").exists()
+    with pytest.raises(SystemExit):
+        main(["study", *FLAGS, "--save", "mine.py", "--out", "other"])
+    assert not Path("other").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ({"attacks": []}, "needs at least one attack"),
+        ({"attacks": ["badnet"]}, "nearest name is 'badnets'"),
+        ({"attacks": ["badnets", "badnets"]}, "given twice"),
+        ({"defenses": ["strip:none"]}, "has no preset 'none'"),
+        ({"dataset": "no/such.npz"}, "no such file"),
+        ({"axes": ["attack.rate"]}, "PATH=VALUE"),
+        ({"axes": ["attack.rate=1,1"]}, "have to differ"),
+        ({"axes": ["rate=1,0"]}, "not of the form"),
+        ({"seeds": 0}, "seeds"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_one_line(words, line):
+    given = {"dataset": "fashion-mnist-sample", "model": "ffnn", "attacks": ["badnets"]} | words
+    with pytest.raises(BadInput, match=line):
+        text_of(**given)
+
+
+def test_cells_from_python_are_run_kept_and_returned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cells = crossed(
+        dataset=make("dataset", "fashion-mnist-sample", train_size=60, test_size=20),
+        model=make("model", "ffnn", hidden=(4,)), recipe=bdjax.Recipe(epochs=1),
+        attacks={"badnets": make("attack", "badnets")},
+    )  # fmt: skip
+    rows = bdjax.run(cells, quiet=True)
+    assert [row["row"] for row in rows] == ["clean", "badnets"]
+    assert Path("results", "cells-cpu", "index.html").exists()
+    before = Path("results", "cells-cpu", "results.jsonl").read_bytes()
+    again = bdjax.run(iter(cells), quiet=True)
+    assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]
+    assert Path("results", "cells-cpu", "results.jsonl").read_bytes() == before
+
+    def wrong():
+        yield cells[0]
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):  # a script's own fault stays its own
+        bdjax.run(wrong())
+
+
+def test_bars_move_where_they_can(monkeypatch):
+    from bdjax.progress import terminal
+
+    assert terminal() is None
+    code = (
+        "import sys, types; sys.modules['ipykernel'] = types.ModuleType('ipykernel')\n"
+        "import rich.console; rich.console._is_jupyter = lambda: True\n"
+        "from bdjax.progress import terminal; assert terminal().is_jupyter"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
