@@ -138,7 +138,11 @@ def _set(cell: Cell, path: str, value: Any) -> Cell:
     for field in fields[:-1]:
         holder = getattr(holder, field)
     hint, old = registry.hints(type(holder))[fields[-1]], getattr(holder, fields[-1])
-    new = _value(path, hint, value) if isinstance(value, str) else value
+    if "Callable" in str(hint) and isinstance(value, str) and value.lower() != "none":
+        raise BadInput(f"{path} is a function, which can be given from Python only")
+    new = literal(value) if isinstance(value, str) else value
+    if any(get_origin(one) is tuple for one in (hint, *get_args(hint))):
+        new = (new,) if isinstance(new, (str, int, float)) else new
     if dataclasses.is_dataclass(old) and new is not None and not dataclasses.is_dataclass(new):
         raise BadInput(
             f"{path} is a {type(old).__name__}: set one of its fields, "
@@ -155,17 +159,6 @@ def _set(cell: Cell, path: str, value: Any) -> Cell:
 def _float(hint: Any) -> bool:
     kinds = {kind for found, _ in registry.ranges(hint) for kind in found}
     return float in kinds and int not in kinds
-
-
-def _value(path: str, hint: Any, text: str) -> Any:
-    """A value in words, `1,2` for a tuple."""
-    if "Callable" in str(hint) and text.lower() != "none":
-        raise BadInput(f"{path} is a function, which can be given from Python only")
-    value = literal(text)
-    several = any(get_origin(one) is tuple for one in (hint, *get_args(hint)))
-    if several and value is not None and not isinstance(value, tuple):
-        value = (value,)
-    return value
 
 
 def literal(text: str) -> Any:

@@ -156,17 +156,16 @@ def study(
         dry_run: Print cells, groups, memory and expected time; train nothing.
         quiet: No progress.
     """
-    from bdjax import crossed, experiment
+    from bdjax import experiment, studies
 
-    text = crossed.text_of(dataset, model, attack, defense, seeds, grid)
-    folder = out or Path("results") / f"study-{registry.digest(text, sorted(settings))[:8]}"
+    text = studies.text_of(dataset, model, attack, defense, seeds, grid, settings)
+    folder = out or Path("results") / f"study-{registry.digest(text)[:8]}"
     if save is not None:
-        crossed.save(text, save)
+        studies.save(text, save)
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(tempfile.TemporaryDirectory()) if dry_run else folder
-        file = crossed.keep(text, Path(kept))
-        options = {"changes": settings, "dry_run": dry_run, "live": True}
-        experiment.run(file, "cpu", folder, None, quiet, lanes, **options)
+        file = studies.keep(text, Path(kept))
+        experiment.run(file, "cpu", folder, None, quiet, lanes, dry_run=dry_run, live=True)
 
 
 def status(folder: Annotated[Path, Words]) -> None:

@@ -14,7 +14,7 @@ LAYERS = (
     {"types", "__version__"}, {"registry", "schema", "own", "plugins"},
     {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"}, {"train"},
     {"store", "channels"}, {"attacks"},
-    {"defenses", "analysis", "zoo"}, {"study", "changes", "crossed"}, {"sweep"},
+    {"defenses", "analysis", "zoo"}, {"study", "changes", "studies"}, {"sweep"},
     {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
@@ -90,3 +90,13 @@ def test_no_path_of_a_machine_and_no_big_file():
             assert not re.search(r"(?<![\w.])/(home|root|work|Users|tmp)/\w", path.read_text()), (
                 f"{name} names a machine's path"
             )
+
+
+def test_no_public_name_is_that_of_a_module():
+    """`from bdjax import name` would give one or the other, by what was imported before."""
+    import bdjax
+
+    files = [*(ROOT / "bdjax").glob("*.py"), *(ROOT / "bdjax").glob("*/__init__.py")]
+    modules = {file.parent.name if file.stem == "__init__" else file.stem for file in files}
+    own = {name for name in modules if bdjax._HOMES.get(name) == "bdjax"}
+    assert not (set(bdjax.__all__) - own) & modules

@@ -8,15 +8,14 @@ import pytest
 
 import bdjax
 from bdjax.cli import main
-from bdjax.crossed import crossed, text_of
 from bdjax.registry import make
 from bdjax.store import read_rows
+from bdjax.studies import crossed, text_of
 from bdjax.types import BadInput
 
 SMALL = ["--set", "dataset.train_size=60", "--set", "dataset.test_size=20", "--set",
          "recipe.epochs=1", "--set", "model.hidden=4"]  # fmt: skip
-FLAGS = ["--model", "ffnn", "--attack", "badnets", "--attack", "blended", "--defense",
-         "fine-pruning:cpu", "--grid", "attack.rate=0.1,0.5", "--quiet", *SMALL]  # fmt: skip
+FLAGS = ["--model", "ffnn", "--attack", "badnets", "--grid", "attack.rate=0.1,0.5", *SMALL]
 
 
 def test_every_attack_and_the_twin_under_every_defense():
@@ -36,16 +35,16 @@ def test_every_attack_and_the_twin_under_every_defense():
 
 def test_a_study_from_flags_gives_what_the_file_it_stands_for_gives(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(["study", *FLAGS, "--save", "mine.py", "--out", "flags"])
-    main(["run", "mine.py", "--out", "file", "--quiet", *SMALL])
+    main(["study", *FLAGS, "--save", "mine.py", "--out", "flags", "--quiet"])
+    main(["run", "mine.py", "--out", "file", "--quiet"])
     flags, file = (read_rows([Path(name, "results.jsonl")]) for name in ("flags", "file"))
-    assert len(flags) == 10
+    assert len(flags) == 3
     assert [row["metrics"] for row in flags] == [row["metrics"] for row in file]
     assert [row["run"] for row in flags] == [row["run"] for row in file]
-    twins = [row["twin"] for row in flags if row["attack"] and not row["defense"]]
-    assert len(twins) == 4, "clean twins are there"
+    twins = [row.get("twin") for row in flags if row["attack"] and not row["defense"]]
+    assert len(twins) == 2 and all(twins), "clean twins are there"
     assert Path("flags", "study.py").read_text() == Path("mine.py").read_text()
-    assert Path("flags", "index.html").exists()
+    assert "not as in the experiment" not in Path("flags", "index.html").read_text()
     with pytest.raises(SystemExit):
         main(["study", *FLAGS, "--save", "mine.py", "--out", "other"])
     assert not Path("other").exists()
@@ -62,6 +61,7 @@ def test_a_study_from_flags_gives_what_the_file_it_stands_for_gives(tmp_path, mo
         ({"axes": ["attack.rate"]}, "PATH=VALUE"),
         ({"axes": ["attack.rate=1,1"]}, "have to differ"),
         ({"axes": ["rate=1,0"]}, "not of the form"),
+        ({"settings": ["attack.rate"]}, "PATH=VALUE"),
         ({"seeds": 0}, "seeds"),
     ],
 )

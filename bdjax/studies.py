@@ -2,13 +2,14 @@
 study stands for.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bdjax.attacks.base import Attack
-from bdjax.changes import literal, read, split, varied
+from bdjax.changes import changed, literal, read, split, varied
 from bdjax.datasets import source
 from bdjax.defenses.base import Defense
 from bdjax.own import beside, explained, renamed
@@ -22,7 +23,7 @@ FILE = '''"""{title}; {seeds}.
 - Written by `bdjax study`.
 """
 
-from bdjax.crossed import crossed
+from bdjax.studies import crossed
 from bdjax.datasets import source
 from bdjax.registry import make
 from bdjax.train import Recipe
@@ -39,6 +40,7 @@ def cells(scale, seeds):
         attacks={attacks},
         defenses={defenses},
         seeds=range(seeds or SCALES[scale]),
+        settings={settings},
         axes={axes},
     )
 '''
@@ -52,10 +54,12 @@ def crossed(
     defenses: Mapping[str, Defense] | None = None,
     recipe: Recipe | None = None,
     seeds: Iterable[int] = (0,),
+    settings: Mapping[str, Any] | None = None,
     axes: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Cell]:
     """The victims of `attacks` and their clean twin, each without a defense and under each of
-    `defenses`, by the names that the table shows; `axes`: `{path: values}`, see `changes.varied`.
+    `defenses`, by the names that the table shows; `settings`: `{path: value}` of any field, see
+    `changes.changed`; `axes`: `{path: values}`, see `changes.varied`.
     """
     table = f"{name_of(dataset)}, {name_of(model)}"
     found = []
@@ -66,6 +70,8 @@ def crossed(
         made = (defenses or {}).get(defense)
         recipe = recipe or Recipe()
         found.append(Cell(table, row, dataset, model, recipe, configured, made, tags=tags))
+    if settings:  # of this study: nothing to be compared with was changed
+        found = [dataclasses.replace(cell, changed={}) for cell in changed(found, settings)]
     for path, values in (axes or {}).items():
         found = list(varied(found, path, values))
     return list(grid(found, seed=seeds))
@@ -78,9 +84,10 @@ def text_of(
     defenses: Sequence[str] = (),
     seeds: int = 1,
     axes: Sequence[str] = (),
+    settings: Sequence[str] = (),
 ) -> str:
-    """The experiment file of a study: methods as `NAME` or `NAME:PRESET`, `axes` as
-    `PATH=VALUE,VALUE`.
+    """The experiment file of a study: methods as `NAME` or `NAME:PRESET`, `settings` as
+    `PATH=VALUE`, `axes` as `PATH=VALUE,VALUE`.
     """
     if not attacks:
         raise BadInput("a study needs at least one attack: --attack badnets")
@@ -104,6 +111,7 @@ def text_of(
         model=_code("model", model),
         attacks=_codes("attack", attacks),
         defenses=_codes("defense", defenses),
+        settings=_lines({repr(path): repr(literal(v)) for path, v in read(settings).items()}),
         axes=_lines({repr(path): repr(tuple(map(literal, v))) for path, v in found.items()}),
     )
 
