@@ -23,6 +23,10 @@ FILES = ("toy_attack.py", "toy_net.py", "toy_images.py", "toy_defenses.py")
 FLAGS = [word for file in FILES for word in ("--plugin", file)]
 SMALL = ["--dataset", "stripes", "--model", "one-layer", "--recipe.batch", "20", "--quiet"]
 
+WHERE = filter(None, [str(TOYS.parents[1]), os.environ.get("PYTHONPATH")])
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(WHERE)}
+"""Of a process that finds this bdjax from wherever it runs."""
+
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, own_names):
@@ -109,14 +113,11 @@ def test_by_command_they_are_listed_trained_defended_swept_and_reported(here, co
 def test_by_command_in_a_process_of_its_own(here):
     """A study of toys and of a defense in its own file; the report needs no plugin."""
 
-    def ran(*args: str):
-        path = os.pathsep.join(filter(None, [str(TOYS.parents[1]), os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, "PYTHONPATH": path, plugins.VARIABLE: FILES[0]}
-        return subprocess.run(
-            [sys.executable, "-m", "bdjax", *args], env=env, capture_output=True, text=True
-        )
-
-    done = ran("sweep", "toy_study.py", "--out", "swept", "--quiet", *FLAGS[2:], *FLAGS[:2])
+    args = ["sweep", "toy_study.py", "--out", "swept", "--quiet", *FLAGS]
+    env = {**ENV, plugins.VARIABLE: FILES[0]}
+    done = subprocess.run(
+        [sys.executable, "-m", "bdjax", *args], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     rows = read_rows([here / "swept" / "results.jsonl"])
     assert {row["defense"] for row in rows} == {None, "clip-weights", "no-defense"}
@@ -195,7 +196,7 @@ def test_what_a_cell_of_a_notebook_defines(here, monkeypatch):
     exec(code, vars(notebook))
     old = bdjax.make("model", "one-layer", hidden=4)
     exec(code, vars(notebook))
-    assert type(old) is not bdjax.registry.get("model", "one-layer").cls
+    assert type(old) is not registry.get("model", "one-layer").cls
     described = registry.describe(old)
     assert described == {"name": "one-layer", "plugin": "__main__", "hidden": 4}
     assert registry.revive("model", described, {}) == bdjax.make("model", "one-layer", hidden=4)
@@ -341,6 +342,17 @@ def test_a_mistake_in_a_plugin_is_one_line_and_leaves_nothing(here, command, nam
     assert [entry.plugin for entry in registry.brought()] == ["toy_attack.py"]
 
 
+def test_a_clash_is_the_plugin_s_mistake_whichever_came_first(here):
+    (here / "mine.py").write_text(BEFORE + attack("'badnets'"))
+    code = (
+        "import bdjax\ntry:\n    bdjax.load_plugins('mine.py')\nexcept bdjax.BadInput as error:\n"
+    )
+    code += "    print(error)\nprint(bdjax.make('attack', 'badnets'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
+    words = r"mine.py, line 9: two .*: BadNets in .*badnets.py and A in .*; rename one\nBadNets\("
+    assert re.match(words, done.stdout), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -382,5 +394,5 @@ def test_the_public_face_is_there_and_imports_nothing_by_itself():
     with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
         bdjax.nowhere  # noqa: B018
     code = "import sys, bdjax; print({'jax', 'numpy', 'flax', 'tyro'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV)
     assert done.stdout.strip() == "set()", done.stderr
