@@ -120,7 +120,7 @@ def test_by_command_in_a_process_of_its_own(here):
     )
     assert done.returncode == 0, done.stderr
     rows = read_rows([here / "swept" / "results.jsonl"])
-    assert {row["defense"] for row in rows} == {None, "clip-weights", "no-defense"}
+    assert {row["defense"] for row in rows} == {None, "no-defense"}
     assert {row["config"]["attack"]["lamp"]["strength"] for row in rows} == {0.5, 1.0}
     typed = json.loads((here / "swept" / "report.json").read_text())["command"]
     assert all(f"--plugin {file}" in typed for file in FILES), "what goes on from here"

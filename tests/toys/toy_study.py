@@ -20,5 +20,4 @@ def cells(scale, seeds):
     cell = bdjax.Cell("lamps", "none", *parts, recipe, bdjax.make("attack", "corner-light"))
     lit = list(bdjax.grid(cell, attack__lamp__strength=(0.5, 1.0)))
     yield from lit
-    yield from bdjax.grid(lit, row=("clipped",), defense=[bdjax.make("defense", "clip-weights")])
     yield from bdjax.grid(lit, row=("left",), defense=[NoDefense()])
