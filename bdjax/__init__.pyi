@@ -8,7 +8,7 @@ from bdjax import types as types
 from bdjax.attacks.base import Attack as Attack
 from bdjax.changes import changed as changed
 from bdjax.changes import varied as varied
-from bdjax.crossed import crossed as crossed
+from bdjax.cross import crossed as crossed
 from bdjax.datasets.base import Source as Source
 from bdjax.defenses.base import InputFilter as InputFilter
 from bdjax.defenses.base import Inversion as Inversion

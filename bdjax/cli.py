@@ -156,15 +156,15 @@ def study(
         dry_run: Print cells, groups, memory and expected time; train nothing.
         quiet: No progress.
     """
-    from bdjax import crossed, experiment
+    from bdjax import cross, experiment
 
-    text = crossed.text_of(dataset, model, attack, defense, seeds, grid)
+    text = cross.text_of(dataset, model, attack, defense, seeds, grid)
     folder = out or Path("results") / f"study-{registry.digest(text, sorted(settings))[:8]}"
     if save is not None:
-        crossed.save(text, save)
+        cross.save(text, save)
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(tempfile.TemporaryDirectory()) if dry_run else folder
-        file = crossed.keep(text, Path(kept))
+        file = cross.keep(text, Path(kept))
         options = {"changes": settings, "dry_run": dry_run, "live": True}
         experiment.run(file, "cpu", folder, None, quiet, lanes, **options)
 

@@ -8,7 +8,7 @@ import pytest
 
 import bdjax
 from bdjax.cli import main
-from bdjax.crossed import crossed, text_of
+from bdjax.cross import crossed, text_of
 from bdjax.registry import make
 from bdjax.store import read_rows
 from bdjax.types import BadInput

@@ -22,7 +22,7 @@ FILE = '''"""{title}; {seeds}.
 - Written by `bdjax study`.
 """
 
-from bdjax.crossed import crossed
+from bdjax.cross import crossed
 from bdjax.datasets import source
 from bdjax.registry import make
 from bdjax.train import Recipe
