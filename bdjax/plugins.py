@@ -86,12 +86,14 @@ def _file(path: Path) -> list[Entry]:
     if twin := next((p for p in _files if p.name == place.name and p != place), None):
         raise BadInput(f"two plugins are called {place.name}: {twin} and {place}; rename one")
     before = registry.brought()
-    if not place.is_file() or _files.get(place) != place.read_bytes():
-        executed(path, f"plugin_{place.stem}", "plugin")
-        found = _checked(before, str(place), str(path))
-        _files[place] = place.read_bytes()
-        return found
-    return [entry for entry in before if entry.source == str(place)]
+    with explained(path, "read"):
+        text = place.read_bytes() if place.is_file() else None
+    if text is not None and _files.get(place) == text:
+        return [entry for entry in before if entry.source == str(place)]
+    executed(path, f"plugin_{place.stem}", "plugin")
+    found = _checked(before, str(place), str(path))
+    _files[place] = text or b""
+    return found
 
 
 def _module(name: str) -> list[Entry]:
@@ -99,6 +101,7 @@ def _module(name: str) -> list[Entry]:
         raise BadInput(f"'{name}' is no plugin: give a file that ends in .py, or a module")
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # as `python -m` has it, but behind all else
+    importlib.invalidate_caches()  # it may be new
     before = registry.brought()
     try:
         with raised_in(name, begun=False):

@@ -1,5 +1,6 @@
 """Strict JAX settings, and small real data, models and victims that the tests share."""
 
+import copy
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of test data (BDJAX_TEST_DATA) at {folder.name}")
     return folder
+
+
+@pytest.fixture
+def own_names(monkeypatch):
+    """The registry and the plugins as they are, restored afterwards."""
+    from bdjax import plugins, registry
+
+    registry.entries()  # bdjax's own would not come back
+    for module, tables in ((registry, ("_entries", "_pytrees")), (plugins, ("_files", "_words"))):
+        for table in tables:
+            monkeypatch.setattr(module, table, copy.copy(getattr(module, table)))
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,10 @@ import json
 import re
 from pathlib import Path
 
-from bdjax import experiment, registry, report
+from bdjax import experiment, report
 from benchmarks.__main__ import exponents, flat
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"attack": "Attacks", "defense": "Defenses", "model": "Models", "dataset": "Data"}
 
 
 def committed(file: str | Path) -> list[dict]:
@@ -47,18 +46,6 @@ def cell_of(name: str, line: dict) -> str:
 
 
 # --- What can stand in the README ---
-
-
-def methods(_: str) -> str:
-    """Method → paper → file."""
-    parts = []
-    for kind, title in FOLDERS.items():
-        parts.append(f"**{title}**\n\n| name | paper | file |\n|---|---|---|")
-        for e in registry.entries(kind):
-            link = f"[arXiv:{e.arxiv}](https://arxiv.org/abs/{e.arxiv})" if e.arxiv else ""
-            paper = f"{e.paper}, {e.year} {link}".strip() if e.paper else ""
-            parts[-1] += f"\n| `{e.name}` | {paper} | [{Path(e.file).name}]({e.file}) |"
-    return "\n\n".join(parts)
 
 
 def results(file: str) -> str:
@@ -218,9 +205,7 @@ def defenses(file: str) -> str:
     return "\n\n".join([*text, f"One run each. {setting(rows[0])}"])
 
 
-PARTS = {
-    part.__name__: part for part in (methods, results, pivot, papers, runtime, attacks, defenses)
-}
+PARTS = {part.__name__: part for part in (results, pivot, papers, runtime, attacks, defenses)}
 
 
 def generate(text: str) -> str:

@@ -460,12 +460,6 @@ def imported(path, module):
     return made
 
 
-@pytest.fixture
-def own_names(monkeypatch):
-    """The registry as it is, restored afterwards."""
-    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-
-
 def test_two_methods_under_one_name_are_refused(tmp_path, own_names):
     one, two = tmp_path / "one.py", tmp_path / "two.py"
     one.write_text(METHOD.format(name="One"))
