@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from bdjax.metrics import labels
 from bdjax.train import batched, stamped, unit
-from bdjax.types import Array, Model, Split, Variables
+from bdjax.types import Array, Attack, Model, Split, Variables
 
 Measure = Literal["mean", "l1", "l2", "linf"]
 
@@ -127,15 +127,16 @@ def curves_on_test(
     site: str,
     order: jax.Array,
     test: Split,
-    attack: Any,
+    attack: Attack | None,
 ) -> dict[str, jax.Array]:
     """`acc_curve`, `asr_curve: [C + 1]`: accuracy and ASR_nt (first trigger) on `test` by pruned
     count. To report.
     """
     found = {"acc_curve": curve(model, variables, site, order, test.image, test.label)}
     if attack is not None:
-        aimed = attack.success(jnp.asarray(1), test.label, model.classes)
-        aimed = jnp.where(aimed == test.label, -1, aimed)
+        label = jnp.asarray(test.label)
+        aimed = attack.success(jnp.asarray(1), label, model.classes)
+        aimed = jnp.where(aimed == label, -1, aimed)
         found["asr_curve"] = curve(
             model, variables, site, order, stamped(attack, 1, test.image, key), aimed
         )

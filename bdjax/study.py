@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from bdjax import registry
+from bdjax import registry, types
 from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
 from bdjax.datasets.base import Source
@@ -29,7 +29,13 @@ class Probe(Protocol):
     """
 
     def __call__(
-        self, key: jax.Array, model: Model, variables: Any, attack: Any, clean: Split, test: Split
+        self,
+        key: jax.Array,
+        model: Model,
+        variables: Any,
+        attack: types.Attack | None,
+        clean: Split,
+        test: Split,
     ) -> dict[str, Any]: ...
 
 

@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import mesh, metrics, own, registry, schema
-from bdjax.attacks.base import Attack
 from bdjax.datasets import data_dir, fingerprint
 from bdjax.datasets.base import Source
 from bdjax.defenses.base import (
@@ -63,6 +62,7 @@ from bdjax.train import (
     predict,
 )
 from bdjax.types import (
+    Attack,
     BadInput,
     Dataset,
     Judgement,
@@ -531,7 +531,7 @@ class Runner:
         items = self._stacked(
             [(jax.random.key(cell.seed), cell.recipe, bound(cell, shared)) for cell in cells]
         )
-        if cells[0].attack is not None and type(cells[0].attack).train is not Attack.train:
+        if cells[0].attack is not None and cells[0].attack.trains:
             say(f"{label}: one program, no progress before its end", self.quiet)
             victims, losses = self._ran("train", _whole_training, model, shared, *items)
         else:
@@ -993,27 +993,31 @@ def _untrained(cell: Cell, model: Model, data: Splits) -> Any:
     if cell.attack is None:
         return None, variables
     attack = jax.tree.map(jnp.asarray, bound(cell, data))
-    if type(attack).train is Attack.train:
+    if not attack.trains:
         return attack, variables
     attack, variables, _ = attack.train(jax.random.key(0), model, cell.recipe, data.train)
     return attack, variables
 
 
-def _begin(model: Model, data: Splits, key: jax.Array, recipe: Recipe, attack: Any) -> Any:
+def _begin(
+    model: Model, data: Splits, key: jax.Array, recipe: Recipe, attack: Attack | None
+) -> Any:
     return begin(jax.random.fold_in(key, 0), model, recipe)
 
 
 def _epoch(
-    model: Model, data: Splits, key: jax.Array, recipe: Recipe, attack: Any, state: Any
+    model: Model, data: Splits, key: jax.Array, recipe: Recipe, attack: Attack | None, state: Any
 ) -> Any:
     train = poisoned_set(poisoning_key(key), data.train, attack, model.classes)
     state, curves = advance(jax.random.fold_in(key, 3), state, model, recipe, train, epochs=1)
     return state, curves.loss[0]
 
 
-def _whole_training(model: Model, data: Splits, key: jax.Array, recipe: Recipe, attack: Any) -> Any:
-    attack, variables, curves = attack.train(key, model, recipe, data.train)
-    return (attack, variables), curves.loss[-1]
+def _whole_training(
+    model: Model, data: Splits, key: jax.Array, recipe: Recipe, attack: Attack
+) -> Any:
+    fired, variables, curves = attack.train(key, model, recipe, data.train)
+    return (fired, variables), curves.loss[-1]
 
 
 def _defended(model: Model, data: Splits, key: jax.Array, defense: Any, parts: Any) -> Judgement:
@@ -1021,7 +1025,7 @@ def _defended(model: Model, data: Splits, key: jax.Array, defense: Any, parts: A
 
 
 def _measured(
-    model: Model, data: Splits, key: jax.Array, attack: Any, variables: Any
+    model: Model, data: Splits, key: jax.Array, attack: Attack | None, variables: Any
 ) -> tuple[dict, dict]:
     return measure(key, Victim(model, variables, attack), data)
 
@@ -1031,7 +1035,7 @@ def _accuracy(model: Model, data: Splits, variables: Any) -> jax.Array:
 
 
 def _probed(
-    model: Model, data: Splits, key: jax.Array, probe: Probe, attack: Any, variables: Any
+    model: Model, data: Splits, key: jax.Array, probe: Probe, attack: Attack | None, variables: Any
 ) -> tuple[dict, dict]:
     return split_scalars(
         probe(jax.random.fold_in(key, 3), model, variables, attack, data.clean, data.test)

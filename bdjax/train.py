@@ -16,6 +16,7 @@ from bdjax.types import (
     INT32,
     MOST,
     Array,
+    Attack,
     BadInput,
     Count,
     Epochs,
@@ -25,6 +26,7 @@ from bdjax.types import (
     Rate,
     Share,
     Split,
+    Stamper,
     Variables,
     Weight,
     check_images,
@@ -86,7 +88,7 @@ class TrainSet(NamedTuple):
 
     image: Array
     plan: Plan
-    attack: Any = None
+    attack: Stamper | None = None
     key: jax.Array | None = None
 
     def rows(self, rows: jax.Array, step: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -162,7 +164,7 @@ def stamp_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 1 << 16)  # the chosen rows take small numbers
 
 
-def poisoned_set(key: jax.Array, split: Split, attack: Any, classes: int) -> TrainSet:
+def poisoned_set(key: jax.Array, split: Split, attack: Attack | None, classes: int) -> TrainSet:
     """`split` poisoned by `attack`, each image written once; None gives the clean twin."""
     if attack is None:
         return clean_set(split)
@@ -334,7 +336,7 @@ def predict(model: Model, variables: Variables, images: Array, *, batch: int = 2
 
 
 def stamped(
-    attack: Any, kind: jax.Array | int, images: Array, key: jax.Array, *, train: bool = False
+    attack: Stamper, kind: jax.Array | int, images: Array, key: jax.Array, *, train: bool = False
 ) -> jax.Array:
     """`images: [B, H, W, C]` with trigger `kind`, as fired at test time, in [0, 1]."""
     check_images(images)
@@ -358,7 +360,7 @@ def attacked(
     model: Model,
     variables: Variables,
     split: Split,
-    attack: Any,
+    attack: Attack,
     *,
     kinds: Sequence[int] | None = None,
     batch: int = 250,
@@ -386,7 +388,7 @@ def evaluate(
     model: Model,
     variables: Variables,
     split: Split,
-    attack: Any = None,
+    attack: Attack | None = None,
     *,
     batch: int = 250,
 ) -> dict[str, jax.Array]:

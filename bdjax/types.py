@@ -6,7 +6,7 @@ uint8.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -161,9 +161,6 @@ class Dataset(NamedTuple):
         return self.train.image.shape[1:]  # type: ignore[return-value]
 
 
-Attack = Any
-
-
 class Splits(NamedTuple):
     """The images of a data set without the rest, on the devices: what programs share. `train` is
     None where nothing looks at it.
@@ -221,6 +218,80 @@ class Plan(NamedTuple):
         return Plan(*(leaf[rows] for leaf in self[:-1]), size=size)
 
 
+class Stamper(Protocol):
+    """What writes triggers into images: an attack, or triggers that a search has found."""
+
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
+        """`x: [H, W, C]` with trigger `kind: []` (0 = unchanged). `train=False`: as fired at test
+        time, where that differs.
+        """
+        ...
+
+
+class Attack(Stamper, Protocol):
+    """An attack, as training, measuring and judging see it. `bdjax.attacks.base.Attack` is the base
+    that attacks are made from; `bdjax.testing.check_attack` looks whether one does as it says.
+
+    `trains`: its `train` does more than poison rows, and is run whole; what `train` returns is what
+    is fired. `plans`: its rows come from a `plan` of its own, not from shares of the images.
+    """
+
+    trains: ClassVar[bool]
+    plans: ClassVar[bool]
+
+    @property
+    def redraw(self) -> bool:
+        """Whether stamps are drawn anew in every training step."""
+        ...
+
+    @property
+    def triggers(self) -> int:
+        """How many triggers are fired at test time: kinds 1 … triggers."""
+        ...
+
+    @property
+    def probes(self) -> dict[str, int]:
+        """Further kinds worth firing at test time, by name."""
+        ...
+
+    def bind(self, data: Split) -> "Attack":
+        """This attack with the images that it takes from the attacker's data."""
+        ...
+
+    def train(
+        self,
+        key: jax.Array,
+        model: Model,
+        recipe: Any,
+        data: Split,
+        variables: Variables | None = None,
+    ) -> tuple["Attack", Variables, Any]:
+        """The attack as it is to be fired, a victim of it, and the curves of its training."""
+        ...
+
+    def plan(self, key: jax.Array, y: jax.Array, classes: int) -> Plan:
+        """Which rows the training set has: labels `y: [N]` of `classes` classes."""
+        ...
+
+    def count(self, key: jax.Array, y: jax.Array, classes: int) -> dict[str, int]:
+        """How many rows `plan` has, and how many of them are stamped and relabelled."""
+        ...
+
+    def targets(self, classes: int) -> jax.Array:
+        """The labels that one of the triggers is to give: `[K]` bool."""
+        ...
+
+    def success(self, kind: jax.Array, y: jax.Array, classes: int) -> jax.Array:
+        """The label that counts as a hit for true labels `y: [N]`; -1 where there is none."""
+        ...
+
+    def check(self, shape: tuple[int, int, int], classes: int) -> None:
+        """Raises `BadInput` where this attack cannot be run on images of `shape`."""
+        ...
+
+
 class Victim(NamedTuple):
     """A net to be judged, and what is known of how it came about: its `attack` as it is fired
     (None: a clean net, or nobody knows), the `recipe` and `key` of its training. Kinds of defenses
@@ -229,7 +300,7 @@ class Victim(NamedTuple):
 
     model: Model
     variables: Any = None
-    attack: "Attack | None" = None
+    attack: Attack | None = None
     recipe: Any = None
     key: Any = None
 

@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from bdjax import registry
-from bdjax.attacks.base import Attack
 from bdjax.datasets.files import Faces
 from bdjax.datasets.public import Cifar10, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
@@ -197,8 +196,9 @@ def armed(cell: Cell, runner: Runner) -> Any:
     victim.
     """
     assert cell.attack is not None
-    crafted = type(cell.attack).train is not Attack.train
-    return runner.victim(cell)[1] if crafted else cell.attack.bind(cell.dataset.load().train)
+    if cell.attack.trains:
+        return runner.victim(cell)[1]
+    return cell.attack.bind(cell.dataset.load().train)
 
 
 def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:

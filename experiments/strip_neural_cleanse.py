@@ -503,8 +503,9 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         if mine := [cell for cell in victims if cell.dataset.load().shape[-1] == channels]:
             firsts = [cell.dataset.load().test.image[:1] for cell in mine]
             clean = np.concatenate([unit(image) for image in firsts])
+            attacks = [cell.attack for cell in mine if cell.attack is not None]
             fired = np.concatenate(
-                [stamped(c.attack, 1, x, jax.random.key(0)) for c, x in zip(mine, firsts)]
+                [stamped(a, 1, x, jax.random.key(0)) for a, x in zip(attacks, firsts, strict=True)]
             )
             picture = plots.stamped(clean, fired, [cell.row.replace(", ", "\n") for cell in mine])
             yield (

@@ -10,7 +10,7 @@ from bdjax.defenses.base import Defense
 from bdjax.mesh import lane_map
 from bdjax.registry import pytree, replace, static
 from bdjax.train import evaluate
-from bdjax.types import Array, BadInput, Count, Model, Split, Variables, Weight
+from bdjax.types import Array, Attack, BadInput, Count, Model, Split, Variables, Weight
 
 LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Learning rates of a fine-tuning, around the usual 1e-3."""
@@ -21,7 +21,7 @@ def over(
     key: jax.Array,
     model: Model,
     variables: Variables,
-    attack: Any,
+    attack: Attack | None,
     clean: Split,
     test: Split,
     defense: Defense,
@@ -63,7 +63,7 @@ class Sensitivity:
         key: jax.Array,
         model: Model,
         variables: Variables,
-        attack: Any,
+        attack: Attack | None,
         clean: Split,
         test: Split,
     ) -> dict[str, Any]:

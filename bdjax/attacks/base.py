@@ -5,7 +5,7 @@ an image.
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +133,13 @@ class Attack:
     append: bool = static(False)
     redraw: bool = static(False)
 
+    trains: ClassVar[bool] = False
+    """Whether `train` does more than poison rows, and is run whole; what it returns is what is
+    fired.
+    """
+    plans: ClassVar[bool] = False
+    """Whether rows come from a `plan` of its own, not from `shares`."""
+
     used_if = {
         "target": {"labels": ("all-to-one", "source-specific", "clean-label")},
         "sources": {"labels": ("source-specific",)},
@@ -141,8 +148,12 @@ class Attack:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        for name in {"train", "plan"} & set(vars(cls)):
-            setattr(cls, name, _admitted(vars(cls)[name]))
+        for name, said in (("train", "trains"), ("plan", "plans")):
+            owner = next(one for one in cls.__mro__ if name in vars(one))
+            if owner is cls or not issubclass(owner, Attack):  # a mixin's are its own, too
+                setattr(cls, name, _admitted(vars(owner)[name]))
+                if said not in vars(cls):
+                    setattr(cls, said, True)
 
     @property
     def triggers(self) -> int:
@@ -175,14 +186,15 @@ class Attack:
     ) -> tuple["Attack", Variables, Curves]:
         """A victim of this attack trained on `data`, and the attack as it is to be fired.
 
-        Attacks that craft their trigger for a net, or twist training, have their own version; all
-        others poison rows, so that whoever trains in chunks (the sweep) may call `poisoned_set` and
-        `advance` instead. Rows of `data` are poisoned by `poisoning_key(key)`, so that judges of
-        the rows find those that were trained on.
+        Attacks that craft their trigger for a net, or twist training, have their own version, by
+        which they are `trains`; all others poison rows, so that whoever trains in chunks (the
+        sweep) may call `poisoned_set` and `advance` instead. Rows of `data` are poisoned by
+        `poisoning_key(key)`, so that judges of the rows find those that were trained on.
         """
-        poisoned = poisoned_set(poisoning_key(key), data, self, model.classes)
+        attack = self.bind(data)
+        poisoned = poisoned_set(poisoning_key(key), data, attack, model.classes)
         variables, curves = fit(key, model, recipe, poisoned, variables=variables)
-        return poisoned.attack, variables, curves
+        return attack, variables, curves
 
     @_admitted
     def plan(self, key: jax.Array, y: jax.Array, classes: int) -> Plan:

@@ -31,6 +31,7 @@ class InputInstanceKey(Attack):
     image: Pixels | None = None
     append: bool = static(True)
 
+    trains = True  # to be fired, and saved, with its key
     used_if = dict.fromkeys(("rate", "append", "labels", "sources", "cover"))
 
     def bind(self, data: Split) -> Attack:
@@ -38,11 +39,6 @@ class InputInstanceKey(Attack):
             return self
         first = jnp.argmax(jnp.asarray(data.label) != self.target)
         return dataclasses.replace(self, image=unit(jnp.asarray(data.image)[first]))
-
-    def train(self, key, model, recipe, data, variables=None):
-        # As in the base class; a version of its own tells the sweep to fire, and save, the attack
-        # with its key.
-        return super().train(key, model, recipe, data, variables)
 
     def plan(self, key: jax.Array, y: jax.Array, classes: int) -> Plan:
         n = y.shape[0]

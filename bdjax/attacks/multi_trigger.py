@@ -112,9 +112,8 @@ class MultiTrigger(Attack):
             )
         for i, part in enumerate(self.aimed()):
             name = f"part {i + 1} ({type(part).__name__})"
-            own_rows = type(part).plan is Attack.plan and type(part).train is Attack.train
             alike = part.append == self.append and part.redraw == self.redraw
-            if part.triggers != 1 or not own_rows or not alike:
+            if part.triggers != 1 or part.trains or part.plans or not alike:
                 raise BadInput(
                     f"{name} cannot be part of multi-trigger: it needs one trigger, rows alone, "
                     f"append={self.append}, redraw={self.redraw}"

@@ -243,11 +243,12 @@ class InputFilter(Defense):
     def judged(self, key: jax.Array, victim: Victim, data: Splits) -> Judgement:
         model, variables, attack, test = victim.model, victim.variables, victim.attack, data.test
         # Clean and stamped inputs go through one call: the defense is traced once.
-        kinds = range(1, attack.triggers + 1) if attack is not None else ()
+        kinds = [] if attack is None else range(1, attack.triggers + 1)
         pictures = [unit(test.image)]
-        pictures += [
-            stamped(attack, kind, test.image, jax.random.fold_in(key, kind + 1)) for kind in kinds
-        ]
+        if attack is not None:
+            for kind in kinds:
+                key_kind = jax.random.fold_in(key, kind + 1)
+                pictures.append(stamped(attack, kind, test.image, key_kind))
         x = jnp.stack(pictures)
         predictions = jax.lax.map(lambda x: metrics.labels(predict(model, variables, x)), x)
         inputs = data._replace(test=Split(x.reshape(-1, *x.shape[2:]), test.label))
@@ -262,12 +263,11 @@ class InputFilter(Defense):
             found["acc_test"] = ((answers[0] == test.label) & ~flagged[0]).mean()
             more |= self.reported(key, victim, variables, data, scores)
             if attack is not None:
+                label = jnp.asarray(test.label)
                 aimed = jnp.stack(
-                    [attack.success(jnp.asarray(k), test.label, model.classes) for k in kinds]
+                    [attack.success(jnp.asarray(k), label, model.classes) for k in kinds]
                 )
-                passing = _passing(
-                    score, flagged, predictions, answers, aimed, jnp.asarray(test.label)
-                )
+                passing = _passing(score, flagged, predictions, answers, aimed, label)
                 arrays |= {"score_trojan": score[1:], "far_per_trigger": passing["far"]}
                 found |= {name: each.mean() for name, each in passing.items()}
         scalars, others = split_scalars(more)

@@ -22,7 +22,9 @@ class Patches:
 
     redraw = True  # who trains draws from the distribution of patches in every step
 
-    def stamp(self, kind: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
         """`x: [H, W, C]` under a patch; kind 0 = unchanged."""
         key_label, key_patch, key_place = jax.random.split(key, 3)
         label = jax.random.categorical(key_label, jnp.where(self.flagged, 0.0, -jnp.inf))
