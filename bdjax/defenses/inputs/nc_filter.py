@@ -2,8 +2,6 @@
 away.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +13,7 @@ from bdjax.defenses.parts.reversed import TriggerDefense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import stamped
-from bdjax.types import Array, Model, Scores, Share, Split, Variables
+from bdjax.types import Array, Attack, Model, Scores, Share, Split, Variables
 
 
 @defense("nc-filter")
@@ -80,7 +78,7 @@ class NcFilter(TriggerDefense, InputFilter):
         model: Model,
         variables: Variables,
         test: Split,
-        attack: Any,
+        attack: Attack | None,
         result: Scores,
     ) -> dict[str, jax.Array]:
         """`original: []`: the mean activation of the top neurons over `test` under the attack's own

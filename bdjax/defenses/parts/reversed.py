@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.base import Attack
 from bdjax.defenses.base import Defense
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.inversion import Trigger, stamp
@@ -18,6 +17,7 @@ from bdjax.train import unit
 from bdjax.types import (
     INT32,
     Array,
+    Attack,
     BadInput,
     Label,
     Model,

@@ -13,7 +13,7 @@ from bdjax.mesh import lane_map
 from bdjax.models.layers import check_site, default_site
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, advance, begin, clean_set, evaluate, fit
-from bdjax.types import Array, BadInput, Model, Repaired, Share, Size, Split, Variables
+from bdjax.types import Array, Attack, BadInput, Model, Repaired, Share, Size, Split, Variables
 
 
 @defense("fine-pruning")
@@ -153,7 +153,7 @@ class FinePruning(Repair):
         variables: Variables,
         clean: Split,
         test: Split,
-        attack: Any,
+        attack: Attack | None,
         lrs: Array,
         counts: Sequence[int],
         *,
@@ -201,7 +201,7 @@ class FinePruning(Repair):
         model: Model,
         variables: Variables,
         test: Split,
-        attack: Any,
+        attack: Attack | None,
         result: Repaired,
     ) -> dict[str, jax.Array]:
         """`acc_curve`, `asr_curve: [C + 1]`: accuracy and ASR_nt (first trigger) on `test` by

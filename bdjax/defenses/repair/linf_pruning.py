@@ -3,12 +3,11 @@ lowered while clean images stay right.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from bdjax.attacks.base import Attack
 from bdjax.channels import largest_within, masked, prune, responses, sweep
 from bdjax.defenses.base import Repair
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
@@ -18,6 +17,7 @@ from bdjax.registry import defense, static, validate
 from bdjax.train import unit
 from bdjax.types import (
     Array,
+    Attack,
     BadInput,
     Model,
     Repaired,
@@ -163,7 +163,7 @@ class LinfPruning(TriggerDefense, Repair):
         model: Model,
         variables: Variables,
         test: Split,
-        attack: Any,
+        attack: Attack | None,
         result: Repaired,
     ) -> dict[str, jax.Array]:
         """For each setting of inputs that there are triggers for, on `test` by threshold:

@@ -2,8 +2,6 @@
 works.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +11,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.reversed import TriggerDefense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
-from bdjax.types import Model, Repaired, Share, Split, Variables
+from bdjax.types import Attack, Model, Repaired, Share, Split, Variables
 
 
 @defense("nc-pruning")
@@ -77,7 +75,7 @@ class NcPruning(TriggerDefense, Repair):
         model: Model,
         variables: Variables,
         test: Split,
-        attack: Any,
+        attack: Attack | None,
         result: Repaired,
     ) -> dict[str, jax.Array]:
         """`acc_curve`, `asr_curve: [C + 1]`: accuracy and ASR_nt (first trigger) on `test` by

@@ -1,7 +1,7 @@
 """DB-COVIDNet: members that each see a few blocks of the image only, and a vote."""
 
 import functools
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from bdjax.train import Recipe, TrainSet, batched, fit, stamped, unit
 from bdjax.types import (
     INT32,
     Array,
+    Attack,
     BadInput,
     Count,
     Model,
@@ -211,7 +212,7 @@ class DbCovidNet(Training):
         model: Model,
         variables: Variables,
         test: Split,
-        attack: Any,
+        attack: Attack | None,
         result: Repaired,
     ) -> dict[str, jax.Array]:
         """Of each member: `votes_clean`, `votes_stamped`, its share of votes for the label aimed at
@@ -220,7 +221,7 @@ class DbCovidNet(Training):
         """
         if attack is None:
             return {}
-        aimed = attack.success(jnp.asarray(1), test.label, model.classes)
+        aimed = attack.success(jnp.asarray(1), jnp.asarray(test.label), model.classes)
         counted = (aimed >= 0) & (aimed != test.label)
         voting = self.wrap(model)
         clean, trojan = unit(test.image), stamped(attack, 1, test.image, key)
