@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 
 from bdjax import datasets, own, plugins, registry
+from bdjax.identity import Stale
 from bdjax.registry import Entry
 from bdjax.types import BadInput, Seed
 
@@ -58,6 +59,7 @@ def run(
     settings: Settings = (),
     only: str | None = None,
     quiet: bool = False,
+    stale: Stale | None = None,
 ) -> None:
     """Run an experiment file: prints its table "paper vs ours", writes a results folder; goes on
     where it stopped.
@@ -70,10 +72,14 @@ def run(
         lanes: Runs side by side on a device; if not given 1 on a CPU and all on an accelerator.
         only: Only the tables or rows whose name this pattern fits, such as "MNIST*".
         quiet: No progress.
+        stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
+            folder that has some is refused if not given.
     """
     from bdjax import experiment
 
-    experiment.run(file, scale, out, seeds, quiet, lanes, changes=settings, only=only)
+    experiment.run(
+        file, scale, out, seeds, quiet, lanes, changes=settings, only=only, stale=stale
+    )
 
 
 def sweep(
@@ -90,6 +96,7 @@ def sweep(
     settings: Settings = (),
     only: str | None = None,
     quiet: bool = False,
+    stale: Stale | None = None,
 ) -> None:
     """Run a sweep: an experiment file with many cells, on any number of devices and machines.
 
@@ -108,10 +115,13 @@ def sweep(
         dry_run: Print cells, groups, memory and expected time; train nothing.
         only: Only the tables or rows whose name this pattern fits, such as "MNIST*".
         quiet: No progress.
+        stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
+            folder that has some is refused if not given.
     """
     from bdjax import experiment
 
     options = {
+        "stale": stale,
         "shard": shard,
         "hosts": hosts,
         "devices": devices,
@@ -283,7 +293,7 @@ class Train:
         own.whole(self.out, old_model)
         cell = Cell("", "", flags.dataset, flags.model, flags.recipe, flags.attack, seed=self.seed)
         with unfinished("train", cell.run, device_name()) as store:
-            runner = Runner(store, "train", quiet=self.quiet)
+            runner = Runner(store, "train", quiet=self.quiet, stale="redo")
             (row,) = runner.run([cell])
             if "error" not in row:
                 model, attack, variables = runner.victim(cell)
@@ -324,6 +334,7 @@ class Defend:
     def __call__(self) -> None:
         import jax
 
+        from bdjax import identity
         from bdjax.store import (
             check_data,
             copy_model,
@@ -373,7 +384,8 @@ class Defend:
             )
         check_data(about, self.checkpoint, strict=cell.stage == "samples")
         trained = self._trained(about, cell)
-        given = [about["defenses"], self.labels, trained, *jax.tree.leaves(variables)]
+        code = identity.codes([cell])[cell.run]  # what other code has begun is begun anew
+        given = [code, about["defenses"], self.labels, trained, *jax.tree.leaves(variables)]
         with unfinished("defend", cell.run, given, device_name()) as store:
             repaired = store.folder / "net"
             found = [row for row in store.rows() if row["run"] == cell.run]

@@ -40,7 +40,7 @@ class Source:
     train_size: Count | None = static(None)
     test_size: Count | None = static(None)
     seed: Seed = static(0)
-    top_classes: Annotated[int, Range(2, INT32)] | None = static(None)
+    top_classes: Annotated[int, Range(2, INT32)] | None = static(None, before=None)
 
     def read(self) -> tuple[Split, Split | None, tuple[str, ...]]:
         """The official training set, test set (None: `load` splits one off) and class names (empty:
