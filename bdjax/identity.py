@@ -50,7 +50,7 @@ CORE: dict[str, dict[str, tuple[str, ...]]] = {
         "metrics.py": (),
         "defenses/base.py": (),
         "types.py": ("Verdict", "word"),
-        "sweep.py": ("JUDGES", "_measured", "_probed", "_prepare", "labelled"),
+        "sweep.py": ("_defended", "_measured", "_probed", "_prepare"),
     },
 }
 """The core that decides numbers, by file of bdjax: these definitions, and what they use of their

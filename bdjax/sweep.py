@@ -322,7 +322,7 @@ class Runner:
         done = {run for run in faults if self.stale != "redo" or run not in old}
         if self.stale is None:
             left = {c.victim: c for c in cells if c.run not in done and c.stage != "train"}
-            others = [c for c in left.values() if self._members(c) and self._held(c) is None]
+            others = [c for c in left.values() if self._members(c) and self._usable(c) is None]
             if old or others:
                 given = [rows[run][0] for run in old]
                 identity.ask(self.store.folder, given, [faults[r] for r in old], len(others))
@@ -347,13 +347,13 @@ class Runner:
         if self.members is None:
             self.members = {}
             for path in (self.store.folder / "victims").glob("*/members.json"):
-                held = schema.read_json(path, "members")
+                held = _held(path)
                 for i, name in enumerate(held["victims"]):
                     found = (path.parent, i, held.get("code"))
                     self.members.setdefault(name, []).append(found)
         return self.members.get(cell.victim, [])
 
-    def _held(self, cell: Cell) -> tuple[Path, int, Any] | None:
+    def _usable(self, cell: Cell) -> tuple[Path, int, Any] | None:
         """The victim of a cell that is to be used: one of the code at hand or, where that is asked
         for, of other code.
         """
@@ -566,13 +566,13 @@ class Runner:
                 assert self.members is not None
                 self.members.setdefault(cell.victim, []).append((path, i, code))
 
-        if missing := [owner[name] for name in names if self._held(owner[name]) is None]:
+        if missing := [owner[name] for name in names if self._usable(owner[name]) is None]:
             self._halved(missing, train)
             seconds = self.clock.split(before, len(missing))
         one = jax.eval_shape(lambda: (_untrained(cells[0], model, shared), jnp.zeros(())))
-        places = {name: held for name in names if (held := self._held(owner[name])) is not None}
+        places = {name: held for name in names if (held := self._usable(owner[name])) is not None}
         for path in dict.fromkeys(path for path, _, _ in places.values()):
-            held = schema.read_json(path / "members.json", "members")["victims"]
+            held = _held(path / "members.json")["victims"]
             some = [len(held)]
             like = jax.tree.map(
                 lambda leaf, some=some: jax.ShapeDtypeStruct((*some, *leaf.shape), leaf.dtype), one
@@ -1120,6 +1120,11 @@ def _prepare(model: Model, data: Splits, defense: Any) -> Any:
 
 def _rank(model: Model, data: Splits, key: jax.Array, judge: Judge, variables: Any) -> Any:
     return judge.rank(jax.random.fold_in(key, 1), model, variables, data.clean)
+
+
+def _held(path: Path) -> dict[str, Any]:
+    """Which victims lie beside a `members.json`, and what code made them."""
+    return schema.read_json(path, "members")
 
 
 def said(found: Mapping[str, Any]) -> Word | None:
