@@ -105,6 +105,9 @@ def run(
             f"{folder} has {len(earlier)} rows: give another --out, or leave --no-resume away to "
             "go on"
         )
+    if old := sum("victim" not in row for row in earlier):
+        say(f"{old} rows of bdjax 0.1 lie there under other hashes: `python -m bdjax.migrate "
+            f"{folder} NEW` brings them over", quiet)  # fmt: skip
     with blamed():
         made = list(module.cells(scale, seeds))
     if odd := [cell for cell in made if not isinstance(cell, Cell)]:
@@ -130,7 +133,7 @@ def run(
 
         runner = Runner(
             store, path.stem, scale, width, places, quiet, on_rows=finished, clock=clock,
-            live=live and not quiet, stale=stale
+            live=live and not quiet, stale=stale, complete=filed and only is None
         )  # fmt: skip
         rows = runner.run(cells)
         if runner.unfit:

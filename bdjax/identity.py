@@ -190,11 +190,12 @@ def kept(rows: Iterable[Row]) -> set[str]:
     """
     rows = sorted(rows, key=lambda row: row.get("written") or 0, reverse=True)
     found = {row["run"] for row in rows if not row.get("code")}
+    core = _core() if len(found) < len({row["run"] for row in rows}) else {}
     known: dict[Any, str | None] = {}
     for row in rows:
         if row["run"] in found:
             continue
-        config, now = row.get("config") or {}, _core()
+        config, now = row.get("config") or {}, dict(core)
         for part in (*VICTIM[1:], "defense", "probe"):
             try:
                 key: Any = frozenset(_named(config.get(part), part))
@@ -381,7 +382,7 @@ def _digest(pieces: Iterable[Piece], follow: bool = True) -> str:
 
 def _global(place: str, name: str, found: dict[int, str]) -> list[Piece]:
     """What a name means in a notebook, where another cell gave it a meaning."""
-    if Path(place).is_file() and getattr(sys.modules["__main__"], "__file__", None) is not None:
+    if Path(place).is_file():
         return []
     value = vars(sys.modules["__main__"]).get(name)
     if isinstance(value, types.ModuleType):
@@ -468,17 +469,20 @@ def _parsed(place: str, content: Any) -> tuple[_Statement, ...]:
         tree = ast.parse(content if isinstance(content, str) else Path(place).read_bytes())
     except (SyntaxError, ValueError) as error:
         raise BadInput(f"{place} is not Python: {' '.join(str(error).split())}") from error
+    found = [_walked(node) for part in tree.body for node in _each(part)]
     roots = {
         alias.asname or ROOT.name
-        for node in ast.walk(tree)
+        for _, nodes in found
+        for node in nodes
         if isinstance(node, ast.Import)
         for alias in node.names
-        if alias.name.split(".")[0] == ROOT.name and (alias.name == ROOT.name or not alias.asname)
+        if alias.name == ROOT.name or (alias.name.startswith(f"{ROOT.name}.") and not alias.asname)
     }
-    found = [_statement(node, roots) for part in tree.body for node in _each(part)]
-    brought = [statement for statement in found if statement.dump.startswith("(Import")]
-    rest = [statement for statement in found if not statement.dump.startswith("(Import")]
-    return (*sorted(brought, key=lambda one: one.dump), *rest)  # their order is layout
+    statements = [_statement(dump, nodes, roots) for dump, nodes in found]
+    # The order of imports is layout.
+    brought = [one for one in statements if one.dump.startswith("(Import")]
+    rest = [one for one in statements if not one.dump.startswith("(Import")]
+    return (*sorted(brought, key=lambda one: one.dump), *rest)
 
 
 def _each(node: ast.stmt) -> Iterator[ast.stmt]:
@@ -491,37 +495,49 @@ def _each(node: ast.stmt) -> Iterator[ast.stmt]:
         yield node
 
 
-def _statement(node: ast.stmt, roots: set[str]) -> _Statement:
+def _walked(node: ast.AST) -> tuple[str, list[ast.AST]]:
+    """A statement as text, and the nodes that are in it."""
+    out: list[str] = []
+    nodes: list[ast.AST] = []
+    _dump(node, out.append, nodes.append)
+    return " ".join(out), nodes
+
+
+def _statement(dump: str, nodes: Sequence[ast.AST], roots: set[str]) -> _Statement:
     binds, uses, imports = set(), set(), []
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        binds.add(node.name)
-    local = bool(binds)
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Name):
-            uses.add(inner.id)
-            if isinstance(inner.ctx, ast.Store) and not local:
-                binds.add(inner.id)
-        elif isinstance(inner, ast.Import):
-            imports += [(0, alias.name, "") for alias in inner.names]
-            binds |= set() if local else {a.asname or a.name.split(".")[0] for a in inner.names}
-        elif isinstance(inner, ast.ImportFrom):
-            imports += [(inner.level, inner.module or "", alias.name) for alias in inner.names]
-            binds |= set() if local else {alias.asname or alias.name for alias in inner.names}
-        elif not local and isinstance(inner, (ast.FunctionDef, ast.ClassDef)):
-            binds.add(inner.name)  # under an if
-        elif isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
-            if inner.value.id in roots:
-                imports.append((0, ROOT.name, inner.attr))
-        elif isinstance(inner, ast.Attribute) and (chain := _chain(inner)) and chain[0] in roots:
-            imports.append((0, ".".join([ROOT.name, *chain[1:-1]]), chain[-1]))
-    return _Statement(canonical(node), frozenset(binds), frozenset(uses), tuple(imports))
+    # What a function or class binds within itself is its own.
+    local = isinstance(nodes[0], _DEFINED)
+    for node in nodes:
+        if isinstance(node, ast.Name):
+            uses.add(node.id)
+            if isinstance(node.ctx, ast.Store) and not local:
+                binds.add(node.id)
+        elif isinstance(node, _DEFINED):
+            binds |= {node.name} if node is nodes[0] or not local else set()
+        elif isinstance(node, ast.Import):
+            imports += [(0, alias.name, "") for alias in node.names]
+            binds |= set() if local else {a.asname or a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imports += [(node.level, node.module or "", alias.name) for alias in node.names]
+            binds |= set() if local else {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, (ast.Attribute, ast.Subscript)):
+            chain = _chain(node)
+            if isinstance(node.ctx, ast.Store) and not local:
+                binds |= set(chain[:1])  # it changes what that is
+            if len(chain) > 1 and chain[0] in roots:
+                imports.append((0, ".".join([ROOT.name, *chain[1:-1]]), chain[-1]))
+    binds |= uses if isinstance(nodes[0], ast.Expr) else set()  # a call may change all of them
+    return _Statement(dump, frozenset(binds), frozenset(uses), tuple(imports))
+
+
+_DEFINED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def _chain(node: ast.expr) -> list[str]:
-    """`a.b.c` as its names; empty for anything else."""
+    """`a.b[i].c` as its names; empty for anything else."""
     parts = []
-    while isinstance(node, ast.Attribute):
-        parts.append(node.attr)
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        parts += [node.attr] if isinstance(node, ast.Attribute) else []
         node = node.value
     return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else []
 
@@ -536,16 +552,15 @@ def canonical(tree: ast.AST) -> str:
     """A syntax tree as a text that is equal for equal code on all versions of Python: without
     positions, empty fields and statements that do nothing.
     """
-    out: list[str] = []
-    _dump(tree, out.append)
-    return " ".join(out)
+    return _walked(tree)[0]
 
 
-def _dump(node: Any, put: Callable[[str], Any]) -> None:
+def _dump(node: Any, put: Callable[[str], Any], see: Callable[[ast.AST], Any]) -> None:
     if not isinstance(node, ast.AST):
         # `repr` escapes what a version's Unicode tables do not know.
         put(ascii(node) if isinstance(node, (str, bytes)) else repr(node))
         return
+    see(node)
     put(f"({type(node).__name__}")
     for name in node._fields:
         value = getattr(node, name, None)
@@ -559,11 +574,11 @@ def _dump(node: Any, put: Callable[[str], Any]) -> None:
             if value:
                 put(f"{name}[")
                 for inner in value:
-                    _dump(inner, put)
+                    _dump(inner, put, see)
                 put("]")
         else:
             put(name)
-            _dump(value, put)
+            _dump(value, put, see)
     put(")")
 
 

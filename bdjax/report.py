@@ -197,9 +197,9 @@ def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, verdict,
     invalid, faults, notes, metrics, seconds, oracle, redraw, substitute, other_code, marked}` and a
-    metric `{n, mean, sd, paper, delta}`; `sd` is None for one seed, `paper` and `delta` where the paper
-    has no number; `other_code` counts seeds, see `identity.kept`. Seeds of a defense whose victim
-    has `faults` do not count, unless all are so: then the row is `invalid`.
+    metric `{n, mean, sd, paper, delta}`; `sd` is None for one seed, `paper` and `delta` where the
+    paper has no number; `other_code` counts seeds, see `identity.kept`. Seeds of a defense whose
+    victim has `faults` do not count, unless all are so: then the row is `invalid`.
     """
     rows = list(rows)
     bad, old = faults(rows), identity.kept(rows)

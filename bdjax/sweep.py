@@ -239,6 +239,8 @@ class Runner:
     live: bool = False
     stale: identity.Stale | None = None
     """What to do with rows and victims that other code made; None: `run` asks by `BadInput`."""
+    complete: bool = False
+    """The cells are all of the experiment: where they do not say so, a row is shown no more."""
     board: Board = dataclasses.field(default_factory=Board)
     stop: Stop = dataclasses.field(default_factory=Stop)
     unlabelled: bool = False
@@ -331,9 +333,11 @@ class Runner:
             before = [placed(row) for row in rows[run]]
             places = [self._place(cell) for cell in self.shown[run]]
             here = {name: places[0][name] for name in ("experiment", "scale")}
-            others = [place for place in before if not here.items() <= place.items()]
-            others = others if self.whole else [place for place in before if place not in places]
-            places = [*others, *places]
+            kept = [
+                place for place in before
+                if place in places or not self.complete or not here.items() <= place.items()
+            ]  # fmt: skip
+            places = kept + [place for place in places if place not in before]
             if places != before:
                 row = {k: v for k, v in rows[run][0].items() if k not in identity.PLACE}
                 moved += [{**row, **place, "written": time.time()} for place in places]
