@@ -566,6 +566,8 @@ def _dump(node: Any, put: Callable[[str], Any], see: Callable[[ast.AST], Any]) -
         value = getattr(node, name, None)
         if name in _BLIND or (value is None and not isinstance(node, ast.Constant)):
             continue
+        if name == "format_spec" and not _joined(value.values):
+            continue
         if isinstance(value, list):
             if isinstance(node, ast.JoinedStr):
                 value = _joined(value)
