@@ -77,9 +77,7 @@ def run(
     """
     from bdjax import experiment
 
-    experiment.run(
-        file, scale, out, seeds, quiet, lanes, changes=settings, only=only, stale=stale
-    )
+    experiment.run(file, scale, out, seeds, quiet, lanes, changes=settings, only=only, stale=stale)
 
 
 def sweep(

@@ -17,6 +17,7 @@ import inspect
 import json
 import linecache
 import math
+import re
 import sys
 import sysconfig
 import types
@@ -58,7 +59,8 @@ file; all of it where none is named.
 """
 ASIDE = {
     *("registry", "types", "mesh", "own", "schema", "store", "progress", "report", "plots", "cli"),
-    *("experiment", "study", "sweep", "identity", "plugins", "rows", "__init__", "__main__"),
+    *("experiment", "study", "changes", "rows", "sweep", "identity", "migrate", "plugins"),
+    *("__init__", "__main__"),
     *("models/conv", "datasets"),
 }
 """Modules of bdjax that decide no number, or only by what `CORE` names of them. Images count by
@@ -92,6 +94,8 @@ def _hash(value: Any) -> str:
 def plain(described: Any, kind: str | None = None) -> Any:
     """A description without what stays outside of a run, its numbers as float32 has them."""
     if isinstance(described, Mapping):
+        if {*described} == {"function"}:  # whether its file is imported, or given as a plugin
+            return {"function": _LOADED.sub("", str(described["function"]))}
         method = described.keys() & {"name", "class"}
         old = _before(described, kind) if method else {}
         found = {k: plain(v, kind) for k, v in described.items() if not (method and k == "plugin")}
@@ -107,6 +111,10 @@ def plain(described: Any, kind: str | None = None) -> Any:
     return described
 
 
+_LOADED = re.compile(r"^(plugin|experiment)_(?=\w+\.)")
+"""What files that are run as modules have before their names."""
+
+
 def _before(described: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
     """The fields of a described method that an older version did not have, at what they mean."""
     cls = _class(described, kind)
@@ -119,8 +127,10 @@ def _before(described: Mapping[str, Any], kind: str | None) -> dict[str, Any]:
 
 
 def _class(described: Mapping[str, Any], kind: str | None) -> type | None:
-    if "class" in described:
-        return registry._pytrees.get(described["class"])
+    if "class" in described:  # of 0.1 without its plugin
+        exact = registry._stem(described.get("plugin")), described["class"]
+        alike = [key for key in registry._pytrees if key[1] == described["class"]]
+        return registry._pytrees.get(exact if exact in alike else (alike or [exact])[0])
     found = [e for e in registry._entries.values() if e.name == described["name"]]
     return next((e.cls for e in found if e.kind == kind), found[0].cls if found else None)
 
