@@ -341,7 +341,7 @@ def status(folder: str | Path) -> None:
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(progress.table(found))
     rows, left = (
-        len(read_rows(result_files(Path(folder)))),
+        len({row["run"] for row in read_rows(result_files(Path(folder)))}),
         sum(run["total"] - run["rows"] for run in found),
     )
     print(f"{rows} rows are there, {left} are to come from these")

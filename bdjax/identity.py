@@ -231,7 +231,7 @@ def _things(value: Any) -> Iterator[Any]:
     if isinstance(value, functools.partial):
         yield from _things([value.func, *value.args, *value.keywords.values()])
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from filter(_counts, _own(type(value)))
+        yield from _own(type(value))
         for field in dataclasses.fields(value):
             yield from _things(getattr(value, field.name))
     elif isinstance(value, (list, tuple)):
@@ -256,7 +256,7 @@ def _named(described: Any, kind: str) -> Iterator[Any]:
         elif described.keys() & {"name", "class"}:
             if (cls := _class(described, kind)) is None:
                 raise LookupError(described)
-            yield from filter(_counts, _own(cls))
+            yield from _own(cls)
         yield from _named(list(described.values()), kind)
 
 
@@ -283,13 +283,15 @@ def _function(dotted: str) -> Any:
     raise LookupError(dotted)
 
 
+@functools.cache
 def _own(cls: type) -> list[type]:
-    """A class and its bases, but for those of third parties."""
+    """A class and its bases, but for those of third parties and of the core."""
     top = cls.__module__.partition(".")[0]
     return [
         base
         for base in cls.__mro__
         if base is cls or base.__module__.partition(".")[0] == top or not _third(base)
+        if _counts(base)
     ]
 
 
@@ -435,7 +437,7 @@ def _imported(place: str, level: int, module: str, name: str) -> list[Piece]:
 
 def _file(path: Path, name: str) -> list[Piece]:
     places = [path / f"{name}.py", path / name / "__init__.py"] if name else []
-    places += [path.with_name(f"{path.name}.py"), path / "__init__.py"]
+    places += [path / "__init__.py", path.with_name(f"{path.name}.py")]
     return [(str(p), "") for p in [p for p in places if p.is_file()][:1]]
 
 
