@@ -144,6 +144,7 @@ def study(
     lanes: str | None = None,
     dry_run: bool = False,
     quiet: bool = False,
+    stale: Stale | None = None,
 ) -> None:
     """Run every attack, and the clean twin, under every defense: a study without writing Python.
 
@@ -163,6 +164,8 @@ def study(
         lanes: Runs side by side on a device, or auto; 1 on a CPU if not given, else all.
         dry_run: Print cells, groups, memory and expected time; train nothing.
         quiet: No progress.
+        stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
+            folder that has some is refused if not given.
     """
     from bdjax import experiment, studies
 
@@ -173,7 +176,8 @@ def study(
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(tempfile.TemporaryDirectory()) if dry_run else folder
         file = studies.keep(text, Path(kept))
-        experiment.run(file, "cpu", folder, None, quiet, lanes, dry_run=dry_run, live=True)
+        options = {"dry_run": dry_run, "live": True, "stale": stale}
+        experiment.run(file, "cpu", folder, None, quiet, lanes, **options)
 
 
 def status(folder: Annotated[Path, Words]) -> None:

@@ -59,8 +59,8 @@ file; all of it where none is named.
 """
 ASIDE = {
     *("registry", "types", "mesh", "own", "schema", "store", "progress", "report", "plots", "cli"),
-    *("experiment", "study", "changes", "rows", "sweep", "identity", "migrate", "plugins"),
-    *("__init__", "__main__"),
+    *("experiment", "study", "studies", "changes", "rows", "sweep", "identity", "migrate"),
+    *("plugins", "__init__", "__main__"),
     *("models/conv", "datasets"),
 }
 """Modules of bdjax that decide no number, or only by what `CORE` names of them. Images count by
