@@ -51,6 +51,9 @@ def test_what_shows_a_run_is_no_part_of_it():
         ]
     ]
     assert len({CELL.victim, *(cell.victim for cell in others)}) == 7
+    data = DATA.load()
+    called = sweep.Labelled(data=data._replace(names=tuple("abcdefghij"), name="clothes"))
+    assert replace(CELL, ["dataset"], called).run == CELL.run
     defended = replace(CELL, ["defense"], NeuralCleanse())
     assert defended.victim == CELL.victim and defended.run != CELL.run
 
