@@ -51,7 +51,7 @@ CORE: dict[str, dict[str, tuple[str, ...]]] = {
         "metrics.py": (),
         "defenses/base.py": (),
         "types.py": ("Verdict", "word"),
-        "sweep.py": ("_defended", "_measured", "_probed", "_prepare"),
+        "sweep.py": ("_keys", "_defended", "_measured", "_probed", "_prepare"),
     },
 }
 """The core that decides numbers, by file of bdjax: these definitions, and what they use of their
@@ -275,11 +275,11 @@ def _function(dotted: str) -> Any:
     """A function that is loaded, by its name; code is never imported for it."""
     parts = dotted.split(".")
     for i in range(len(parts) - 1, 0, -1):
-        if (found := sys.modules.get(".".join(parts[:i]))) is not None:
-            for part in parts[i:]:
-                found = getattr(found, part, None)
-            if found is not None:
-                return inspect.unwrap(found)
+        found: Any = sys.modules.get(".".join(parts[:i]))
+        for part in parts[i:]:
+            found = getattr(found, part, None)
+        if found is not None:
+            return inspect.unwrap(found)
     raise LookupError(dotted)
 
 
@@ -578,7 +578,7 @@ def _dump(node: Any, put: Callable[[str], Any], see: Callable[[ast.AST], Any]) -
         value = getattr(node, name, None)
         if name in _BLIND or (value is None and not isinstance(node, ast.Constant)):
             continue
-        if name == "format_spec" and not _joined(value.values):
+        if isinstance(value, ast.JoinedStr) and name == "format_spec" and not _joined(value.values):
             continue
         if isinstance(value, list):
             if isinstance(node, ast.JoinedStr):

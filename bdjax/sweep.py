@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
@@ -254,6 +254,8 @@ class Runner:
         keep_compiled()
         if self.lanes not in (None, "auto"):
             self.lanes = whole("lanes", self.lanes, 1)
+        if self.stale not in (None, *get_args(identity.Stale)):
+            raise BadInput(f"stale '{shown(self.stale)}' is not keep or redo")
         self.places = list(self.devices or jax.local_devices()[:1])
         self.members: dict[str, list[tuple[Path, int, Any]]] | None = None
         self.codes: dict[str, dict[str, Any]] = {}
@@ -794,12 +796,9 @@ class Runner:
         defenses = self._prepared(cells, model, shared)
         self.stop.check()
         victims = victims or [(bound(cell, shared), None) for cell in cells]
-        keys = [jax.random.key(cell.seed) for cell in cells]
-        known = keys if trained is None else [jax.random.key(trained)] * len(cells)
-        items = zip(
-            keys if stage == "samples" else [jax.random.fold_in(key, 1) for key in keys],
-            defenses, victims, [cell.recipe for cell in cells], known, strict=True
-        )  # fmt: skip
+        keys, known = zip(*(_keys(cell, trained) for cell in cells))
+        recipes = [cell.recipe for cell in cells]
+        items = zip(keys, defenses, victims, recipes, known, strict=True)
         keys, defenses, (attacks, variables), recipes, known = self._stacked(list(items))
         found, arrays, judged, repaired = {}, {}, model, None
         if defense is not None:
@@ -1062,6 +1061,13 @@ def say(line: str, quiet: bool) -> None:
 
 
 # --- The programs: each is mapped over runs. ---
+
+
+def _keys(cell: Cell, trained: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """The keys of judging a cell's victim, and of its training by the seed `trained`."""
+    key = jax.random.key(cell.seed)
+    known = key if trained is None else jax.random.key(trained)
+    return key if cell.stage == "samples" else jax.random.fold_in(key, 1), known
 
 
 def _untrained(cell: Cell, model: Model, data: Splits) -> Any:
