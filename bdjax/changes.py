@@ -49,9 +49,9 @@ def changed(cells: Iterable[Cell], settings: Mapping[str, Any]) -> list[Cell]:
     for path in settings:
         if not any(path in cell.changed for cell in found):
             raise BadInput(_unknown(cells, settings, path))
-    before: dict[str, Cell] = {}
+    before: dict[tuple[str, str], Cell] = {}
     for old, new in zip(cells, found, strict=True):
-        twin = before.setdefault(new.run, old)
+        twin = before.setdefault((new.table, new.run), old)  # tables may share a run
         if twin.run != old.run:
             names = " and ".join(f"'{c.table}: {c.row}', seed {c.seed}" for c in (twin, old))
             raise BadInput(f"{', '.join(new.changed)}: {names} would become one run")

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import tyro
 
 from bdjax import datasets, own, plugins, registry
+from bdjax.identity import Stale
 from bdjax.registry import Entry
 from bdjax.types import BadInput, Seed
 
@@ -59,6 +60,7 @@ def run(
     settings: Settings = (),
     only: str | None = None,
     quiet: bool = False,
+    stale: Stale | None = None,
 ) -> None:
     """Run an experiment file: prints its table "paper vs ours", writes a results folder; goes on
     where it stopped.
@@ -71,10 +73,12 @@ def run(
         lanes: Runs side by side on a device; if not given 1 on a CPU and all on an accelerator.
         only: Only the tables or rows whose name this pattern fits, such as "MNIST*".
         quiet: No progress.
+        stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
+            folder that has some is refused if not given.
     """
     from bdjax import experiment
 
-    experiment.run(file, scale, out, seeds, quiet, lanes, changes=settings, only=only)
+    experiment.run(file, scale, out, seeds, quiet, lanes, changes=settings, only=only, stale=stale)
 
 
 def sweep(
@@ -91,6 +95,7 @@ def sweep(
     settings: Settings = (),
     only: str | None = None,
     quiet: bool = False,
+    stale: Stale | None = None,
 ) -> None:
     """Run a sweep: an experiment file with many cells, on any number of devices and machines.
 
@@ -109,10 +114,13 @@ def sweep(
         dry_run: Print cells, groups, memory and expected time; train nothing.
         only: Only the tables or rows whose name this pattern fits, such as "MNIST*".
         quiet: No progress.
+        stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
+            folder that has some is refused if not given.
     """
     from bdjax import experiment
 
     options = {
+        "stale": stale,
         "shard": shard,
         "hosts": hosts,
         "devices": devices,
@@ -137,6 +145,7 @@ def study(
     lanes: str | None = None,
     dry_run: bool = False,
     quiet: bool = False,
+    stale: Stale | None = None,
 ) -> None:
     """Run every attack, and the clean twin, under every defense: a study without writing Python.
 
@@ -156,6 +165,8 @@ def study(
         lanes: Runs side by side on a device, or auto; 1 on a CPU if not given, else all.
         dry_run: Print cells, groups, memory and expected time; train nothing.
         quiet: No progress.
+        stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
+            folder that has some is refused if not given.
     """
     from bdjax import experiment, studies
 
@@ -166,7 +177,8 @@ def study(
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(tempfile.TemporaryDirectory()) if dry_run else folder
         file = studies.keep(text, Path(kept))
-        experiment.run(file, "cpu", folder, None, quiet, lanes, dry_run=dry_run, live=True)
+        options = {"dry_run": dry_run, "live": True, "stale": stale}
+        experiment.run(file, "cpu", folder, None, quiet, lanes, **options)
 
 
 def status(folder: Annotated[Path, Words]) -> None:
@@ -284,7 +296,7 @@ class Train:
         own.whole(self.out, old_model)
         cell = Cell("", "", flags.dataset, flags.model, flags.recipe, flags.attack, seed=self.seed)
         with unfinished("train", cell.run, device_name()) as store:
-            runner = Runner(store, "train", quiet=self.quiet)
+            runner = Runner(store, "train", quiet=self.quiet, stale="redo")
             (row,) = runner.run([cell])
             if "error" not in row:
                 model, attack, variables = runner.victim(cell)
@@ -362,6 +374,7 @@ class Defend:
     def __call__(self) -> None:
         import jax
 
+        from bdjax import identity
         from bdjax.store import (
             check_data,
             copy_model,
@@ -411,7 +424,8 @@ class Defend:
             )
         check_data(about, self.checkpoint, strict=cell.stage == "samples")
         trained = self._trained(about, cell)
-        given = [about["defenses"], self.labels, trained, *jax.tree.leaves(variables)]
+        code = identity.codes([cell])[cell.run]  # what other code has begun is begun anew
+        given = [code, about["defenses"], self.labels, trained, *jax.tree.leaves(variables)]
         with unfinished("defend", cell.run, given, device_name()) as store:
             repaired = store.folder / "net"
             found = [row for row in store.rows() if row["run"] == cell.run]

@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bdjax import plugins, progress, report
+from bdjax import identity, plugins, progress, report
 from bdjax.changes import changed, read
+from bdjax.identity import Stale
 from bdjax.own import explained
 from bdjax.plugins import executed, raised_in
 from bdjax.progress import shown
@@ -61,6 +62,7 @@ def run(
     live: bool = False,
     changes: Sequence[str] = (),
     only: str | None = None,
+    stale: Stale | None = None,
 ) -> list[dict[str, Any]]:
     """Runs a study, an experiment file or cells; returns its rows. What was finished by an earlier
     run is not done again.
@@ -71,7 +73,8 @@ def run(
     how many of this process's; `resume=False` refuses a folder that has rows; `dry_run` prints what
     would be done; `live`: a table instead of bars; `changes`: fields of the cells that are set
     otherwise, `PATH=VALUE` each, see `bdjax.changes`; `only`: the cells whose table or row this
-    pattern of a shell fits.
+    pattern of a shell fits; `stale`: what to do with rows and victims that other code made, see
+    `Runner`.
     """
     width = lanes if lanes in (None, "auto") else whole("lanes", lanes, 1)
     part = None if shard is None else part_of(shard)
@@ -102,6 +105,9 @@ def run(
             f"{folder} has {len(earlier)} rows: give another --out, or leave --no-resume away to "
             "go on"
         )
+    if old := sum("victim" not in row for row in earlier):
+        say(f"{old} rows of bdjax 0.1 lie there under other hashes: `python -m bdjax.migrate "
+            f"{folder} NEW` brings them over", quiet)  # fmt: skip
     with blamed():
         made = list(module.cells(scale, seeds))
     if odd := [cell for cell in made if not isinstance(cell, Cell)]:
@@ -112,9 +118,9 @@ def run(
         made = among(made, only)
     if settings:
         made = changed(made, settings)
-    cells = list({cell.run: cell for cell in made}.values())
+    cells = list({(cell.run, cell.table, cell.row): cell for cell in made}.values())
     if dry_run:
-        plan(cells, earlier, places, width, part)
+        plan(cells, earlier, places, width, part, stale)
         return []
 
     store, console, start, clock = Store(folder, part), Console(), time.monotonic(), Clock()
@@ -127,7 +133,7 @@ def run(
 
         runner = Runner(
             store, path.stem, scale, width, places, quiet, on_rows=finished, clock=clock,
-            live=live and not quiet
+            live=live and not quiet, stale=stale, complete=filed and only is None
         )  # fmt: skip
         rows = runner.run(cells)
         if runner.unfit:
@@ -137,7 +143,7 @@ def run(
                   f"{len(cells)} rows are there, the page is written by the shard that ends "
                   "last")  # fmt: skip
             return rows
-        Store(folder).append(rows)  # what the shards have
+        Store(folder).append(store.rows())  # what the shards have
         begun = time.monotonic()
         report.print_table(rows, console)
         typed = shlex.quote(path.as_posix())
@@ -266,11 +272,16 @@ def plan(
     devices: Sequence[Any],
     lanes: int | str | None,
     shard: Any,
+    stale: Stale | None = None,
 ) -> None:
     """Prints what a run would do: cells, groups, memory, and the time that like rows took. Trains
     nothing.
     """
-    done = {row["run"] for row in rows}
+    code, old = identity.codes(cells), set()
+    for row in rows:
+        if row["run"] in code and identity.differs(row.get("code"), code[row["run"]]):
+            old.add(row["run"])
+    done = {row["run"] for row in rows} - (old if stale == "redo" else set())
     took: dict[Any, list[float]] = {}
     for row in rows:
         if "error" not in row:
@@ -302,6 +313,8 @@ def plan(
     print(f"{count} cells, {victims} victims, {len(made)} groups on {len(devices)} × "
           f"{devices[0].device_kind}{'' if shard is None else ', shard {}/{}'.format(*shard)}; "
           f"{count - sum(c.run in done for g in made for c in g)} to do")  # fmt: skip
+    if old:
+        print(f"{len(old)} rows come from other code: --stale {stale or 'keep or --stale redo'}")
     print(
         f"memory of a device: {max(memory, default=0):.0f} MB at least (data, training states, "
         "activations of a batch)"
@@ -328,7 +341,7 @@ def status(folder: str | Path) -> None:
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(progress.table(found))
     rows, left = (
-        len(read_rows(result_files(Path(folder)))),
+        len({row["run"] for row in read_rows(result_files(Path(folder)))}),
         sum(run["total"] - run["rows"] for run in found),
     )
     print(f"{rows} rows are there, {left} are to come from these")

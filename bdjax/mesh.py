@@ -54,7 +54,8 @@ def bytes_of(tree: Any) -> int:
 
 
 def _count(tree: Any) -> int:
-    return jax.tree.leaves(tree)[0].shape[0]
+    leaves = jax.tree.leaves(tree)
+    return leaves[0].shape[0] if leaves else 0
 
 
 def lane_map(fn: Callable, items: Any, lanes: int | None = None) -> Any:

@@ -61,8 +61,25 @@ class Entry(NamedTuple):
 
 
 def static(default: Any = dataclasses.MISSING, **kwargs) -> Any:
-    """A dataclass field that is part of the compile key instead of a leaf."""
-    return dataclasses.field(default=default, metadata={"static": True}, **kwargs)
+    """A dataclass field that is part of the compile key instead of a leaf; `kwargs` as those of
+    `leaf`.
+    """
+    return leaf(default, static=True, **kwargs)
+
+
+def leaf(
+    default: Any = dataclasses.MISSING,
+    *,
+    before: Any = dataclasses.MISSING,
+    static: bool = False,
+    **kwargs,
+) -> Any:
+    """A dataclass field that an older version of its class did not have. `before`: the value that
+    means what was done then; with it a run is the run that it was, see `bdjax.identity`.
+    """
+    about = {"static": True} if static else {}
+    about |= {} if before is dataclasses.MISSING else {"before": before}
+    return dataclasses.field(default=default, metadata=about, **kwargs)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))

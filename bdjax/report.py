@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -27,7 +27,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from bdjax import metrics, plots, schema
+from bdjax import identity, metrics, plots, schema
 from bdjax.own import beside, kind, renamed, sweep
 from bdjax.progress import kept, shown
 from bdjax.store import Store, result_files
@@ -90,6 +90,7 @@ PAGES = ("table.csv", "table.md", "index.html")
 """What every report writes; a run's adds `report.json` and figures."""
 MARKS = {"reproduced": "✓", "partly": "◐", "not": "✗", "open": "?"}
 LEGEND = "paper → ours: mean ± sample standard deviation over n seeds; Δ = ours − paper."
+OTHER = "made by other code than is at hand, and kept"
 DPI = 144
 PNG = b"\x89PNG\r\n\x1a\n"
 WORKS, ABOVE = 0.5, 0.1
@@ -195,13 +196,13 @@ def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
     of a name.
 
     A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, verdict,
-    invalid, faults, notes, metrics, seconds, oracle, redraw, substitute}` and a metric `{n, mean,
-    sd, paper, delta}`; `sd` is None for one seed, `paper` and `delta` where the paper has no
-    number. Seeds of a defense whose victim has `faults` do not count, unless all are so: then the
-    row is `invalid`.
+    invalid, faults, notes, metrics, seconds, oracle, redraw, substitute, other_code, marked}` and a
+    metric `{n, mean, sd, paper, delta}`; `sd` is None for one seed, `paper` and `delta` where the
+    paper has no number; `other_code` counts seeds, see `identity.kept`. Seeds of a defense whose
+    victim has `faults` do not count, unless all are so: then the row is `invalid`.
     """
     rows = list(rows)
-    bad = faults(rows)
+    bad, old = faults(rows), identity.kept(rows)
     scales = {row.get("scale") for row in rows}
     tables: dict[str, dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
@@ -213,13 +214,16 @@ def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
         key = (row.get("row") or "", *(row.get(field) for field in FIELDS))
         tables.setdefault(name, {}).setdefault(key, []).append(row)
     return [
-        _table(name, [_line(key[0], cells, bad) for key, cells in groups.items()])
+        _table(name, [_line(key[0], cells, bad, old) for key, cells in groups.items()])
         for name, groups in tables.items()
     ]
 
 
 def _table(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
     found = dict.fromkeys(metric for line in lines for metric in line["metrics"])
+    whole = all(line["other_code"] == line["n"] for line in lines)
+    for line in lines:
+        line["marked"] = bool(line["other_code"]) and not whole  # where all are, it is said once
     return {
         "name": name,
         "metrics": [m for m in FIRST if m in found] + [m for m in found if m not in FIRST],
@@ -227,7 +231,9 @@ def _table(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _line(label: str, cells: list[Row], bad: Mapping[str, str]) -> dict[str, Any]:
+def _line(
+    label: str, cells: list[Row], bad: Mapping[str, str], old: Container[str]
+) -> dict[str, Any]:
     done = [cell for cell in cells if not cell.get("error")]
     odd = [cell for cell in done if cell["run"] in bad]
     lost = [cell for cell in odd if cell.get("defense")]
@@ -260,6 +266,7 @@ def _line(label: str, cells: list[Row], bad: Mapping[str, str]) -> dict[str, Any
         },
         "oracle": any(cell.get("oracle") for cell in cells),
         "redraw": any(_redraws(cell) for cell in cells),
+        "other_code": sum(cell["run"] in old for cell in done),
         "substitute": ", ".join(_different(cells, "substitute")) or None,
     }
 
@@ -437,6 +444,9 @@ def _remarks(line: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(("substitute", f"substitute: {line['substitute']}"))
     found += [("invalid", text) for text in line["faults"]]
     found += [("note", text) for text in line["notes"]]
+    if line["marked"]:
+        some = f"{line['other_code']} of {line['n']} seeds " * (line["other_code"] < line["n"])
+        found.append(("other code", f"{some}by other code ‡"))
     if line["failed"]:
         found.append(("failed", f"{line['failed']} failed: {'; '.join(line['errors'])}"))
     return found
@@ -449,7 +459,11 @@ def _fixed(table: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _caption(table: Mapping[str, Any]) -> str:
-    return " · ".join(f"n = {v}" if k == "n" else f"{k} {v}" for k, v in _fixed(table).items())
+    parts = [f"n = {v}" if k == "n" else f"{k} {v}" for k, v in _fixed(table).items()]
+    if any(line["other_code"] for line in table["rows"]):
+        marked = any(line["marked"] for line in table["rows"])
+        parts.append(f"{'‡' if marked else 'all rows'}: {OTHER}")
+    return " · ".join(parts)
 
 
 def _shown(table: Mapping[str, Any]) -> list[str]:
@@ -478,7 +492,9 @@ def csv(tables: Iterable[Mapping[str, Any]]) -> str:
                 }
             record |= {f"seconds_{k}": v for k, v in line["seconds"].items()}
             record |= {"invalid": "; ".join(line["faults"]) or None}
-            records.append(record | {k: line[k] for k in ("oracle", "redraw", "substitute")})
+            records.append(
+                record | {k: line[k] for k in ("oracle", "redraw", "substitute", "other_code")}
+            )
     records = [{_cell(k): _cell(v) for k, v in record.items()} for record in records]
     frame = pl.DataFrame(records, infer_schema_length=None)
     return frame.select(

@@ -85,6 +85,14 @@ FORMER = {
     "spectral-signatures": {"auroc": "auroc_pooled"},
 }
 """Metrics, by defense, that rows of 0.1 have under another name."""
+PLACE = {
+    "table": str | None,
+    "row": str | None,
+    "reported?": {...: Measured()},
+    **dict.fromkeys(("tags?", "set?"), dict),
+    **dict.fromkeys(("experiment?", "scale?", "substitute?"), str | None),
+}
+"""Where a row is shown: `bdjax.identity.PLACE`."""
 
 
 def _renamed(row: Any) -> Any:
@@ -114,11 +122,13 @@ KINDS = {
         "the net has to be trained, or copied, again",
     ),
     "row": Kind(
-        1,
+        2,
         {
             "run": NAME,
-            "table": str | None,
-            "row": str | None,
+            **PLACE,
+            "also?": [PLACE],
+            "code?": Maybe({...: Maybe(HASH)}),
+            "written?": SECONDS,
             "metrics": {...: Measured()},
             "seconds": {"compile": SECONDS, "run": SECONDS},
             "seed?": Number(0, 2**53, True),
@@ -127,12 +137,10 @@ KINDS = {
             "plan?": Maybe({"asked": COUNT, "poisoned": COUNT}),
             "test?": Maybe({"n": Number(1, 2**53, True), "majority": Number(0, 1)}),
             "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
-            "reported?": {...: Measured()},
             "oracle?": bool,
-            **dict.fromkeys(("tags?", "set?"), dict),
-            **dict.fromkeys(("experiment?", "scale?", "device?", "jax?", "commit?"), str | None),
+            **dict.fromkeys(("device?", "jax?", "commit?"), str | None),
             **dict.fromkeys(("dataset?", "model?", "attack?", "defense?"), str | None),
-            **dict.fromkeys(("substitute?", "error?", "verdict?"), str | None),
+            **dict.fromkeys(("error?", "verdict?"), str | None),
         },
         most=LARGE,
         old=_renamed,
@@ -173,8 +181,8 @@ KINDS = {
         },
     ),
     "members": Kind(
-        1,
-        {"victims": [NAME]},
+        2,
+        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)})},
         "delete its folder, its victims are trained again",
         old=lambda value: {"victims": value} if isinstance(value, list) else value,
     ),

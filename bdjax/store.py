@@ -29,6 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bdjax import __version__, own, registry, schema
 from bdjax.datasets.base import data_dir, fingerprint
+from bdjax.identity import PLACE
 from bdjax.models.layers import build
 from bdjax.own import explained, renamed
 from bdjax.progress import kept
@@ -117,8 +118,10 @@ class Store:
                 _sweep_old(folder)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows whose run is not there yet; on return they are on the disk. Safe with several
-        writers.
+        """Adds rows whose run is not there yet, or was `written` before; on return they are on the
+        disk. Safe with several writers.
+
+        Rows of one run, which is shown in several places, become one line.
         """
         path = self.folder / f".{self.results.name}.lock"
         with explained(self.results):
@@ -126,9 +129,15 @@ class Store:
             _lockable(path)
             with FileLock(path).acquire(poll_interval=0.01):
                 end, glue = _appendable(self.results)
-                known = {row["run"] for row in read_rows([self.results])} if end else set()
-                new = {row["run"]: row for row in rows if row["run"] not in known}.values()
-                text = "".join(schema.dump(row, "row") + "\n" for row in new)
+                known = {r["run"]: _written(r) for r in read_rows([self.results])} if end else {}
+                lines: dict[str, dict[str, Any]] = {}
+                for row in rows:
+                    if (line := lines.get(row["run"])) is not None:
+                        if placed(row) not in (placed(line), *line["also"]):
+                            line["also"].append(placed(row))
+                    elif row["run"] not in known or _written(row) > known[row["run"]]:
+                        lines[row["run"]] = {**row, "also": list(row.get("also", []))}
+                text = "".join(schema.dump(_lean(row), "row") + "\n" for row in lines.values())
                 with open(self.results, "ab") as file:
                     try:
                         file.truncate(end)
@@ -325,8 +334,9 @@ def say_once(line: str) -> None:
 
 
 def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The rows of results files, each run once. What was measured is a float, NaN where it was not.
-    A torn last line is left out; so are odd rows, of which one line tells.
+    """The rows of results files: of each run the line that was written last, once for each place
+    where it is shown. What was measured is a float, NaN where it was not. A torn last line is left
+    out; so are odd rows, of which one line tells.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
@@ -335,7 +345,8 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
         for number, line in enumerate([*lines, last], 1):
             try:
                 row = schema.understood(line, "row")
-                found.setdefault(row["run"], row)
+                if row["run"] not in found or _written(row) > _written(found[row["run"]]):
+                    found[row["run"]] = row
             except schema.Newer as error:
                 raise BadInput(f"{path}: row {number} {error}") from None
             except BadInput as error:
@@ -345,7 +356,24 @@ def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
             say_once(
                 f"{len(odd)} of {len(lines)} rows of {path} are odd and left out ({odd[0][:200]})"
             )
-    return list(found.values())
+    rows = [(row, row.pop("also", [])) for row in found.values()]
+    return [{**row, **place} for row, also in rows for place in ({}, *also)]
+
+
+def placed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a row is shown."""
+    return {name: row[name] for name in PLACE if name in row}
+
+
+def _written(row: Mapping[str, Any]) -> float:
+    """When a row was written; 0.1 did not say."""
+    return row.get("written") or 0.0
+
+
+def _lean(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a line of today's format; `_appendable` knows a torn one by its `run`."""
+    kept = {k: v for k, v in row.items() if k != "format" and (k != "also" or v)}
+    return {"run": kept.pop("run"), **kept}
 
 
 def recall(name: str) -> dict[str, Any]:

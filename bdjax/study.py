@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from bdjax import registry, types
+from bdjax import identity, registry, types
 from bdjax.attacks.base import Attack
 from bdjax.datasets import fingerprint
 from bdjax.datasets.base import Source
@@ -89,15 +89,35 @@ class Cell:
         return fingerprint(self.dataset.load())
 
     @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """All that is configured, as rows have it."""
+        parts = ["dataset", "model", "recipe", "attack", "defense"]
+        parts += [] if self.probe is None else ["probe"]
+        return {part: registry.describe(getattr(self, part)) for part in parts}
+
+    @functools.cached_property
     def victim(self) -> str:
         """Content hash of everything that decides the victim's weights."""
-        return registry.digest(self.data, self.model, self.recipe, self.attack, self.seed)
+        return identity.victim_of(self.data, self.config, self.seed)
 
     @functools.cached_property
     def run(self) -> str:
-        """Content hash of the row."""
-        probes = () if self.probe is None else (self.probe,)
-        return registry.digest(self.victim, self.defense, self.table, self.row, *probes)
+        """Content hash of everything that decides the numbers: cells of several tables may be one
+        run.
+        """
+        return identity.run_of(self.victim, self.config)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the run is shown, and beside what."""
+        return {
+            "table": self.table,
+            "row": self.row,
+            "tags": dict(self.tags),
+            **({"set": dict(self.changed)} if self.changed else {}),
+            "reported": dict(self.reported),
+            "substitute": self.substitute,
+        }
 
 
 def grid(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
@@ -149,7 +169,7 @@ def sample(
 
 
 chain = itertools.chain
-"""Several sweeps as one: `chain(grid(…), sample(…))`. A cell that occurs twice is run once."""
+"""Several sweeps as one: `chain(grid(…), sample(…))`. What occurs twice is run once."""
 
 
 def _several(base: Any) -> Iterable[Any]:

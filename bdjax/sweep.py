@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import mesh, metrics, own, registry, schema
+from bdjax import identity, mesh, metrics, own, registry, schema
 from bdjax.datasets import data_dir, fingerprint
 from bdjax.datasets.base import Source
 from bdjax.defenses.base import (
@@ -46,6 +46,7 @@ from bdjax.store import (
     load_tree,
     old_checkpoint,
     old_victims,
+    placed,
     recall,
     remember,
     save_tree,
@@ -237,6 +238,10 @@ class Runner:
     clock: Clock = dataclasses.field(default_factory=Clock)
     programs: dict[Any, Any] = dataclasses.field(default_factory=dict)
     live: bool = False
+    stale: identity.Stale | None = None
+    """What to do with rows and victims that other code made; None: `run` asks by `BadInput`."""
+    complete: bool = False
+    """The cells are all of the experiment: where they do not say so, a row is shown no more."""
     board: Board = dataclasses.field(default_factory=Board)
     stop: Stop = dataclasses.field(default_factory=Stop)
     unlabelled: bool = False
@@ -250,8 +255,13 @@ class Runner:
         keep_compiled()
         if self.lanes not in (None, "auto"):
             self.lanes = whole("lanes", self.lanes, 1)
+        if self.stale not in (None, *get_args(identity.Stale)):
+            raise BadInput(f"stale '{shown(self.stale)}' is not keep or redo")
         self.places = list(self.devices or jax.local_devices()[:1])
-        self.members: dict[str, tuple[Path, int]] | None = None
+        self.members: dict[str, list[tuple[Path, int, Any]]] | None = None
+        self.codes: dict[str, dict[str, Any]] = {}
+        self.made: dict[str, Any] = {}
+        self.shown: dict[str, list[Cell]] = {}
         self.models: list[Model] = []  # the last used at the end
         self.counts: dict[str, dict[str, int]] = {}
         self.twins: set[str] = set()
@@ -262,12 +272,16 @@ class Runner:
 
     def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
         """The finished rows of all `cells`, those of earlier runs and other shards included, in the
-        order of `cells`.
+        order of `cells`: one for each place where a run is shown.
         """
-        cells = list(cells)
+        cells = list({(c.run, c.table, c.row): c for c in cells}.values())
+        self.shown = {}
+        for cell in cells:
+            self.shown.setdefault(cell.run, []).append(cell)
+        self.codes = identity.codes(cells)
         with self.store.locked():
-            done = {row["run"] for row in self.store.rows()}
             mine = self.groups(cells)
+            done = self._done(itertools.chain(*mine))
             pending = [
                 left for group in mine if (left := [cell for cell in group if cell.run not in done])
             ]
@@ -295,11 +309,75 @@ class Runner:
                     self._group(group)
                     self.board.count(group=1)
         rows = {row["run"]: row for row in self.store.rows()}
-        return [
-            rows[cell.run]
-            for cell in {cell.run: cell for cell in cells}.values()
-            if cell.run in rows
-        ]
+        return [{**rows[c.run], **self._place(c)} for c in cells if c.run in rows]
+
+    def _place(self, cell: Cell) -> dict[str, Any]:
+        return {"experiment": self.experiment, "scale": self.scale, **cell.place}
+
+    def _done(self, cells: Iterable[Cell]) -> set[str]:
+        """Which of these runs need not be computed; rows that are shown in other places now than
+        they were are written once more. Asks where other code made rows or victims.
+        """
+        cells, rows = list(cells), {}
+        for row in self.store.rows():
+            rows.setdefault(row["run"], []).append(row)
+        faults = {c.run: identity.differs(rows[c.run][0].get("code"), self.codes[c.run])
+                  for c in cells if c.run in rows}  # fmt: skip
+        old = [run for run, found in faults.items() if found]
+        done = {run for run in faults if self.stale != "redo" or run not in old}
+        if self.stale is None:
+            left = {c.victim: c for c in cells if c.run not in done and c.stage != "train"}
+            others = [c for c in left.values() if self._members(c) and self._usable(c) is None]
+            if old or others:
+                given = [rows[run][0] for run in old]
+                identity.ask(self.store.folder, given, [faults[r] for r in old], len(others))
+        moved = []
+        for run in done:
+            before = [placed(row) for row in rows[run]]
+            places = [self._place(cell) for cell in self.shown[run]]
+            here = {name: places[0][name] for name in ("experiment", "scale")}
+            kept = [
+                place for place in before
+                if place in places or not self.complete or not here.items() <= place.items()
+            ]  # fmt: skip
+            places = kept + [place for place in places if place not in before]
+            if places != before:
+                row = {k: v for k, v in rows[run][0].items() if k not in identity.PLACE}
+                moved += [{**row, **place, "written": time.time()} for place in places]
+        self.store.append(moved)
+        return done
+
+    def _members(self, cell: Cell) -> list[tuple[Path, int, Any]]:
+        """Where the victim of a cell is kept, and by which code it was made. A checkpoint holds the
+        victims of a group, stacked; a file says which.
+        """
+        if self.members is None:
+            self.members = {}
+            for path in (self.store.folder / "victims").glob("*/members.json"):
+                held = _held(path)
+                for i, name in enumerate(held["victims"]):
+                    found = (path.parent, i, held.get("code"))
+                    self.members.setdefault(name, []).append(found)
+        return self.members.get(cell.victim, [])
+
+    def _usable(self, cell: Cell) -> tuple[Path, int, Any] | None:
+        """The victim of a cell that is to be used: one of the code at hand or, where that is asked
+        for, of other code.
+        """
+        found = self._members(cell)
+        now = self._code(cell)
+        same = [one for one in found if not identity.differs(one[2], now)]
+        return next(iter(same or (found if self.stale == "keep" else [])), None)
+
+    def _codes(self, cell: Cell) -> dict[str, Any]:
+        """The code at hand, as it was when this began."""
+        if cell.run not in self.codes:
+            self.codes |= identity.codes([cell])
+        return self.codes[cell.run]
+
+    def _code(self, cell: Cell) -> dict[str, Any]:
+        """The code at hand that trains a cell's victim."""
+        return {p: c for p, c in self._codes(cell).items() if p in identity.VICTIM}
 
     def groups(self, cells: Iterable[Cell]) -> list[list[Cell]]:
         """This process's cells, as they are run."""
@@ -474,15 +552,7 @@ class Runner:
         """The victims of `cells` by name, without those that do not fit; and seconds a victim.
         Those that are not there yet are trained, all in one program.
         """
-        folder, owner = (
-            self.store.folder / "victims",
-            {cell.victim: cell for cell in reversed(cells)},
-        )
-        # A checkpoint holds the victims of a group, stacked; a file says which.
-        if self.members is None:
-            self.members = {}
-            for path in folder.glob("*/members.json"):
-                self.members |= {name: (path.parent, i) for i, name in enumerate(_held(path))}
+        owner = {cell.victim: cell for cell in reversed(cells)}
         names = list(dict.fromkeys(cell.victim for cell in cells))
         seconds = {"compile": 0.0, "run": 0.0}
         before = self.clock.split()
@@ -490,30 +560,34 @@ class Runner:
 
         def train(missing: Sequence[Cell]) -> None:
             trained, losses = self._trained(missing, model, shared)
-            names = [cell.victim for cell in missing]
-            with renamed(folder / registry.digest(names), old_victims) as temporary:
+            names, code = [cell.victim for cell in missing], self._code(missing[0])
+            path = self.store.folder / "victims" / registry.digest(names, code)
+            with renamed(path, old_victims) as temporary:
                 temporary.mkdir()
                 write_tree(temporary / "arrays", (trained, losses))
-                (temporary / "members.json").write_text(schema.dump({"victims": names}, "members"))
+                about = schema.dump({"victims": names, "code": code}, "members")
+                (temporary / "members.json").write_text(about)
             own.remove(self._partial(missing), old_checkpoint)
-            assert self.members is not None
-            self.members |= {
-                name: (folder / registry.digest(names), i) for i, name in enumerate(names)
-            }
+            for i, cell in enumerate(missing):
+                self._members(cell)
+                assert self.members is not None
+                self.members.setdefault(cell.victim, []).append((path, i, code))
 
-        if missing := [owner[name] for name in names if name not in self.members]:
+        if missing := [owner[name] for name in names if self._usable(owner[name]) is None]:
             self._halved(missing, train)
             seconds = self.clock.split(before, len(missing))
         one = jax.eval_shape(lambda: (_untrained(cells[0], model, shared), jnp.zeros(())))
-        for path in dict.fromkeys(self.members[name][0] for name in names if name in self.members):
-            held = _held(path / "members.json")
+        places = {name: held for name in names if (held := self._usable(owner[name])) is not None}
+        for path in dict.fromkeys(path for path, _, _ in places.values()):
+            held = _held(path / "members.json")["victims"]
             some = [len(held)]
             like = jax.tree.map(
                 lambda leaf, some=some: jax.ShapeDtypeStruct((*some, *leaf.shape), leaf.dtype), one
             )
             both, losses = load_tree(path / "arrays", like)
             for i, name in enumerate(held):
-                if name in owner:
+                if name in places and places[name][:2] == (path, i):
+                    self.made[name] = places[name][2]
                     attack, variables = take(both, i)
                     found[name] = Trained(attack, variables, float(losses[i]))
         return found, seconds
@@ -522,7 +596,7 @@ class Runner:
         names = [cell.victim for cell in cells]
         # Two shards may train the same clean twin.
         names += [self.store.suffix] if self.store.suffix else []
-        return self.store.folder / "partial" / registry.digest(names)
+        return self.store.folder / "partial" / registry.digest(names, self._code(cells[0]))
 
     def _trained(self, cells: Sequence[Cell], model: Model, shared: Any) -> tuple[Any, np.ndarray]:
         """The victims of `cells`, `(attack, variables)` stacked, and their losses."""
@@ -723,12 +797,9 @@ class Runner:
         defenses = self._prepared(cells, model, shared)
         self.stop.check()
         victims = victims or [(bound(cell, shared), None) for cell in cells]
-        keys = [jax.random.key(cell.seed) for cell in cells]
-        known = keys if trained is None else [jax.random.key(trained)] * len(cells)
-        items = zip(
-            keys if stage == "samples" else [measuring_key(key) for key in keys],
-            defenses, victims, [cell.recipe for cell in cells], known, strict=True
-        )  # fmt: skip
+        keys, known = zip(*(_keys(cell, trained) for cell in cells))
+        recipes = [cell.recipe for cell in cells]
+        items = zip(keys, defenses, victims, recipes, known, strict=True)
         keys, defenses, (attacks, variables), recipes, known = self._stacked(list(items))
         found, arrays, judged, repaired = {}, {}, model, None
         if defense is not None:
@@ -822,7 +893,14 @@ class Runner:
         if defense is None or "prepare" not in defense.hooks:
             return [cell.defense for cell in cells]
         paths = [
-            self.store.folder / "prepared" / registry.digest(c.data, c.model, c.defense)
+            self.store.folder
+            / "prepared"
+            / registry.digest(
+                c.data,
+                identity.plain(c.config["model"]),
+                identity.plain(c.config["defense"]),
+                [self._codes(c).get(part) for part in ("training", "judging", "model", "defense")],
+            )
             for c in cells
         ]
         for path, cell in dict(zip(paths, cells, strict=True)).items():
@@ -854,27 +932,24 @@ class Runner:
             part: registry.name_of(getattr(cell, part))
             for part in ("dataset", "model", "attack", "defense")
         }
-        parts = (
-            "dataset",
-            "model",
-            "recipe",
-            "attack",
-            "defense",
-            *(["probe"] if cell.probe is not None else []),
-        )
-        config = {part: registry.describe(getattr(cell, part)) for part in parts}
+        first, *others = self.shown.get(cell.run, [cell])
+        code = self._codes(cell) | ({} if cell.stage == "train" else self._made(cell))
         return {
-            "run": cell.run, "experiment": self.experiment, "scale": self.scale,
-            "table": cell.table, "row": cell.row, **names, "seed": cell.seed, "config": config,
+            "run": cell.run, **self._place(first), "also": [self._place(c) for c in others],
+            **names, "seed": cell.seed, "config": cell.config,
             "metrics": found, "verdict": said(found), "victim": cell.victim,
             **({"plan": plan} if (plan := self.counts.get(cell.victim)) else {}),
-            **({} if self.unlabelled else {"test": _test(cell)}), "reported": dict(cell.reported),
-            "tags": dict(cell.tags), **({"set": dict(cell.changed)} if cell.changed else {}),
+            **({} if self.unlabelled else {"test": _test(cell)}),
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "oracle": bool(cell.defense is not None and cell.defense.oracle),
-            "substitute": cell.substitute, "device": device_name(), "jax": jax.__version__,
-            "commit": commit(),
+            "device": device_name(), "jax": jax.__version__, "commit": commit(), "code": code,
+            "written": time.time(),
         }  # fmt: skip
+
+    def _made(self, cell: Cell) -> dict[str, Any]:
+        """By which code a cell's victim was made: None where it does not say."""
+        code = self.made.get(cell.victim, self._code(cell))
+        return dict.fromkeys(self._code(cell)) if code is None else code
 
 
 def compiled(
@@ -989,6 +1064,13 @@ def say(line: str, quiet: bool) -> None:
 # --- The programs: each is mapped over runs. ---
 
 
+def _keys(cell: Cell, trained: int | None = None) -> tuple[jax.Array, jax.Array]:
+    """The keys of judging a cell's victim, and of its training by the seed `trained`."""
+    key = jax.random.key(cell.seed)
+    known = key if trained is None else jax.random.key(trained)
+    return key if cell.stage == "samples" else measuring_key(key), known
+
+
 def _untrained(cell: Cell, model: Model, data: Splits) -> Any:
     variables = model.init(jax.random.key(0))
     if cell.attack is None:
@@ -1051,9 +1133,9 @@ def _rank(model: Model, data: Splits, key: jax.Array, judge: Judge, variables: A
     return judge.rank(jax.random.fold_in(key, 1), model, variables, data.clean)
 
 
-def _held(path: Path) -> list[str]:
-    """The victims whose arrays lie beside a `members.json`."""
-    return schema.read_json(path, "members")["victims"]
+def _held(path: Path) -> dict[str, Any]:
+    """Which victims lie beside a `members.json`, and what code made them."""
+    return schema.read_json(path, "members")
 
 
 def said(found: Mapping[str, Any]) -> Word | None:

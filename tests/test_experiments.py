@@ -2,7 +2,6 @@
 figure, no result.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bdjax import experiment
+from bdjax.store import Store
 from bdjax.types import BadInput
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -48,7 +48,7 @@ def test_smoke(name, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     module = experiment.load(file)
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rows = Store(out).rows()
     assert {row["run"] for row in rows} == {cell.run for cell in module.cells("smoke")}
     assert not [row for row in rows if "error" in row]
     tables, page = (out / "table.md").read_text(), (out / "index.html").read_text()

@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types", "__version__"}, {"registry", "schema", "own", "plugins"},
+    {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
     {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"}, {"train"},
-    {"store", "channels"}, {"attacks"},
+    {"store", "channels", "migrate"}, {"attacks"},
     {"defenses", "analysis", "zoo"}, {"study", "changes", "studies", "poison"}, {"sweep"},
     {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip

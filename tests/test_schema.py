@@ -669,7 +669,7 @@ def test_what_the_first_version_wrote_is_read(net, tmp_path, monkeypatch):
     section = report.load(results)
     assert section.title == "T" and np.isnan(section.rows[0]["metrics"]["index"])
     (results / "members.json").write_text('["a", "b"]')
-    assert sweep._held(results / "members.json") == ["a", "b"]
+    assert sweep._held(results / "members.json")["victims"] == ["a", "b"]
     (tmp_path / "lanes.json").write_text('{"cpu": {"lanes": 2, "tried": 4}}')
     assert store.recall("lanes") == {"cpu": {"lanes": 2, "tried": 4}}
     np.savez(results / "a.npz", a0=np.arange(3))

@@ -131,7 +131,7 @@ class Attack:
     labels: Labels = static("all-to-one")
     sources: tuple[Class, ...] = static(())
     append: bool = static(False)
-    redraw: bool = static(False)
+    redraw: bool = static(False, before=False)
 
     trains: ClassVar[bool] = False
     """Whether `train` does more than poison rows, and is run whole; what it returns is what is

@@ -41,7 +41,7 @@ class Source:
     train_size: Count | None = static(None)
     test_size: Count | None = static(None)
     seed: Seed = static(0)
-    top_classes: Annotated[int, Range(2, INT32)] | None = static(None)
+    top_classes: Annotated[int, Range(2, INT32)] | None = static(None, before=None)
 
     def read(self) -> tuple[Split, Split | None, tuple[str, ...]]:
         """The official training set, test set (None: `load` splits one off) and class names (empty:
@@ -84,16 +84,16 @@ def data_dir(given: str | Path | None = None) -> Path:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A content hash of the images, labels, groups and names: 16 hex digits."""
+    """A content hash of the images, labels and groups, whatever they are called: 16 hex digits."""
     leaves = [
         leaf
         for split in (dataset.train, dataset.clean, dataset.test)
         for leaf in split
         if leaf is not None
     ]
-    key = (dataset.classes, dataset.names, *map(id, leaves))
+    key = (dataset.classes, *map(id, leaves))
     if key not in _fingerprints:
-        digest = hashlib.sha256(repr((dataset.classes, dataset.names)).encode())
+        digest = hashlib.sha256(repr(dataset.classes).encode())
         for leaf in leaves:
             array = np.ascontiguousarray(leaf)
             digest.update(repr((array.dtype.str, array.shape)).encode())

@@ -365,7 +365,7 @@ class Judge(Defense):
 
     stage = "models"
 
-    seeds: Annotated[int, Range(1, 1_000)] = static(1)
+    seeds: Annotated[int, Range(1, 1_000)] = static(1, before=1)
 
     def applied(self, key: jax.Array, victim: Victim, data: Splits) -> Verdict:
         return self(key, victim.model, victim.variables, data.clean)

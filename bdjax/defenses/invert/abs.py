@@ -143,7 +143,7 @@ class Abs(Inversion):
     levels: Annotated[int, Range(2, 1_000)] = static(5)
     top: Size = static(20)
     per_site: Count = static(3)
-    relative: bool = static(True)
+    relative: bool = static(True, before=True)
     spaces: tuple[Space, ...] = static(("pixel", "feature"))
     sites: tuple[str, ...] | None = static(None)
     lanes: Count | None = static(None)

@@ -123,7 +123,7 @@ class DeepInspect(Inversion):
     inversion_steps: Repeats = static(200)
     hidden: Size = static(256)
     noise_size: Size = static(100)
-    labels: tuple[Class, ...] | None = static(None)
+    labels: tuple[Class, ...] | None = static(None, before=None)
     lanes: Count | None = static(None)
 
     budget_fields = ("steps", "batch", "images", "inversion_steps")

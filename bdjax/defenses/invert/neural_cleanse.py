@@ -172,7 +172,7 @@ class NeuralCleanse(Inversion):
     norm_scale: Scale = static("linear")
     two_sided: bool = static(False)
     screen: Count | None = static(None)
-    labels: tuple[Class, ...] | None = static(None)
+    labels: tuple[Class, ...] | None = static(None, before=None)
     lanes: Count | None = static(None)
 
     used_if = {key: {"screen": ...} for key in ("screen_overlap", "screen_patience")}

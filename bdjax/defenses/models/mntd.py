@@ -160,7 +160,7 @@ class Meta:
     auroc: jax.Array
     shadow_acc: jax.Array
     loss: jax.Array
-    answers: Answers = static("probabilities")
+    answers: Answers = static("probabilities", before="logits")
 
     def score(self, model: Model, variables: Variables) -> jax.Array:
         """The score `[]` of a net."""
@@ -225,7 +225,7 @@ class Mntd(Judge):
     tune: bool = static(True)
     bootstrap: bool = static(True)
     variant: Variant = static("jumbo")
-    answers: Answers = static("probabilities")
+    answers: Answers = static("probabilities", before="logits")
     lanes: Count | None = static(None)
 
     used_if = {"nu": {"variant": ("one-class",)}}
