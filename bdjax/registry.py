@@ -494,29 +494,31 @@ def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> None:
     """Raises `BadInput` where something in `described` is of plugins that are not there, naming
     them; `kinds`: of which kind its parts are. Imports nothing by what it reads.
     """
-    lacking: dict[str, list[str]] = {}
+    known, lacking = entries(), dict[str, list[str]]()
 
     def look(kind: str | None, value: Any) -> None:
         if isinstance(value, list):
             for one in value:
                 look(kind, one)
         elif isinstance(value, dict):
-            if (plugin := value.get("plugin")) is not None and not there(kind, value):
+            if (plugin := value.get("plugin")) is not None:
+                name = value.get("name", value.get("class"))
                 if not isinstance(plugin, str) or not _PLUGIN.fullmatch(plugin):
                     raise BadInput(f"it names '{shown(plugin)}', which is no plugin")
-                words = lacking.setdefault(plugin, [])
-                if "name" in value:
-                    words.append(f"the {kind or 'method'} '{value['name']}'")
-                elif not words:
-                    words.append(f"the class {value.get('class')}")
+                if not isinstance(name, str):
+                    raise BadInput(f"it names '{shown(name)}', which is no method of {plugin}")
+                registered = "name" in value
+                if not there(kind, name) if registered else (_stem(plugin), name) not in _pytrees:
+                    words = lacking.setdefault(plugin, [])
+                    if registered:
+                        words.append(f"the {kind or 'method'} '{name}'")
+                    elif not words:
+                        words.append(f"the class {name}")
             for one in value.values():  # a part may be of another kind than what it is a part of
                 look(None, one)
 
-    def there(kind: str | None, value: dict[str, Any]) -> bool:
-        known = {(of, e.name) for e in entries() for of in (None, e.kind)}
-        if "name" in value:
-            return (kind, value["name"]) in known
-        return (_stem(value["plugin"]), value.get("class")) in _pytrees
+    def there(kind: str | None, name: str) -> bool:
+        return any(e.name == name and kind in (None, e.kind) for e in known)
 
     for part, kind in kinds.items():
         look(kind, described.get(part))
