@@ -490,11 +490,12 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     return make(kind, name, **fields)
 
 
-def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> None:
+def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> list[str]:
     """Raises `BadInput` where something in `described` is of plugins that are not there, naming
-    them; `kinds`: of which kind its parts are. Imports nothing by what it reads.
+    them; `kinds`: of which kind its parts are. Returns lines that tell of methods that come from
+    elsewhere here. Imports nothing by what it reads.
     """
-    known, lacking = entries(), dict[str, list[str]]()
+    known, lacking, elsewhere = entries(), dict[str, list[str]](), list[str]()
 
     def look(kind: str | None, value: Any) -> None:
         if isinstance(value, list):
@@ -507,18 +508,19 @@ def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> None:
                     raise BadInput(f"it names '{shown(plugin)}', which is no plugin")
                 if not isinstance(name, str):
                     raise BadInput(f"it names '{shown(name)}', which is no method of {plugin}")
-                registered = "name" in value
-                if not there(kind, name) if registered else (_stem(plugin), name) not in _pytrees:
-                    words = lacking.setdefault(plugin, [])
-                    if registered:
-                        words.append(f"the {kind or 'method'} '{name}'")
-                    elif not words:
-                        words.append(f"the class {name}")
+                if "name" not in value:
+                    if (_stem(plugin), name) not in _pytrees:
+                        lacking.setdefault(plugin, [f"the class {name}"])
+                elif (here := there(kind, name)) is None:
+                    lacking.setdefault(plugin, []).append(f"the {kind or 'method'} '{name}'")
+                elif _stem(here.plugin) != _stem(plugin):
+                    place = here.plugin or "bdjax"
+                    elsewhere.append(f"'{name}' is that of {place} here, it was that of {plugin}")
             for one in value.values():  # a part may be of another kind than what it is a part of
                 look(None, one)
 
-    def there(kind: str | None, name: str) -> bool:
-        return any(e.name == name and kind in (None, e.kind) for e in known)
+    def there(kind: str | None, name: str) -> Entry | None:
+        return next((e for e in known if e.name == name and kind in (None, e.kind)), None)
 
     for part, kind in kinds.items():
         look(kind, described.get(part))
@@ -532,6 +534,7 @@ def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> None:
         do = [f"give {' '.join(flags)}"] if flags else []
         do += ["run its cells first"] if "__main__" in lacking else []
         raise BadInput(f"this net needs {' and '.join(whose)}: {' and '.join(do)}")
+    return elsewhere
 
 
 _PLUGIN = re.compile(r"[^/\\\x00-\x1f]+\.py|\w+(\.\w+)*")
