@@ -507,33 +507,37 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     return make(kind, name, **fields)
 
 
-def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> None:
+def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> list[str]:
     """Raises `BadInput` where something in `described` is of plugins that are not there, naming
-    them; `kinds`: of which kind its parts are. Imports nothing by what it reads.
+    them; `kinds`: of which kind its parts are. Returns lines that tell of methods that come from
+    elsewhere here. Imports nothing by what it reads.
     """
-    lacking: dict[str, list[str]] = {}
+    known, lacking, elsewhere = entries(), dict[str, list[str]](), list[str]()
 
     def look(kind: str | None, value: Any) -> None:
         if isinstance(value, list):
             for one in value:
                 look(kind, one)
         elif isinstance(value, dict):
-            if (plugin := value.get("plugin")) is not None and not there(kind, value):
+            if (plugin := value.get("plugin")) is not None:
+                name = value.get("name", value.get("class"))
                 if not isinstance(plugin, str) or not _PLUGIN.fullmatch(plugin):
                     raise BadInput(f"it names '{shown(plugin)}', which is no plugin")
-                words = lacking.setdefault(plugin, [])
-                if "name" in value:
-                    words.append(f"the {kind or 'method'} '{value['name']}'")
-                elif not words:
-                    words.append(f"the class {value.get('class')}")
+                if not isinstance(name, str):
+                    raise BadInput(f"it names '{shown(name)}', which is no method of {plugin}")
+                if "name" not in value:
+                    if (_stem(plugin), name) not in _pytrees:
+                        lacking.setdefault(plugin, [f"the class {name}"])
+                elif (here := there(kind, name)) is None:
+                    lacking.setdefault(plugin, []).append(f"the {kind or 'method'} '{name}'")
+                elif _stem(here.plugin) != _stem(plugin):
+                    place = here.plugin or "bdjax"
+                    elsewhere.append(f"'{name}' is that of {place} here, it was that of {plugin}")
             for one in value.values():  # a part may be of another kind than what it is a part of
                 look(None, one)
 
-    def there(kind: str | None, value: dict[str, Any]) -> bool:
-        known = {(of, e.name) for e in entries() for of in (None, e.kind)}
-        if "name" in value:
-            return (kind, value["name"]) in known
-        return (_stem(value["plugin"]), value.get("class")) in _pytrees
+    def there(kind: str | None, name: str) -> Entry | None:
+        return next((e for e in known if e.name == name and kind in (None, e.kind)), None)
 
     for part, kind in kinds.items():
         look(kind, described.get(part))
@@ -547,6 +551,7 @@ def require(kinds: Mapping[str, str], described: Mapping[str, Any]) -> None:
         do = [f"give {' '.join(flags)}"] if flags else []
         do += ["run its cells first"] if "__main__" in lacking else []
         raise BadInput(f"this net needs {' and '.join(whose)}: {' and '.join(do)}")
+    return elsewhere
 
 
 _PLUGIN = re.compile(r"[^/\\\x00-\x1f]+\.py|\w+(\.\w+)*")

@@ -549,7 +549,8 @@ def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]
         raise BadInput(f"{path}: the net takes pixels of the range {pixels}; bdjax gives {PIXELS}")
     arrays = schema.read_arrays(path / "arrays.npz", "arrays")
     try:
-        registry.require(PARTS, about)
+        for line in registry.require(PARTS, about):
+            say_once(f"bdjax: {path}: {line}, when the net was made")
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     try:

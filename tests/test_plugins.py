@@ -146,7 +146,7 @@ def test_a_defense_of_every_kind_by_command(here, command):
 # --- What a checkpoint lacks ---
 
 
-def test_a_checkpoint_names_what_it_lacks_and_imports_nothing(here, command, monkeypatch):
+def test_a_checkpoint_names_what_it_lacks_and_imports_nothing(here, command, monkeypatch, capsys):
     bdjax.load_plugins(*FILES)
     net, source = bdjax.make("model", "one-layer"), bdjax.make("dataset", "stripes")
     data = source.load()
@@ -182,11 +182,21 @@ def test_a_checkpoint_names_what_it_lacks_and_imports_nothing(here, command, mon
 
     assert registry.plugin_of(toy_attack.CornerLight) == "toy_attack"
     assert bdjax.load_model("saved")[3]["attack"] == toy_attack.CornerLight()
-    text = (here / "saved" / "model.json").read_text()
-    for odd in ("../toy.py", "a b", "x\\u001b.py"):
-        (here / "saved" / "model.json").write_text(text.replace("toy_net.py", odd))
-        monkeypatch.delitem(registry._entries, ("model", "one-layer"), raising=False)
+    file = here / "saved" / "model.json"
+    capsys.readouterr()
+    text = json.loads(file.read_text())
+    file.write_text(json.dumps(text | {"net": text["net"] | {"plugin": "old.py"}}))
+    bdjax.load_model("saved")
+    assert capsys.readouterr().err == (
+        "bdjax: saved: 'one-layer' is that of toy_net.py here, it was that of old.py, when the net "
+        "was made\n"
+    )
+    for odd in ("../toy.py", "a b", "x\x1b.py", 1, ["a.py"], {}):
+        file.write_text(json.dumps(text | {"net": text["net"] | {"plugin": odd}}))
         with pytest.raises(bdjax.BadInput, match="which is no plugin"):
+            bdjax.load_model("saved")
+        file.write_text(json.dumps(text | {"net": text["net"] | {"name": [odd]}}))
+        with pytest.raises(bdjax.BadInput, match="which is no method of toy_net"):
             bdjax.load_model("saved")
 
 

@@ -167,10 +167,10 @@ def test_every_judge_of_models_has_seeds_and_a_p_value(entry, sample):
     """Traced: one program for all seeds, with the verdicts of each beside the folded one."""
     assert issubclass(entry.cls, Judge) and entry.cls().seeds == 1
     model = build(Cnn("VALID", hidden=16, features=(4, 4)), sample.shape, sample.classes)
-    judge = entry.cls(**{**entry.cls.presets["cpu"], "seeds": 3})
+    cpu = getattr(entry.cls, "presets", {}).get("cpu", {})
+    judge, single = entry.cls(**{**cpu, "seeds": 3}), entry.cls(**cpu)
     variables = jax.eval_shape(model.init, KEY)
     found = jax.eval_shape(lambda k, v: judge(k, model, v, sample.clean), KEY, variables)
-    single = entry.cls(**entry.cls.presets["cpu"])
     one = jax.eval_shape(lambda k, v: single(k, model, v, sample.clean), KEY, variables)
     assert found.p_value.shape == one.p_value.shape == ()
     seeds = found.info["seeds"]

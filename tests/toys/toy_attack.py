@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 
 import bdjax
-from bdjax.types import Share
+from bdjax.types import Share, Size
 
 
 @bdjax.pytree
 class Lamp:
     """What lights the corner."""
 
-    size: int = bdjax.static(3)
+    size: Size = bdjax.static(3)
     strength: Share = 1.0
 
 
