@@ -2,7 +2,10 @@
 input.
 """
 
+import contextlib
 import dataclasses
+import io
+import json
 import os
 import shutil
 import subprocess
@@ -10,11 +13,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from array_record.python import array_record_module
 from PIL import Image
 
-from bdjax import datasets, registry
+from bdjax import cli, datasets, registry, schema
 from bdjax.datasets import base, prepared
 from bdjax.datasets.public import Gtsrb, Mnist
 from bdjax.types import BadInput, Split
@@ -32,6 +39,7 @@ def images(n, shape=(8, 8, 1), seed=0):
 
 def save(path, **arrays):
     good = {"image": images(40), "label": np.arange(40) % 4}
+    Path(path).parent.mkdir(exist_ok=True)
     np.savez(path, **{k: v for k, v in (good | arrays).items() if v is not None})
     return str(path)
 
@@ -447,3 +455,293 @@ def test_the_largest_classes_alone_are_numbered_anew(tmp_path):
     np.testing.assert_array_equal(data.test.image[:, 0, 0, 0], [1, 3, 3])
     with pytest.raises(BadInput, match="give 2 to 4"):
         registry.make("dataset", "npz", **where, top_classes=9).load()
+
+
+# Paths: what a data set is, is known by its content
+
+
+def encoded(image, suffix="png"):
+    stream = io.BytesIO()
+    Image.fromarray(image.squeeze()).save(stream, suffix)
+    return stream.getvalue()
+
+
+def table(path, image=None, label=None, features=None, **columns):
+    """A Parquet file as HuggingFace writes it."""
+    image = images(40) if image is None else image
+    label = pa.array(np.arange(len(image)) % 4) if label is None else label
+    if not isinstance(image, pa.Array):
+        image = pa.array([{"bytes": encoded(x), "path": "a.png"} for x in image])
+    found = pa.table({"image": image, "label": label, **columns})
+    if features is not None:
+        about = json.dumps({"info": {"features": features}})
+        found = found.replace_schema_metadata({"huggingface": about})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(found, path, row_group_size=16)
+    return str(path)
+
+
+FEATURES = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list("wxyz")}}
+
+
+def test_a_path_is_what_it_holds_whatever_its_name(tmp_path):
+    """All hold the same 40 images, in 4 classes."""
+    given = Split(images(40), np.arange(40) % 4)
+    places = {}
+    os.rename(save(tmp_path / "a.npz", names=np.array(list("wxyz"))), tmp_path / "npz.h5")
+    places["npz"] = tmp_path / "npz.h5"
+    with h5py.File(tmp_path / "h5.npz", "w") as file:
+        file["data"], file["label"] = given.image.transpose(0, 3, 1, 2), given.label
+    places["h5"] = tmp_path / "h5.npz"
+    places["parquet"] = Path(table(tmp_path / "table", features=FEATURES))
+    places["folder"] = tmp_path / "folder"
+    for i, (image, label) in enumerate(zip(given.image, given.label, strict=True)):
+        (tmp_path / "folder" / "wxyz"[label]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / "wxyz"[label] / f"{i}").write_bytes(encoded(image))
+    for kind, path in places.items():
+        source = datasets.source(str(path), **{"size": None} if kind == "folder" else {})
+        assert registry.name_of(source) == kind
+        data = source.load()
+        assert data.classes == 4 and data.names == (() if kind == "h5" else tuple("wxyz"))
+        assert rows(data.train) | rows(data.clean) | rows(data.test) == rows(given)
+    for word in ("a", "nowhere/a", "nowhere.npz", "~nobody/x", "a\0b", "x" * 5000, "mnis"):
+        with pytest.raises(BadInput) as error:
+            datasets.source(word)
+        assert "\n" not in str(error.value)
+    (tmp_path / "one.png").write_bytes(encoded(images(1)[0]))
+    (tmp_path / "text").write_text("no images")
+    for name, line in (("one.png", "is one image"), ("text", "is neither .npz, .h5 nor Parquet")):
+        with pytest.raises(BadInput, match=line):
+            datasets.source(str(tmp_path / name))
+
+
+def test_the_sets_of_a_folder_by_their_names(tmp_path):
+    train, test = images(40), images(12, seed=1)
+    for name, part in (("train", train), ("test", test)):
+        save(tmp_path / "npz" / f"{name}.npz", image=part, label=np.arange(len(part)) % 4)
+        for i, image in enumerate(part):
+            folder = tmp_path / "folder" / name.replace("test", "val") / str(i % 4)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i}.png").write_bytes(encoded(image))
+        table(tmp_path / "data" / "data" / f"{name}-00000-of-00001.parquet", part)
+        table(tmp_path / "converted" / name / "0000.parquet", part)
+    for i in range(2):
+        label = pa.array(np.arange(20) % 4)
+        table(tmp_path / "shards" / f"train-{i}.parquet", train[20 * i : 20 * i + 20], label)
+    table(tmp_path / "shards" / "test.parquet", test)
+    for kind in ("npz", "folder", "data", "converted", "shards"):
+        extra = {"size": 8} if kind == "folder" else {}
+        data = datasets.load(str(tmp_path / kind), **extra)
+        assert rows(data.test) == rows(Split(test, test)), kind
+        assert rows(data.train) | rows(data.clean) == rows(Split(train, train)), kind
+    data = datasets.load("parquet", path=str(tmp_path / "shards" / "train-0.parquet"))
+    assert len(data.train.label) + len(data.clean.label) + len(data.test.label) == 20
+
+
+def test_every_command_that_takes_a_data_set_takes_a_path(tmp_path, monkeypatch):
+    path = table(tmp_path / "a", features=FEATURES)
+    for name, kinds in cli.CHOICES.items():
+        if "dataset" in kinds:
+            made, left = cli.chosen(kinds, ["--dataset", path, "--dataset.size", "9"])
+            assert made["dataset"] == datasets.source(path) and left == ["--dataset.size", "9"], (
+                name
+            )
+
+
+def test_columns_and_labels_of_tables(tmp_path):
+    def load(**fields):
+        return datasets.load(str(tmp_path / "a"), **fields)
+
+    words = pa.array(["10", "9", "cat", "9"] * 10)
+    for label in (words, words.dictionary_encode()):
+        table(tmp_path / "a", label=label)
+        data = load()
+        assert data.names == ("9", "10", "cat") and counts(data.train) == [15, 7, 7]
+    raw = pa.array([encoded(image) for image in images(40)], pa.large_binary())
+    table(tmp_path / "a", raw, second=raw, text=words, coarse=pa.array(np.arange(40) % 2))
+    data = load()
+    assert data.names == () and data.classes == 4 and rows(data.test) < rows(Split(images(40), raw))
+    assert load(label="coarse", image="second").classes == 2 and load(label="text").classes == 3
+    with pytest.raises(BadInput, match="no column 'junk' holds labels; those that do: label, text"):
+        load(label="junk")
+    pq.write_table(pa.table({"a": raw, "b": raw, "y": words}), tmp_path / "a")
+    with pytest.raises(BadInput, match=r"could be the images \(a, b\): give image=NAME"):
+        load()
+    table(tmp_path / "a", images(40, (8, 8, 3)))
+    assert load().shape == (8, 8, 3) and load(size=5).shape == (5, 5, 3)
+    mixed = [encoded(images(1)[0]), encoded(images(1, (8, 8, 3))[0])] * 20
+    table(tmp_path / "a", pa.array(mixed))
+    assert load().shape == (8, 8, 3)
+
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+ODD = [encoded(images(1, (9, 9, 1))[0])] + [encoded(images(1)[0])] * 39
+BAD_TABLES = {
+    "no column holds images": {"image": pa.array(np.arange(40))},
+    "no column holds images;": {"image": pa.array([[{"bytes": b"a"}]] * 40)},
+    "save the bytes of the images": {
+        "image": pa.array([{"bytes": None, "path": "a"}] * 40, STRUCT)
+    },
+    "row 0: has no image in it": {"image": pa.array([None] * 40, STRUCT)},
+    "row 0: cannot be read as an image": {"image": pa.array([b"junk"] * 40)},
+    "of different sizes, image 2 is 8×8 and those before it 9×9": {"image": pa.array(ODD)},
+    "no column holds labels": {"label": pa.array(np.full(40, np.nan))},
+    "row 0: has no label": {"label": pa.array([None] + [0, 1, 2] * 13)},
+    "no column holds labels;": {"label": pa.array([{"a": 1}] * 40)},
+    "labels run from -1": {"label": pa.array(np.arange(40) % 4 - 1)},
+    "a label is 4 but there are 4": {"label": pa.array(np.arange(40) % 5), "features": FEATURES},
+    "class 4 has no training image": {"features": FEATURES | {"label": {"names": list("abcde")}}},
+    "labels run from 0 to 4.6": {"label": pa.array([0, 2**62] * 20)},
+    "labels run from 0 to 9.2": {"label": pa.array([0, 2**63] * 20, pa.uint64())},
+    "has no rows": {"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())},
+}
+
+
+@pytest.mark.parametrize("line", BAD_TABLES)
+def test_bad_tables(tmp_path, line):
+    path = table(tmp_path / "a.parquet", **BAD_TABLES[line])
+    with pytest.raises(BadInput, match=line) as error:
+        datasets.load(path)
+    assert "\n" not in str(error.value) and "a.parquet" in str(error.value)
+
+
+def test_what_describes_a_table_may_be_junk(tmp_path):
+    for features in ([1], {"label": 3}, {"label": {"names": [1, 2]}}, {"label": {"names": "ab"}}):
+        data = datasets.load(table(tmp_path / "a", features=features))
+        assert data.names == () and data.classes == 4
+
+
+def test_damaged_tables(tmp_path):
+    path = Path(table(tmp_path / "a", images(200, (16, 16, 1)), features=FEATURES))
+    whole, draw = path.read_bytes(), np.random.default_rng(0)
+    cut = [*range(0, len(whole), 1000), len(whole) - 1, len(whole) - 9]
+    damaged = [whole[:size] for size in cut]
+    for _ in range(100):
+        flipped = bytearray(whole)
+        flipped[draw.integers(len(whole) - 3000, len(whole))] ^= int(draw.integers(1, 256))
+        damaged.append(bytes(flipped))
+    refused = 0
+    for raw in damaged:
+        path.write_bytes(raw)
+        try:
+            datasets.load("parquet", path=str(path))
+        except BadInput as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused >= len(cut)
+
+
+def test_a_table_declares_no_more_than_there_is_room_for(tmp_path, monkeypatch):
+    many = pa.table({"image": [bytes(4 << 20)] * 4, "label": np.arange(4)})
+    path = str(tmp_path / "a")
+    pq.write_table(many, path, compression="zstd")
+    monkeypatch.setattr(schema, "LARGE", 1 << 20)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)  # Nothing is unpacked.
+    with pytest.raises(BadInput, match="declares 4"):
+        datasets.load(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(schema, "memory", lambda: 1 << 20)
+    with pytest.raises(BadInput, match="give a smaller size"):
+        datasets.load(table(tmp_path / "a"), size=1000)
+
+
+# Any set that TFDS has prepared
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """A data folder with a set, `pets`, that TFDS has prepared and bdjax does not know."""
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setenv("BDJAX_DATA_DIR", str(tmp_path))
+    features = tfds.features.FeaturesDict(
+        {
+            "photo": tfds.features.Image(shape=(8, 8, 1)),
+            "kind": tfds.features.ClassLabel(names=list("wxyz")),
+            "box": tfds.features.BBoxFeature(),
+            "id": tfds.features.Text(),
+        }
+    )
+
+    def examples(seed, count):
+        for i, image in enumerate(images(count, seed=seed)):
+            box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+            row = {"photo": Image.fromarray(image[..., 0]), "kind": i % 4, "box": box, "id": "a"}
+            yield i, row
+
+    from tensorflow_datasets.core.registered import skip_registration
+
+    with skip_registration():
+
+        class Pets(tfds.core.GeneratorBasedBuilder):
+            name = "pets"
+            VERSION = tfds.core.Version("10.0.0")
+
+            def _info(self):
+                return tfds.core.DatasetInfo(builder=self, features=features)
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples(0, 40)} | {
+                    "validation": self._generate_examples(1, 12)
+                }
+
+            def _generate_examples(self, seed, count):
+                yield from examples(seed, count)
+
+    tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        Pets(data_dir=tmp_path, file_format="array_record").download_and_prepare(
+            download_config=config
+        )
+    return tmp_path / "pets" / "10.0.0"
+
+
+def test_any_prepared_set(foreign):
+    (foreign.parent / "9.0.0").mkdir()
+    (foreign.parent / "9.0.0" / "dataset_info.json").touch()  # an older version
+    for word in ("pets", "tfds:pets", str(foreign.parent), str(foreign)):
+        data = datasets.load(word)
+        assert data.name == "tfds" and data.names == tuple("wxyz")
+        assert rows(data.train) | rows(data.clean) == rows(Split(images(40), images(40)))
+        assert counts(data.test) == [3] * 4
+    assert not list(foreign.glob("*.npz")), "nothing is written into it"
+    with pytest.raises(BadInput, match="no set that TFDS has prepared"):
+        datasets.load("tfds:cats")
+    # The same examples as TensorFlow writes them.
+    description = json.loads((foreign / "dataset_info.json").read_text())
+    (foreign / "dataset_info.json").write_text(json.dumps(description | {"fileFormat": "tfrecord"}))
+    reader = array_record_module.ArrayRecordReader
+    for path in foreign.glob("*array_record*"):
+        records = reader(str(path)).read_all()
+        raw = b"".join(len(r).to_bytes(8, "little") + bytes(4) + r + bytes(4) for r in records)
+        path.with_name(path.name.replace("array_record", "tfrecord")).write_bytes(raw)
+        path.unlink()
+    again = datasets.load("pets", size=8)
+    assert datasets.fingerprint(again) == datasets.fingerprint(data)
+    path = next(foreign.glob("*train*"))
+    whole = path.read_bytes()
+    for cut in (0, 5, 12, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(BadInput) as error:
+            datasets.load("pets")
+        assert "\n" not in str(error.value)
+    path.write_bytes((1 << 62).to_bytes(8, "little") + whole[8:])
+    with pytest.raises(BadInput, match="ends within a record"):
+        datasets.load("pets")
+
+
+def test_a_prepared_set_names_no_code(foreign, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('code was run')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = foreign / "features.json"
+    for key in ("pythonClassName", "python_class_name"):
+        text = path.read_text().replace("pythonClassName", key)
+        path.write_text(
+            text.replace("tensorflow_datasets.core.features.text_feature.Text", "evil.Feature")
+        )
+        with pytest.raises(BadInput, match=r"a feature of other code, 'evil\.Feature'"):
+            datasets.load("pets")
+    path.write_text("{")
+    with pytest.raises(BadInput, match="not JSON"):
+        datasets.load("pets")

@@ -2,13 +2,14 @@
 the cache.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import stat
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -155,6 +156,18 @@ def _groups(where: object, label: np.ndarray, group: np.ndarray | None) -> np.nd
         return None
     pairs = np.stack([label.astype(np.int64), _integers(where, "groups", group)])
     return np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int32)
+
+
+@contextlib.contextmanager
+def readable(where: object, hint: str) -> Iterator[None]:
+    """Turns whatever damaged data make a library raise into one line."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:120] or type(error).__name__
+        raise BadInput(f"{where}: damaged or not in its format ({text}); {hint}") from error
 
 
 def pick(label: np.ndarray, size: int, seed: int) -> np.ndarray:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdjax import schema
-from bdjax.datasets.base import checked
+from bdjax.datasets.base import checked, readable
 from bdjax.datasets.files import TESTS, Table, column, in_order
 from bdjax.datasets.pictures import decoded, stacked
 from bdjax.registry import dataset, static
 from bdjax.types import BadInput, Split
 
+HINT = "save it again"
 MOST_ROWS = 256
 """Rows that are unpacked at a time; fewer where they may be long."""
 
@@ -46,13 +47,10 @@ class Parquet(Table):
         if self.test is not None:
             own = shards(self.found(self.test))
             test = own[1] or own[0]
-        parts = [self._opened(files) for files in (train, test) if files]
+        parts = [[_open(path, self) for path in files] for files in (train, test) if files]
         names = _names(parts)
         splits = [self._split(part, names) for part in parts]
         return splits[0], splits[1] if test else None, names or ()
-
-    def _opened(self, files: list[Path]) -> list["_Part"]:
-        return [_explained(path, lambda path=path: _open(path, self)) for path in files]
 
     def _split(self, parts: list["_Part"], names: tuple[str, ...] | None) -> Split:
         where, count = parts[0].path, sum(part.rows for part in parts)
@@ -134,21 +132,16 @@ def _groups(folder: Path) -> dict[str, list[Path]]:
     return groups
 
 
-def _explained(path: Path, fn: Any) -> Any:
-    try:
-        return fn()
-    except BadInput:
-        raise
-    except Exception as error:  # whatever a damaged file makes the parser raise
-        text = " ".join(str(error).split())[:150] or type(error).__name__
-        raise BadInput(f"{path}: damaged or not in its format ({text})") from error
-
-
 def _open(path: Path, source: Table) -> _Part:
+    schema.plain_file(path)
+    with readable(path, HINT):
+        return _described(path, source)
+
+
+def _described(path: Path, source: Table) -> _Part:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema.plain_file(path)
     file = pq.ParquetFile(path, page_checksum_verification=True)
     columns = file.schema_arrow
     able: dict[str, list[str]] = {"image": [], "label": []}
@@ -179,18 +172,13 @@ def _open(path: Path, source: Table) -> _Part:
     names = said.get(label, {}).get("names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         names = None
-    declared, longest = 0, 1
-    for i in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(i)
-        for j in range(group.num_columns):
-            part = group.column(j)
-            if part.path_in_schema.split(".")[0] in (image, label):
-                declared += max(part.total_uncompressed_size, 0)
-                longest = max(longest, part.total_uncompressed_size)
-    schema.fits(path, declared)
+    # Of a single column nothing is asked: its description, where damaged, ends the process.
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    sizes = [max(group.total_byte_size, 1) for group in groups]
+    schema.fits(path, sum(sizes))
     rows = file.metadata.num_rows
     schema.fits(path, rows)  # a value may take no room in the file
-    batch = int(np.clip(schema.LARGE // longest, 1, MOST_ROWS))
+    batch = int(np.clip(schema.LARGE // max(sizes, default=1), 1, MOST_ROWS))
     names = tuple(names) if names else None
     return _Part(path, file, image, image in nested, label, names, label in words, rows, batch)
 
@@ -214,16 +202,12 @@ def _features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
 def _rows(part: _Part) -> Iterator[tuple[bytes | None, Any]]:
     """The image's bytes and the label of each row."""
     read = [f"{part.image}.bytes" if part.nested else part.image, part.label]
-    batches = part.file.iter_batches(batch_size=part.batch, columns=read, use_threads=False)
-    while (batch := _explained(part.path, lambda: next(batches, None))) is not None:
-
-        def values(batch=batch) -> tuple[list, list]:
+    with readable(part.path, HINT):
+        for batch in part.file.iter_batches(part.batch, columns=read, use_threads=False):
             images = batch.column(part.image)
             if part.nested:
                 images = images.flatten()[0]  # None where the struct itself is
-            return images.to_pylist(), batch.column(part.label).to_pylist()
-
-        yield from zip(*_explained(part.path, values), strict=True)
+            yield from zip(images.to_pylist(), batch.column(part.label).to_pylist(), strict=True)
 
 
 def _names(parts: list[list[_Part]]) -> tuple[str, ...] | None:
@@ -236,7 +220,7 @@ def _names(parts: list[list[_Part]]) -> tuple[str, ...] | None:
         return first.names
     found = set()
     for part in parts[0]:
-        batches = part.file.iter_batches(batch_size=10_000, columns=[part.label], use_threads=False)
-        while (batch := _explained(part.path, lambda b=batches: next(b, None))) is not None:
-            found |= set(batch.column(0).unique().to_pylist())
+        with readable(part.path, HINT):
+            for batch in part.file.iter_batches(10_000, columns=[part.label], use_threads=False):
+                found.update(batch.column(0).to_pylist())
     return tuple(in_order(name for name in found if name is not None))

@@ -250,19 +250,8 @@ def _splits(arrays: dict[str, np.ndarray], where: Path) -> tuple[Split, Split]:
 
 
 def _decode(folder: Path) -> tuple[Split, Split]:
-    with _readable(folder, "delete it and run `bdjax data prepare` again"):
+    with base.readable(folder, "delete it and run `bdjax data prepare` again"):
         return tuple(_part(folder, _opened(folder), part)[0] for part in PARTS)  # type: ignore[return-value]
-
-
-@contextlib.contextmanager
-def _readable(folder: Path, hint: str) -> Iterator[None]:
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:  # Whatever damaged records make the reader raise.
-        text = " ".join(str(error).split())[:120] or type(error).__name__
-        raise BadInput(f"{folder}: damaged ({text}); {hint}") from error
 
 
 def _opened(folder: Path) -> Any:
@@ -387,7 +376,7 @@ class Tfds(Table):
             folder = base.data_dir(self.data_dir)
             raise BadInput(f"{self.path}: no set that TFDS has prepared, here or in {folder}")
         folder = there[-1]
-        with _readable(folder, "prepare it again"):
+        with base.readable(folder, "prepare it again"):
             builder = _opened(folder)
             parts = [part for part in ("train", *TESTS) if part in builder.info.splits]
             if "train" not in parts:
@@ -401,10 +390,11 @@ def versions(folder: Path) -> list[Path]:
     """The folder itself where TFDS has prepared it, else its versions that are prepared, the newest
     last.
     """
-    if not own.nameable(folder):
-        return []
-    if (folder / INFO).is_file():
+    # os.path knows no file of a name that no file can have, where Path raises.
+    if os.path.isfile(folder / INFO):
         return [folder]
-    found = [path for path in folder.glob("*.*.*") if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
-    found = [path for path in found if (path / INFO).is_file()]
-    return sorted(found, key=lambda path: [int(part) for part in path.name.split(".")])
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    # What a killed `prepare` leaves is called VERSION.incomplete….
+    found = [name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name)]
+    found.sort(key=lambda name: [int(part) for part in name.split(".")])
+    return [folder / name for name in found if os.path.isfile(folder / name / INFO)]
