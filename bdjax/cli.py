@@ -1,5 +1,5 @@
 """The command line:
-`bdjax run | sweep | study | status | bench | list | data | train | defend | report`.
+`bdjax run | sweep | study | status | bench | list | data | train | poison | defend | report`.
 
 `--plugin` stands before or after any of them, and acts before what they can choose from is known.
 """
@@ -26,6 +26,7 @@ from bdjax.registry import Entry
 from bdjax.types import BadInput, Seed
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
+Format = Literal["npz", "folder", "parquet"]
 Words = tyro.conf.Positional
 Settings = Annotated[
     tuple[str, ...],
@@ -301,6 +302,43 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Poison:
+    """Write the data set that any attack poisons, to train on elsewhere: the training set as
+    `bdjax train` with this --seed sees it, the test set, and the test images with the triggers.
+
+    --attack and --dataset as in `bdjax train`. --dataset DIR reads what was written into DIR.
+    """
+
+    out: Path
+    """Folder for the files, an index of the rows (index.csv) and what made them (poison.json)."""
+    format: Format = "npz"
+    """npz; folder: PNG files in a folder per class; parquet: as HuggingFace has them."""
+    seed: Seed = 0
+    """The seed of the training."""
+    quiet: bool = False
+
+    def __call__(self) -> None:
+        from bdjax.poison import write_poisoned
+        from bdjax.progress import shown
+
+        flags: Any = self
+        about = write_poisoned(
+            self.out,
+            flags.dataset,
+            flags.attack,
+            seed=self.seed,
+            format=self.format,
+            quiet=self.quiet,
+        )
+        print(", ".join(f"{count} {part} images" for part, count in about["rows"].items()))
+        _show_plan(about["counts"])
+        for note in about["notes"]:
+            print(f"note: {note}")
+        size = " --dataset.size None" if self.format == "folder" else ""
+        print(f"saved in {shown(self.out)}; --dataset {shown(self.out)}{size} reads it")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Defend:
     """Apply any defense to a checkpoint of `bdjax train`: prints metrics, saves the repaired model
     to --out.
@@ -426,12 +464,16 @@ def _show(row: dict[str, Any], out: Path | None) -> None:
     if row["metrics"].get("acc_test") is not None:
         warn(row["metrics"]["acc_test"], **row["test"])
     if plan := row.get("plan"):
-        print(
-            f"poisoned       {plan['poisoned']} of {plan['rows']} rows: {plan['relabelled']} "
-            f"relabelled, {plan['clean_label']} with their own label, {plan['added']} added"
-        )
+        _show_plan(plan)
     if out is not None:
         print(f"saved in {shown(out)}")
+
+
+def _show_plan(plan: dict[str, int]) -> None:
+    print(
+        f"poisoned       {plan['poisoned']} of {plan['rows']} rows: {plan['relabelled']} "
+        f"relabelled, {plan['clean_label']} with their own label, {plan['added']} added"
+    )
 
 
 def _number(value: float | None) -> str:
@@ -468,6 +510,7 @@ def _show_labels(arrays: dict[str, Any], names: Sequence[str]) -> None:
 
 CHOICES = {
     "train": {"attack": "badnets", "model": "cnn", "dataset": "fashion-mnist-sample"},
+    "poison": {"attack": "badnets", "dataset": "fashion-mnist-sample"},
     "defend": {"defense": "fine-pruning"},
 }
 """The methods that a command takes by name, and which it takes if none is named."""
@@ -687,6 +730,7 @@ def command(args: Sequence[str]) -> None:
         "list": list_methods,
         "data": prepare,
         "train": _with_fields(Train, {**methods["train"], "recipe": Recipe()}),
+        "poison": _with_fields(Poison, methods["poison"]),
         "defend": _with_fields(Defend, methods["defend"]),
         "report": report,
         # Imported for itself alone: it needs all that draws and reports.

@@ -157,6 +157,21 @@ KINDS = {
             **dict.fromkeys(("total", "rows", "before", "groups", "group", "failed"), COUNT),
         },
     ),
+    "poison": Kind(
+        1,
+        {
+            "attack": dict,
+            "dataset": dict,
+            "fingerprint": HASH,
+            "seed": SEED,
+            "shape": (Number(1, 2**16, True),) * 3,
+            "classes": Number(1, 2**31 - 1, True),
+            "names": [str],
+            "rows": {...: COUNT},
+            "counts": {...: COUNT},
+            "notes": [str],
+        },
+    ),
     "members": Kind(
         1,
         {"victims": [NAME]},

@@ -57,6 +57,7 @@ from bdjax.train import (
     advance,
     begin,
     evaluate,
+    measuring_key,
     poisoned_set,
     poisoning_key,
     predict,
@@ -725,7 +726,7 @@ class Runner:
         keys = [jax.random.key(cell.seed) for cell in cells]
         known = keys if trained is None else [jax.random.key(trained)] * len(cells)
         items = zip(
-            keys if stage == "samples" else [jax.random.fold_in(key, 1) for key in keys],
+            keys if stage == "samples" else [measuring_key(key) for key in keys],
             defenses, victims, [cell.recipe for cell in cells], known, strict=True
         )  # fmt: skip
         keys, defenses, (attacks, variables), recipes, known = self._stacked(list(items))

@@ -159,6 +159,11 @@ def poisoning_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 2)
 
 
+def measuring_key(key: jax.Array) -> jax.Array:
+    """The key by which a run of key `key` fires its triggers at the test set."""
+    return jax.random.fold_in(key, 1)
+
+
 def stamp_key(key: jax.Array) -> jax.Array:
     """The key of the stamps of a training set whose rows were chosen by `key`."""
     return jax.random.fold_in(key, 1 << 16)  # the chosen rows take small numbers
@@ -319,13 +324,20 @@ def batched(fn: Callable, rows: int, batch: int) -> Any:
     """`fn(index [batch]) -> pytree of [batch, ...]` over indices 0 … rows − 1, in pieces that fit
     in memory: pytree of `[rows, ...]`.
     """
-    batch = min(batch, rows)
-    pieces = -(-rows // batch)
-    if pieces == 1:
-        return fn(jnp.arange(rows))
-    index = jnp.minimum(jnp.arange(pieces * batch), rows - 1).reshape(pieces, batch)
+    index = pieces(rows, batch)
+    if len(index) == 1:
+        return fn(index[0])
     out = jax.lax.map(fn, index)
-    return jax.tree.map(lambda leaf: leaf.reshape(pieces * batch, *leaf.shape[2:])[:rows], out)
+    return jax.tree.map(lambda leaf: leaf.reshape(index.size, *leaf.shape[2:])[:rows], out)
+
+
+def pieces(rows: int, batch: int) -> jax.Array:
+    """Indices 0 … rows − 1 in pieces of one size, at most `batch`: the last row fills the last
+    one.
+    """
+    batch = min(batch, rows)
+    count = -(-rows // batch)
+    return jnp.minimum(jnp.arange(count * batch), rows - 1).reshape(count, batch)
 
 
 def predict(model: Model, variables: Variables, images: Array, *, batch: int = 250) -> jax.Array:
@@ -344,6 +356,15 @@ def stamped(
     x = unit(images)
     keys = jax.random.split(key, x.shape[0])
     return jax.vmap(lambda v, k: attack.stamp(jnp.asarray(kind), v, k, train=train))(x, keys)
+
+
+def fired(
+    key: jax.Array, attack: Any, kind: jax.Array | int, images: Array, rows: jax.Array
+) -> jax.Array:
+    """One of the `pieces` of the test images, with trigger `kind`, as `attacked` fires it."""
+    return stamped(
+        attack, kind, images[rows], jax.random.fold_in(jax.random.fold_in(key, kind), rows[0])
+    )
 
 
 class Attacked(NamedTuple):
@@ -373,9 +394,7 @@ def attacked(
 
     def one(kind):
         def piece(i):
-            x = stamped(
-                attack, kind, image[i], jax.random.fold_in(jax.random.fold_in(key, kind), i[0])
-            )
+            x = fired(key, attack, kind, image, i)
             return metrics.labels(model.apply(variables, x).logits)
 
         return batched(piece, image.shape[0], batch), attack.success(kind, label, model.classes)
