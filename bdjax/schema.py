@@ -127,6 +127,7 @@ KINDS = {
             "plan?": Maybe({"asked": COUNT, "poisoned": COUNT}),
             "test?": Maybe({"n": Number(1, 2**53, True), "majority": Number(0, 1)}),
             "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
+            "labels?": Maybe({"flagged?": [str], "target?": [str]}),
             "reported?": {...: Measured()},
             "oracle?": bool,
             **dict.fromkeys(("tags?", "set?"), dict),

@@ -149,8 +149,7 @@ def test_files_are_what_training_sees(form, data, tmp_path):
 @pytest.mark.parametrize("entry", ATTACKS, ids=lambda entry: entry.name)
 def test_files_of_every_attack(entry, data, tmp_path):
     for form in FORMATS:
-        fields = {"redraw": True} if form == "folder" else {}
-        written(entry, data, tmp_path / form, form, **fields)
+        written(entry, data, tmp_path / form, form)
 
 
 def test_an_attack_that_makes_its_images_for_a_net_is_refused(data, tmp_path):
