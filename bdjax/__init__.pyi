@@ -20,6 +20,7 @@ from bdjax.experiment import run as run
 from bdjax.models.layers import Net as Net
 from bdjax.models.layers import build as build
 from bdjax.plugins import load_plugins as load_plugins
+from bdjax.poison import write_poisoned as write_poisoned
 from bdjax.registry import attack as attack
 from bdjax.registry import dataset as dataset
 from bdjax.registry import defense as defense

@@ -24,7 +24,7 @@ import tyro
 from bdjax import datasets, own, plugins, registry
 from bdjax.identity import Stale
 from bdjax.registry import Entry
-from bdjax.types import BadInput, Seed
+from bdjax.types import BadInput, Seed, class_name
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
 Format = Literal["npz", "folder", "parquet"]
@@ -444,7 +444,7 @@ class Defend:
             arrays = store.arrays(cell.run)
         _show(found[0], self.out)
         if cell.stage in ("invert", "models"):
-            _show_labels(arrays, about["dataset"].load().names)
+            _show_labels(arrays, dataset.load().names)
 
     def _trained(self, about: dict[str, Any], cell: Any) -> int | None:
         """The seed of the model's training, which says what rows are poisoned: judges of the
@@ -510,10 +510,7 @@ def _show_labels(arrays: dict[str, Any], names: Sequence[str]) -> None:
         np.minimum.at(norms, arrays["candidate_label"], sizes)
         norms[np.isinf(norms)] = np.nan
     found = np.flatnonzero(flagged)
-    named = [
-        f"{k} ({shown(names[k])})" if len(names) == len(flagged) else str(k)
-        for k in range(len(flagged))
-    ]
+    named = [shown(class_name(k, names)) for k in range(len(flagged))]
     print(f"flagged        {', '.join(named[k] for k in found) or 'no label'}")
     if np.isnan(norms).all():
         return

@@ -6,6 +6,7 @@ what is trojaned or an attack's success.
 """
 
 import functools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from bdjax.types import class_name
 
 CLEAN, TROJAN = "#0072B2", "#D55E00"
 COLORS = (CLEAN, TROJAN, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -156,9 +159,10 @@ def triggers(
     labels: Sequence[Any] = (),
     marked: Any = None,
     across: int = 5,
+    names: Sequence[str] = (),
 ) -> Figure:
     """Reversed triggers mask·pattern and their L1. `mask: [K, H, W, 1]`, `pattern: [K, H, W, C]`,
-    `marked: [K]`.
+    `marked: [K]`. They are called by `labels`, or those of all classes by the classes' `names`.
     """
     mask, pattern, l1 = (
         np.asarray(mask, np.float32),
@@ -166,7 +170,7 @@ def triggers(
         np.asarray(l1),
     )
     count = len(l1)
-    labels = labels or [f"label {k}" for k in range(count)]
+    labels = labels or [class_name(k, names) if names else f"label {k}" for k in range(count)]
     marked = np.zeros(count, bool) if marked is None else np.asarray(marked, bool)
     across = min(across, count)
     down = -(-count // across)
@@ -178,7 +182,8 @@ def triggers(
         axes.spines[:].set_visible(False)
         if k < count:
             _picture(axes, mask[k] * pattern[k])
-            axes.set_title(f"{labels[k]}\nL1 {l1[k]:.1f}", fontsize=9,
+            title = textwrap.fill(str(labels[k]), 14, break_long_words=False)
+            axes.set_title(f"{title}\nL1 {l1[k]:.1f}", fontsize=9,
                            color=TROJAN if marked[k] else "black", pad=4,
                            fontweight="bold" if marked[k] else "normal")  # fmt: skip
             if marked[k]:
@@ -465,8 +470,9 @@ def norms(
                           ha="center",
                           fontsize=8, bbox=box)  # fmt: skip
     axes.set_xticks(at if count <= 16 else at[::5])
-    if names and count <= 16:
-        axes.set_xticks(at, list(names), rotation=40, ha="right")
+    if names:
+        some = at if count <= 16 else np.flatnonzero(flagged) if flagged.any() else at[::5]
+        axes.set_xticks(some, [class_name(int(k), names) for k in some], rotation=40, ha="right")
     if target is not None:
         axes.plot([target], [0], "^", color="black", markersize=8, clip_on=False,
                   label="true target",

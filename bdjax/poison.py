@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import own, registry, schema
-from bdjax.attacks.base import Attack
-from bdjax.datasets import fingerprint
+from bdjax.datasets import fingerprint, source
 from bdjax.datasets.base import Source
 from bdjax.datasets.files import in_order
 from bdjax.progress import Progress
@@ -27,7 +26,7 @@ from bdjax.train import (
     poisoned_set,
     poisoning_key,
 )
-from bdjax.types import BadInput, Dataset, Split
+from bdjax.types import Attack, BadInput, Dataset, Split, shown, whole
 
 Format = Literal["npz", "folder", "parquet"]
 BATCH = 250
@@ -47,15 +46,15 @@ class Rows(NamedTuple):
 
 def write_poisoned(
     out: str | Path,
-    dataset: Source,
-    attack: Any,
+    dataset: Source | str,
+    attack: Attack,
     *,
     seed: int = 0,
     format: Format = "npz",
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Writes `dataset` as `attack` poisons it in a training with `seed` into the new folder `out`;
-    returns what stands in its `poison.json`.
+    """Writes `dataset`, a source or what `datasets.source` takes, as `attack` poisons it in a
+    training with `seed` into the new folder `out`; returns what stands in its `poison.json`.
 
     `train`: the images that the victim is trained on, as they are stored, poisoned ones with their
     training label. `test`: the test set as it is. `triggered`: the test images that the attack aims
@@ -71,13 +70,17 @@ def write_poisoned(
     Raises `BadInput` where there is no poisoned set before a net is trained, and where `out` holds
     anything that bdjax did not write.
     """
-    out = own.whole(Path(out))
-    data, key = dataset.load(), jax.random.key(seed)
+    out, writers = own.whole(Path(out)), {"npz": _npz, "folder": _folder, "parquet": _parquet}
+    dataset = source(dataset) if isinstance(dataset, str) else dataset
+    data, key = dataset.load(), jax.random.key(whole("seed", seed, 0, 2**32 - 1))
+    if format not in writers:
+        raise BadInput(f"format '{shown(format)}' is not one of {', '.join(writers)}")
     if attack is None:
         raise BadInput("without an attack nothing is poisoned: give one")
     registry.admit(attack, data.shape, data.classes)
     name, y = registry.name_of(attack), jnp.asarray(data.train.label)
-    if attack.base(y, data.classes) is not y:
+    base = getattr(attack, "base", lambda y, _: y)
+    if base(y, data.classes) is not y:
         raise BadInput(
             f"{name} makes the images that it trains on for a net that it is given: there is no "
             "poisoned set to write; train it: bdjax train"
@@ -85,6 +88,7 @@ def write_poisoned(
     counts = attack.count(poisoning_key(key), y, data.classes)
     arrays = jax.tree.map(jnp.asarray, attack)  # as a sweep stacks them
     train = poisoned_set(poisoning_key(key), data.train, arrays, data.classes)
+    train = jax.tree.map(jnp.asarray, train)  # to the device once
     parts = {
         "train": _trained_on(train, data.train),
         "test": _plain(data.test),
@@ -101,7 +105,6 @@ def write_poisoned(
         "rows": {part: len(rows.label) for part, rows in parts.items()},
         "counts": counts,
     }
-    writer = {"npz": _npz, "folder": _folder, "parquet": _parquet}[format]
     clipped = dict.fromkeys(parts, 0)
     with own.renamed(out) as folder:
         folder.mkdir()
@@ -114,7 +117,7 @@ def write_poisoned(
                     bar.step(amount=len(batch))
 
             for part, rows in parts.items():
-                writer(folder, part, told(part), rows.label, data)
+                writers[format](folder, part, told(part), rows.label, data)
         _write_index(folder / "index.csv", parts)
         about["notes"] = _notes(attack, train, clipped)
         (folder / "poison.json").write_text(schema.dump(about, "poison", 1), encoding="utf-8")
@@ -124,8 +127,8 @@ def write_poisoned(
 def _notes(attack: Any, train: TrainSet, clipped: dict[str, int]) -> list[str]:
     """What the files do not say of a training by this attack."""
     name, notes = registry.name_of(attack), []
-    if type(attack).train is not Attack.train:
-        notes.append(f"{name} has a training of its own: written is the set that it poisons")
+    if attack.trains:
+        notes.append(f"{name} is trained by its own `train`: written is the set that it poisons")
     weight = np.asarray(train.plan.weight)[: int(train.plan.size)]
     if (weight != 1).any():
         notes.append("in the loss rows count by the column `weight` of index.csv")

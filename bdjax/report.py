@@ -287,10 +287,19 @@ def _notes(cells: Iterable[Row]) -> list[str]:
         plan = cell.get("plan")
         if isinstance(plan, Mapping) and plan["poisoned"] < plan["asked"]:
             found.append(f"{plan['poisoned']} rows poisoned of {plan['asked']} asked for")
+        found += _flags(cell)
         own = cell.get("victim") and cell.get("attack") and not cell.get("defense")
         if own and not cell.get("twin"):
             found.append("no twin")
     return list(dict.fromkeys(found))
+
+
+def _flags(row: Row) -> list[str]:
+    """Which labels a judge flags, and which are targets, by name."""
+    said = row.get("labels") or {}
+    words = [("flags", said.get("flagged")), ("target", said.get("target"))]
+    text = ", ".join(f"{word} {' and '.join(some)}" for word, some in words if some)
+    return [text] if text and said.get("flagged") else []
 
 
 def _different(rows: Iterable[Row], field: str) -> list[str]:

@@ -137,6 +137,7 @@ KINDS = {
             "plan?": Maybe({"asked": COUNT, "poisoned": COUNT}),
             "test?": Maybe({"n": Number(1, 2**53, True), "majority": Number(0, 1)}),
             "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
+            "labels?": Maybe({"flagged?": [str], "target?": [str]}),
             "oracle?": bool,
             **dict.fromkeys(("device?", "jax?", "commit?"), str | None),
             **dict.fromkeys(("dataset?", "model?", "attack?", "defense?"), str | None),

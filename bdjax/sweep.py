@@ -74,6 +74,7 @@ from bdjax.types import (
     Unlabelled,
     Victim,
     Word,
+    class_name,
     whole,
     word,
 )
@@ -84,6 +85,8 @@ GROUP = 8, 64
 """How many victims a CPU and an accelerator take at a time: their rows are written before the next
 ones are begun.
 """
+NAMED = 16
+"""The most labels that a row names."""
 RANKED = 100
 """Labels from which on a first ranking is printed before a long search for triggers."""
 PROGRAMS = 64
@@ -426,7 +429,8 @@ class Runner:
         items = self._stacked([(jax.random.key(cell.seed), judge, variables)])
         norms = np.asarray(self._ran("defend", _rank, model, shared, *items))[0]
         order = np.argsort(norms)[: np.isfinite(norms).sum()]
-        leaders = ", ".join(f"{label} ({norms[label]:.3g})" for label in order[:10])
+        names = cell.dataset.load().names
+        leaders = ", ".join(f"{class_name(k, names)} ({norms[k]:.3g})" for k in order[:10])
         say(
             f"first ranking of {len(order)} labels by the norm of a short search, median "
             f"{np.median(norms[order]):.3g}: {leaders}, …",
@@ -825,9 +829,9 @@ class Runner:
             found, arrays = {**found, **probed[0]}, {**arrays, **probed[1]}
         found, arrays = jax.device_get((found, arrays))
         if "flagged" in arrays and cells[0].attack is not None:
-            aims = [cell.attack.targets(model.classes) for cell in cells if cell.attack is not None]
             flagged = arrays["flagged"][: len(cells)]  # the rest is padding
-            found["target_flagged"] = targets_flagged(flagged, np.stack([*map(np.asarray, aims)]))
+            aims = np.stack([_targets(cell, model.classes) for cell in cells])
+            found["target_flagged"] = targets_flagged(flagged, aims)
         spent = self.clock.split(before, len(cells))
         if stage is None:
             spent = {name: value + seconds[name] for name, value in spent.items()}
@@ -838,6 +842,8 @@ class Runner:
                 self.store.save_arrays(cell.run, take(arrays, i))
             measured = {name: np.asarray(value[i]).item() for name, value in found.items()}
             row = self._row(cell, measured, spent)
+            if "flagged" in arrays:
+                row["labels"] = _labels(cell, arrays["flagged"][i])
             rows.append(row | ({"twin": twins[cell.run]} if cell.run in twins else {}))
         self._written(rows)
         return rows[0], take(repaired, 0) if keep and repaired is not None else None
@@ -1023,7 +1029,8 @@ def labelled(dataset: Any, model: Model, variables: Any, how: Literal["net", "no
         if label.min() < 0:
             raise BadInput("the net gives some images no label: its answers are not numbers")
         splits[name] = split._replace(label=label)
-    return Labelled(data=data._replace(**splits, classes=model.classes, names=()))
+    names = data.names if data.classes == model.classes else ()
+    return Labelled(data=data._replace(**splits, classes=model.classes, names=names))
 
 
 def fits(model: Model, data: Dataset) -> None:
@@ -1043,6 +1050,26 @@ def fits(model: Model, data: Dataset) -> None:
 def bound(cell: Cell, shared: Any) -> Any:
     """The cell's attack with the images that it takes from the training set."""
     return None if cell.attack is None else cell.attack.bind(shared.train)
+
+
+def _targets(cell: Cell, classes: int) -> np.ndarray:
+    """The labels that the cell's attack aims at: `[K]` bool."""
+    if cell.attack is None:
+        return np.zeros(classes, bool)
+    return np.asarray(cell.attack.targets(classes))
+
+
+def _labels(cell: Cell, flagged: np.ndarray) -> dict[str, list[str]]:
+    """The labels that a judge flags and those that the attack aims at, by name; all of them where
+    it aims at all.
+    """
+    names, aimed = cell.dataset.load().names, _targets(cell, len(flagged))
+    found = {"flagged": flagged, "target": aimed}
+    named = {
+        part: [class_name(int(k), names) for k in np.flatnonzero(some)[:NAMED]]
+        for part, some in found.items()
+    }
+    return named | ({"target": ["all"]} if aimed.all() else {})
 
 
 def warn(acc: float, n: int, majority: float) -> None:

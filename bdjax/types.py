@@ -5,7 +5,7 @@ a poisoned training set. Pixels are float32 in [0, 1], NHWC, at every boundary; 
 uint8.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, Protocol
 
 import jax
@@ -169,6 +169,14 @@ class Splits(NamedTuple):
     train: Split
     clean: Split
     test: Split
+
+
+def class_name(label: int, names: Sequence[str] = ()) -> str:
+    """A label as people read it, wherever one is shown: `3 (Dress)`, or its number alone where the
+    classes have no names, or it is its own.
+    """
+    name = names[label] if 0 <= label < len(names) else ""
+    return f"{label} ({name})" if name not in ("", str(label)) else str(label)
 
 
 class Output(NamedTuple):

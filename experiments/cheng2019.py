@@ -68,6 +68,7 @@ from bdjax.registry import pytree, static
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe, predict, stamped, unit
+from bdjax.types import class_name
 
 TITLE = "Cheng et al. (2019): ℓ∞ pruning of a backdoored traffic-sign net"
 
@@ -318,9 +319,10 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         np.concatenate([[own, *first[net][name]] for net in ATTACKS])
         for own, name in ((square, "mask"), (ori, "pattern"))
     )
-    names = [f"{net}: {what}" for net in ATTACKS for what in ("original", *s.labels)]
+    labels = [class_name(label, s.data.load().names) for label in s.labels]
+    names = [f"{net}: {what}" for net in ATTACKS for what in ("original", *labels)]
     caption = (
-        f"The original trigger, and what Neural Cleanse finds for label {s.labels[0]}, the target, "
+        f"The original trigger, and what Neural Cleanse finds for label {labels[0]}, the target, "
         "and two others."
     )
     picture = plots.triggers(mask, pattern, mask.sum((1, 2, 3)), names, across=1 + len(s.labels))

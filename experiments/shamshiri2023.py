@@ -51,6 +51,7 @@ from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe, stamped
+from bdjax.types import class_name
 
 TITLE = "Shamshiri & Sohn (2023): three defenses on Fashion-MNIST"
 
@@ -154,7 +155,7 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
     data = SCALES[scale].data.load()
     first = [int(np.flatnonzero(data.test.label == k)[0]) for k in range(6)]
     clean = data.test.image[first] / np.float32(255)
-    names = [data.names[k] for k in range(6)] if data.names else [str(k) for k in range(6)]
+    names = [class_name(k, data.names) for k in range(6)]
     trojan = stamped(BadNets(), 1, clean, jax.random.key(0))
     yield (
         "stamped",
@@ -206,7 +207,7 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
             index = f"{row['metrics']['anomaly_index']:.2f}"
             caption = (
                 f"First run: anomaly index {index} (flagged above 2); the true target is "
-                f"{row['config']['attack']['target']}."
+                f"{class_name(row['config']['attack']['target'], data.names)}."
             )
             picture = plots.norms(
                 nc["norms"],
@@ -216,12 +217,11 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
                 data.names,
             )
             yield f"norms-{name}", f"Neural Cleanse, {name}: norms", caption, picture
-            labels = data.names or [str(k) for k in range(len(nc["norms"]))]
             yield (
                 f"triggers-{name}",
                 f"Neural Cleanse, {name}: reversed triggers",
                 "Mask ⊙ pattern, and L1 of the mask.",
-                plots.triggers(nc["mask"], nc["pattern"], nc["norms"], labels),
+                plots.triggers(nc["mask"], nc["pattern"], nc["norms"], names=data.names),
             )
 
 

@@ -255,7 +255,8 @@ def _answered(faces, weights):
         )
         for name in ("train", "clean", "test")
     }
-    return data._replace(**named, classes=model.classes, names=())
+    names = data.names if data.classes == model.classes else ()
+    return data._replace(**named, classes=model.classes, names=names)
 
 
 @pytree
@@ -580,13 +581,12 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         yield entropies("strip-published", "Figure 2: the published net", *found)
     if found := arrays(LAB3, "Neural Cleanse"):
         row, nc = found
-        labels = [f"label {k}" for k in range(len(nc["norms"]))]
         caption = (
             f"First run: anomaly index {row['metrics']['anomaly_index']:.2f}; the true target is "
             "label 0. "
         )
         caption += "Mask ⊙ pattern, and L1 of the mask."
-        picture = plots.triggers(nc["mask"], nc["pattern"], nc["norms"], labels, nc["flagged"])
+        picture = plots.triggers(nc["mask"], nc["pattern"], nc["norms"], marked=nc["flagged"])
         yield (
             "triggers-published",
             "Neural Cleanse, the published net: reversed triggers",

@@ -216,7 +216,7 @@ BAD = {
     "labels are not": {"label": np.full(40, "cat")},
     "labels run from -1": {"label": np.arange(40) % 4 - 1},
     "class 2 has no training": {"label": np.array([0, 1, 3, 4] * 10)},
-    "class 4 has no training": {"names": np.array(list("abcde"))},
+    r"class 4 \(e\) has no training": {"names": np.array(list("abcde"))},
     "label is 3 but there are 2": {"names": np.array(["a", "b"])},
     "class 1 has no training": {"label": np.array([0, 2_000_000_000] * 20)},
     "class 1 has no image left": {"label": np.array([1] + [0] * 39)},
@@ -590,7 +590,9 @@ BAD_TABLES = {
     "no column holds labels;": {"label": pa.array([{"a": 1}] * 40)},
     "labels run from -1": {"label": pa.array(np.arange(40) % 4 - 1)},
     "a label is 4 but there are 4": {"label": pa.array(np.arange(40) % 5), "features": FEATURES},
-    "class 4 has no training image": {"features": FEATURES | {"label": {"names": list("abcde")}}},
+    r"class 4 \(e\) has no training image": {
+        "features": FEATURES | {"label": {"names": list("abcde")}}
+    },
     "labels run from 0 to 4.6": {"label": pa.array([0, 2**62] * 20)},
     "labels run from 0 to 9.2": {"label": pa.array([0, 2**63] * 20, pa.uint64())},
     "has no rows": {"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())},

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax import channels, metrics
+from bdjax import channels, metrics, registry
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.base import judge
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.train.db_covidnet import combine, ensemble
+from bdjax.sweep import labelled
 from bdjax.train import attacked, evaluate
 from bdjax.types import Split, Splits, Victim
 from tests.planted import units
@@ -117,3 +118,12 @@ def test_a_broken_net_behind_a_filter_is_right_about_nothing_and_obeys_nobody():
     data, victim = Splits(DATA, DATA, DATA), Victim(MODEL, BROKEN, ATTACK)
     found = jax.jit(lambda key: judge(key, victim, Strip(n=4), data).metrics)(jax.random.key(0))
     assert (found["acc_test"], found["asr_all"], found["asr_nt"]) == (0, 0, 0)
+
+
+def test_the_names_of_classes_go_with_labels_of_the_net(sample, victim):
+    model, variables, _ = victim
+    source = registry.make("dataset", "fashion-mnist-sample", train_size=2000, test_size=500)
+    for how in ("net", "none"):
+        assert labelled(source, model, variables, how).load().names == sample.names
+    other = labelled(source, model._replace(classes=4), variables, "none").load()
+    assert (other.classes, other.names) == (4, ())

@@ -3,6 +3,7 @@ that poisons data, as other tools and bdjax itself read them.
 """
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -120,6 +121,10 @@ def holds(folder: Path, form: str, source: Source, attack, seed: int) -> None:
     assert names == expected and test is not None
     assert as_lists(train.image, train.label) == as_lists(*read(folder, "train", form))
     assert as_lists(test.image, test.label) == as_lists(image, label)
+    place = {"folder": "triggered", "parquet": "data/triggered-00000-of-00001.parquet"}
+    where = str(folder / place.get(form, "triggered.npz"))
+    _, test, _ = dataclasses.replace(own_reader, test=where).read()
+    assert as_lists(test.image, test.label) == as_lists(*read(folder, "triggered", form))
 
 
 def written(entry, data, folder, form, **fields):
@@ -134,8 +139,7 @@ def written(entry, data, folder, form, **fields):
     assert json.loads((folder / "poison.json").read_text()) == {**about, "format": 1}
     assert about["counts"]["poisoned"] > 0 and about["rows"]["train"] == about["counts"]["rows"]
     assert about["fingerprint"] == datasets.fingerprint(data.load())
-    trains = type(attack).train is not registry.get("attack", "badnets").cls.train
-    assert any("a training of its own" in note for note in about["notes"]) == trains
+    assert any("its own `train`" in note for note in about["notes"]) == attack.trains
     holds(folder, form, data, attack, 3)
 
 
@@ -149,8 +153,7 @@ def test_files_are_what_training_sees(form, data, tmp_path):
 @pytest.mark.parametrize("entry", ATTACKS, ids=lambda entry: entry.name)
 def test_files_of_every_attack(entry, data, tmp_path):
     for form in FORMATS:
-        fields = {"redraw": True} if form == "folder" else {}
-        written(entry, data, tmp_path / form, form, **fields)
+        written(entry, data, tmp_path / form, form)
 
 
 def test_an_attack_that_makes_its_images_for_a_net_is_refused(data, tmp_path):
@@ -158,6 +161,9 @@ def test_an_attack_that_makes_its_images_for_a_net_is_refused(data, tmp_path):
     assert made
     for entry in made:
         written(entry, data, tmp_path / "out", "npz")
+    for wrong in ({"seed": -1}, {"seed": 2**32}, {"seed": 0.5}, {"format": "zip"}):
+        with pytest.raises(BadInput):
+            write_poisoned(tmp_path / "out", data, BadNets(), **wrong)
     with pytest.raises(BadInput, match="without an attack nothing is poisoned"):
         write_poisoned(tmp_path / "out", data, None)
     with pytest.raises(BadInput, match=r"a share of 0\.001 of 70 images is none"):

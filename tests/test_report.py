@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bdjax import datasets, plots, registry, report
 from bdjax.attacks.badnets import BadNets
-from bdjax.types import BadInput
+from bdjax.types import BadInput, class_name
 
 EVIL = "CNN <script>alert(1)</script> | [bold]x"
 CHROMIUM = next(
@@ -492,6 +492,26 @@ def test_neural_cleanse_pictures(labels):
     titles = [axes.get_title() for axes in shown.axes if axes.get_title()]
     assert len(titles) == labels and titles[3] == "label 3\nL1 10.0"
     drawn(shown)
+
+
+def test_classes_have_their_names_in_pictures():
+    names = ("T-shirt/top", "$x^2$", "2", "")
+    words = [class_name(k, names) for k in range(5)]
+    assert words == ["0 (T-shirt/top)", "1 ($x^2$)", "2", "3", "4"] and class_name(7) == "7"
+    masks = np.ones((4, 8, 8, 1))
+    titles = [a.get_title() for a in plots.triggers(masks, masks, np.ones(4), names=names).axes]
+    assert [t.replace("\n", " ") for t in titles] == [f"{w} L1 1.0" for w in words[:4]]
+    axes = plots.norms(np.arange(4.0), names=names).axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == words[:4]
+    many, flagged = [f"c{k}" for k in range(40)], np.arange(40) == 7
+    axes = plots.norms(np.arange(40.0), flagged=flagged, names=many).axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["7 (c7)"]
+
+
+def test_names_of_classes_are_shown_by_one_function():
+    for folder in ("bdjax", "experiments", "benchmarks"):
+        for file in (Path(__file__).parents[1] / folder).rglob("*.py"):
+            assert not re.search(r"\.names\[", file.read_text()), file
 
 
 def test_votes_heat_maps_and_boxes():

@@ -265,7 +265,8 @@ def test_a_first_ranking_is_printed_where_there_are_many_labels(
     lines = capsys.readouterr().err.splitlines()
     (first,) = [i for i, line in enumerate(lines) if line.startswith("first ranking of 10 labels")]
     (search,) = [i for i, line in enumerate(lines) if line.startswith("neural-cleanse on")]
-    assert first < search and f": {int(attack.target)} (" in lines[first]
+    assert first < search and f": {int(attack.target)} (Dress) (" in lines[first]
+    assert row["labels"] == {"flagged": [], "target": ["3 (Dress)"]}
 
     assert row["verdict"] == "no sign" and row["metrics"]["undecided"] == 0
     assert row["metrics"]["p_value"] == 1, "no trigger works after one step"
@@ -295,6 +296,10 @@ def test_tables_pages_and_progress_show_the_word():
     for text in (report.markdown([section]), report.page([section], "t")):
         assert "2 infected, 1 undecided" in text and "p value" in text
     assert "undecided" in report.line(rows[1])
+    rows[0]["labels"] = {"flagged": ["3 (Dress)", "8 (<Bag>)"], "target": ["3 (Dress)"]}
+    (line,) = report.aggregate(rows)[0]["rows"]
+    assert line["notes"] == ["flags 3 (Dress) and 8 (<Bag>), target 3 (Dress)"]
+    assert "8 (&lt;Bag&gt;)" in report.page([report.Section("t", rows)], "t")
     old = judged(3, infected=1.0, anomaly_index=4.0)  # a row of 0.1: one seed
     assert report.aggregate([old])[0]["rows"][0]["verdict"] == "infected"
     unjudged = judged(4, acc_test=0.9)

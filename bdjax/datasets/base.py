@@ -17,7 +17,7 @@ import numpy as np
 
 from bdjax import own
 from bdjax.registry import name_of, pytree, static, validate
-from bdjax.types import INT32, Array, BadInput, Count, Dataset, Range, Seed, Split
+from bdjax.types import INT32, Array, BadInput, Count, Dataset, Range, Seed, Split, class_name
 
 TEST_SHARE = 0.2
 """How much of a source without a test set of its own becomes one."""
@@ -265,8 +265,8 @@ def _load(source: Source, stamp: str) -> Dataset:
             )
     if (missing := _missing(train.label, classes)) is not None:
         raise BadInput(
-            f"{where}: class {missing} has no training image; number the classes 0 to K-1 without "
-            "a gap"
+            f"{where}: class {class_name(missing, names)} has no training image; number the "
+            "classes 0 to K-1 without a gap"
         )
     if source.top_classes is not None:
         if source.top_classes > classes:
@@ -285,7 +285,8 @@ def _load(source: Source, stamp: str) -> Dataset:
     train, clean = divide(train, source.holdout, source.seed)
     if (missing := _missing(train.label, classes)) is not None:
         raise BadInput(
-            f"{where}: class {missing} has no image left to train on; add images or lower holdout"
+            f"{where}: class {class_name(missing, names)} has no image left to train on; add "
+            "images or lower holdout"
         )
     for leaf in (*train, *clean, *test):
         if isinstance(leaf, np.ndarray):
