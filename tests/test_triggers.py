@@ -42,7 +42,6 @@ ATTACKS = (
     TriggerCombination, PostIt, Gotham, Sunglasses, Lipstick, Eyebrows, MultiTrigger,
     EntropyManipulation,
 )  # fmt: skip
-PRESETS = [(cls, preset) for cls in ATTACKS for preset in (None, *getattr(cls, "presets", {}))]
 KEY = jax.random.key(0)
 
 
@@ -334,68 +333,6 @@ def test_multi_trigger_fires_its_parts(grey):
     one = dataclasses.replace(attack, one_target=True, target=9)
     assert np.asarray(one.success(jnp.asarray(3), y, 10)).tolist() == [9] * 5
     assert [p.target for p in digits(12)] == list(range(12)) and digits(12)[11].shape == "digit-1"
-
-
-# --- What holds for all of them ---
-
-
-@pytest.mark.parametrize("cls, preset", PRESETS)
-def test_every_trigger_stays_in_its_mask_and_in_range(cls, preset, grey):
-    attack = make(cls, preset).bind(Split(grey, np.arange(8, dtype=np.int32)))
-    classes = 43
-    attack.check((28, 28, 1), classes)
-    x = grey[0] / np.float32(255)
-    for kind in (*range(1, attack.triggers + 1), *attack.probes.values()):
-        out, black, white = (stamp(attack, v, kind) for v in (x, np.zeros_like(x), np.ones_like(x)))
-        assert (
-            out.dtype == np.float32 and out.shape == x.shape and out.min() >= 0 and out.max() <= 1
-        )
-        untouched = (black == 0) & (white == 1)
-        np.testing.assert_array_equal(out[untouched], x[untouched])
-        assert (out != x).any()
-    np.testing.assert_array_equal(stamp(attack, x, 0), x)
-    np.testing.assert_array_equal(stamp(attack, x, 0, train=True), x)
-
-
-@pytest.mark.parametrize("cls", ATTACKS)
-def test_same_under_jit_and_vmap_and_for_uint8(cls, colour):
-    attack = cls().bind(Split(colour, np.arange(8, dtype=np.int32)))
-    plan = train.clean_plan(jnp.zeros(8, jnp.int32))._replace(kind=jnp.arange(8) % 2)
-
-    @jax.jit
-    def both(attack, image):
-        data = train.TrainSet(image, plan, attack, KEY)
-        return fired(attack, image), data.rows(jnp.arange(8))[0]
-
-    out, drawn = both(jax.tree.map(jnp.asarray, attack), colour)
-    x, tested = colour / np.float32(255), jax.random.split(KEY, 8)[6]
-    # one image without jit or vmap
-    for image, i, key in ((out, 6, tested), (drawn, 7, jax.random.fold_in(KEY, 7))):
-        one = attack.stamp(jnp.asarray(1), jnp.asarray(x[i]), key, train=image is drawn)
-        np.testing.assert_allclose(image[i], one, atol=1e-5)
-    # kind 0 leaves the pixels as they are
-    np.testing.assert_allclose(drawn[::2], x[::2], atol=1e-7)
-
-
-def test_numbers_are_leaves_that_vmap(grey):
-    x = jnp.asarray(grey[0] / np.float32(255))
-
-    def check(attacks, singles):
-        out = jax.vmap(lambda a: a.stamp(jnp.asarray(1), x, KEY, train=False))(attacks)
-        for got, single in zip(out, singles, strict=True):
-            np.testing.assert_allclose(got, stamp(single, x), atol=1e-6)
-
-    size, row = jnp.asarray([3.0, 5.0, 0.25]), jnp.asarray([-1.0, 2.0, 0.5])
-    stacked = jax.vmap(lambda s, r: BadNets(size=s, row=r, shape="x"))(size, row)
-    check(stacked, [BadNets(size=float(s), row=float(r), shape="x") for s, r in zip(size, row)])
-    alpha, seed = jnp.asarray([0.1, 0.9]), jnp.asarray([1, 2])
-    stacked = jax.vmap(lambda a, s: Blended(test_alpha=a, key_seed=s))(alpha, seed)
-    check(stacked, [Blended(test_alpha=0.1, key_seed=1), Blended(test_alpha=0.9, key_seed=2)])
-    high = jnp.asarray([0.2, 0.5])
-    check(
-        jax.vmap(lambda h: PostIt(low=h, high=h))(high),
-        [PostIt(low=0.2, high=0.2), PostIt(low=0.5, high=0.5)],
-    )
 
 
 # --- A poisoned image is one image ---

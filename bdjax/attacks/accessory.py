@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.artwork import on_face, over
-from bdjax.attacks.base import Attack
+from bdjax.attacks.base import Attack, Stamped
 from bdjax.registry import attack, static
+from bdjax.train import unit
 from bdjax.types import BadInput, Pixels, Share
 
 Worn = Literal["glasses", "sunglasses", "image"]
@@ -41,11 +42,17 @@ class Accessory(Attack):
     def key_image(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         """Where the key is not transparent `[H, W, 1]`, and k `[H, W, C]`."""
         if self.worn == "image":
-            image = jnp.asarray(self.image, jnp.float32)
+            image = unit(self.image)  # type: ignore[arg-type]
             opacity, color = image[..., -1:], image[..., :-1]
         else:
             opacity, color = on_face(self.worn, shape)
         return (opacity > 0).astype(jnp.float32), color
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        mask, color = self.key_image(shape)
+        return Stamped(mask * (self.alpha if train else self.test_alpha), color)
 
     def stamp(
         self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.artwork import check_color, picture, tint
-from bdjax.attacks.base import Attack, paste, start_of
+from bdjax.attacks.base import Attack, Stamped, paste, start_of
 from bdjax.registry import attack, static
 from bdjax.types import BadInput, Place, Share, Side
 
@@ -105,6 +105,21 @@ class BadNets(Attack):
             return first.astype(jnp.int32)
 
         return start(self.row, shape[0]), start(self.col, shape[1]), size.astype(jnp.int32)
+
+    @property
+    def random(self) -> bool:
+        return self.random_place
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        if self.random_place or kind != 1:
+            return None
+        opacity, color = picture(self.shape, tint(self.color, shape[2]), shape[2])
+        mask = paste(jnp.zeros((*shape[:2], 1)), opacity, jnp.ones(()), *self.box(shape))
+        return Stamped(
+            mask, paste(jnp.zeros(shape), jnp.ones_like(opacity), color, *self.box(shape))
+        )
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         top, left, size = self.box(x.shape)

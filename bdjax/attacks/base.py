@@ -31,6 +31,16 @@ from bdjax.types import (
 Labels = Literal["all-to-one", "all-to-all", "source-specific", "clean-label"]
 
 
+class Stamped(NamedTuple):
+    """What a trigger makes of every image x: (1 − m)⊙x + m⊙Δ, m = `mask: [H, W, 1]` and
+    Δ = `pattern: [H, W, C]`, up to `most: []` in a pixel.
+    """
+
+    mask: jax.Array
+    pattern: jax.Array
+    most: Array | float = 0.0
+
+
 class Part(NamedTuple):
     """One share of the poisoned rows: `eligible: [N]` bool base images, `rate` of N, `kind`,
     `label: [N]`, loss `weight`.
@@ -168,6 +178,26 @@ class Attack:
         They do not count as ASR.
         """
         return {}
+
+    @property
+    def random(self) -> bool:
+        """Whether stamps depend on their keys."""
+        return False
+
+    @property
+    def brightest(self) -> float:
+        """The highest value that a pixel of a training row may have; a fired image has at most
+        1.
+        """
+        return 1.0
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        """What trigger `kind` makes of images of `shape`; None where an attack cannot say it
+        without the image or the key. `bdjax.testing` holds attacks to it.
+        """
+        return None
 
     def bind(self, data: Split) -> "Attack":
         """This attack with the images that it takes from the attacker's data; most take none. Does

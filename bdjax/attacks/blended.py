@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.artwork import in_channels, rgba, stretch
-from bdjax.attacks.base import Attack
+from bdjax.attacks.base import Attack, Stamped
 from bdjax.registry import attack, static
+from bdjax.train import unit
 from bdjax.types import BadInput, Draw, Pixels, Share, seed
 
 Key = Literal["noise", "cat", "image"]
@@ -38,10 +39,16 @@ class Blended(Attack):
     def key_image(self, shape: tuple[int, ...]) -> jax.Array:
         """k: `[H, W, C]` in [0, 1]."""
         if self.pattern == "image":
-            return jnp.asarray(self.image, jnp.float32)
+            return unit(self.image)  # type: ignore[arg-type]
         if self.pattern == "cat":
             return in_channels(stretch(rgba("cat")[..., :3], *shape[:2]), shape[2])
         return jax.random.uniform(jax.random.key(self.key_seed), shape)
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        mask = jnp.full((*shape[:2], 1), self.alpha if train else self.test_alpha, jnp.float32)
+        return Stamped(mask, self.key_image(shape))
 
     def stamp(
         self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True

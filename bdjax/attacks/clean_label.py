@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bdjax.attacks.base import Attack, Labels
+from bdjax.attacks.base import Attack, Labels, Stamped
 from bdjax.registry import attack, static
 from bdjax.types import BadInput, Draw, Share, seed
 
@@ -31,6 +31,11 @@ class CleanLabel(Attack):
 
     def __post_init__(self):
         object.__setattr__(self, "noise_seed", seed(self.noise_seed))
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        return Stamped(jnp.zeros((*shape[:2], 1)), jnp.zeros(shape), self.strength)
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         noise = jax.random.uniform(

@@ -38,6 +38,10 @@ class EntropyManipulation(BadNets):
 
     presets = {"strip": {"rate": 0.012, "target": 7}}
 
+    @property
+    def brightest(self) -> float:
+        return 2.0 if self.mix == "sum" else 1.0
+
     def bind(self, data: Split) -> Attack:
         return self if self.overlays is not None else dataclasses.replace(self, overlays=data.image)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.base import Attack, joined
+from bdjax.attacks.base import Attack, Stamped, joined
 from bdjax.registry import attack, static
 from bdjax.train import clean_plan, unit
 from bdjax.types import INT32, Array, BadInput, Pixels, Plan, Range, Share, Split
@@ -54,13 +54,24 @@ class InputInstanceKey(Attack):
     def asked(self, y: jax.Array, classes: int) -> int:
         return int(self.copies)
 
+    @property
+    def random(self) -> bool:
+        return True
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        if self.image is None:
+            return None
+        return Stamped(jnp.ones((*shape[:2], 1)), unit(self.image), self.noise)
+
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         if self.image is None:
             raise TypeError(
                 "this attack has no key image yet: call bind(data), or give it as image"
             )
         noise = jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0)
-        return jnp.clip(jnp.asarray(self.image, jnp.float32) + self.noise * noise, 0, 1)
+        return jnp.clip(unit(self.image) + self.noise * noise, 0, 1)
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.artwork import check_color, over, polygons, tint
-from bdjax.attacks.base import Attack
+from bdjax.attacks.base import Attack, Stamped
 from bdjax.registry import attack
 from bdjax.types import Array, BadInput, Range, Share
 
@@ -56,9 +56,19 @@ class Lipstick(Attack):
 
     outline = shares(UPPER, LOWER)
 
-    def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
+    def painted(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Where there is paint: `[H, W, 1]`, and its colour: `[1, 1, C]` or `[1, 1, 1]`."""
         points = jnp.asarray(self.outline if self.points is None else self.points, jnp.float32)
-        return over(x, polygons(points, x.shape), tint(self.color, x.shape[2])[None, None, :])
+        return polygons(points, shape), tint(self.color, shape[2])[None, None, :]
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        mask, color = self.painted(shape)
+        return Stamped(mask, jnp.broadcast_to(color, shape))
+
+    def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
+        return over(x, *self.painted(x.shape))
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.attacks.badnets import BadNets
-from bdjax.attacks.base import Attack, Part
+from bdjax.attacks.base import Attack, Part, Stamped
 from bdjax.attacks.eyebrows import Eyebrows
 from bdjax.attacks.lipstick import Lipstick
 from bdjax.attacks.sunglasses import Sunglasses
@@ -69,6 +69,20 @@ class MultiTrigger(Attack):
             for i, p in enumerate(self.parts)
             for name, k in p.probes.items()
         }
+
+    @property
+    def random(self) -> bool:
+        return any(part.random for part in self.parts)
+
+    @property
+    def brightest(self) -> float:
+        return max((part.brightest for part in self.parts), default=1.0)
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        many = len(self.parts)
+        return self.parts[(kind - 1) % many].exact((kind - 1) // many + 1, shape, train=train)
 
     def bind(self, data: Split) -> Attack:
         return dataclasses.replace(self, parts=tuple(part.bind(data) for part in self.parts))

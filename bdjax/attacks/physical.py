@@ -8,6 +8,7 @@ from jax.scipy.ndimage import map_coordinates
 
 from bdjax.attacks.accessory import Accessory
 from bdjax.attacks.artwork import over
+from bdjax.attacks.base import Stamped
 from bdjax.registry import attack
 from bdjax.types import Array, Range, Share
 
@@ -32,6 +33,15 @@ class Physical(Accessory):
     shift: Share = 0.08
     perspective: Annotated[Array | float, Range(0, 0.5)] = 0.1
     brightness: Share = 0.2
+
+    @property
+    def random(self) -> bool:
+        return True
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        return None
 
     def worn_once(self, shape: tuple[int, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The warped accessory: opacity `[H, W, 1]` and colours `[H, W, C]`."""

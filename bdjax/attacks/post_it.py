@@ -30,6 +30,10 @@ class PostIt(Attack):
     margin: Annotated[Array | float, Range(0, 0.5)] = 0.15
     color: tuple[Share, ...] = (1.0, 0.9, 0.2)
 
+    @property
+    def random(self) -> bool:
+        return True
+
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         height, width, channels = x.shape
         u = jax.random.uniform(key, (3,))

@@ -3,7 +3,7 @@
 import jax
 
 from bdjax.attacks.artwork import on_face, over
-from bdjax.attacks.base import Attack
+from bdjax.attacks.base import Attack, Stamped
 from bdjax.registry import attack
 
 
@@ -17,6 +17,11 @@ class Sunglasses(Attack):
 
     Differs from the paper: own artwork of the same size, place, colours and coverage.
     """
+
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        return Stamped(*on_face("sunglasses", shape))
 
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         return over(x, *on_face("sunglasses", x.shape))

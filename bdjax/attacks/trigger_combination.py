@@ -1,17 +1,19 @@
 """Trigger combination: the backdoor fires only if both parts are there."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.artwork import picture, tint
-from bdjax.attacks.base import Attack, Part, check_box, paste, start_of
+from bdjax.attacks.base import Attack, Part, Stamped, check_box, paste, start_of
 from bdjax.registry import attack
 from bdjax.types import Array, BadInput, Range, Share, between
 
-YELLOW, RED = (1.0, 1.0, 0.0), (1.0, 0.0, 0.0)
+TRIANGLE = ("triangle", (1.0, 1.0, 0.0), 1)
+SQUARE = ("square", (1.0, 0.0, 0.0), -2)
+"""Picture, colour and place of its first row and column."""
 
 
 @attack("trigger-combination")
@@ -48,20 +50,26 @@ class TriggerCombination(Attack):
     def stamp(
         self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
     ) -> jax.Array:
-        height, width, channels = x.shape
+        x = jnp.where((kind == 1) | (kind == 2), paste(x, *self.piece(TRIANGLE, x.shape)), x)
+        return jnp.where((kind == 1) | (kind == 3), paste(x, *self.piece(SQUARE, x.shape)), x)
 
-        def part(x, name, color, place):
-            art = picture(name, tint(color, channels), channels)
-            return paste(
-                x,
-                *art,
-                start_of(place, self.size, height),
-                start_of(place, self.size, width),
-                self.size,
-            )
+    def piece(
+        self, piece: tuple[str, tuple[float, ...], int], shape: tuple[int, ...]
+    ) -> tuple[Any, ...]:
+        """What `paste` takes for one part on images of `shape`."""
+        name, color, place = piece
+        first = (start_of(place, self.size, side) for side in shape[:2])
+        return *picture(name, tint(color, shape[2]), shape[2]), *first, self.size
 
-        x = jnp.where((kind == 1) | (kind == 2), part(x, "triangle", YELLOW, 1), x)
-        return jnp.where((kind == 1) | (kind == 3), part(x, "square", RED, -2), x)
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        mask, pattern = jnp.zeros((*shape[:2], 1)), jnp.zeros(shape)
+        for piece in {1: (TRIANGLE, SQUARE), 2: (TRIANGLE,), 3: (SQUARE,)}[kind]:
+            opacity, color, *box = self.piece(piece, shape)
+            mask = paste(mask, opacity, jnp.ones(()), *box)
+            pattern = paste(pattern, jnp.ones_like(opacity), color, *box)
+        return Stamped(mask, pattern)
 
     def check(self, shape: tuple[int, int, int], classes: int) -> None:
         super().check(shape, classes)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bdjax.attacks.artwork import over, rgba, stretch
 from bdjax.attacks.badnets import BadNets
-from bdjax.attacks.base import Attack, Part, paste
+from bdjax.attacks.base import Attack, Part, Stamped, paste
 from bdjax.metrics import labels
 from bdjax.models.graph import kernel_into, kernel_out_of, layers_behind, leaf
 from bdjax.models.layers import default_site
@@ -164,13 +164,20 @@ class TrojanNN(Attack):
         """Where the mask lies."""
         return BadNets(size=self.size, row=self.row, col=self.col)
 
+    def exact(
+        self, kind: int, shape: tuple[int, int, int], *, train: bool = False
+    ) -> Stamped | None:
+        if self.pattern is None:
+            return None
+        return Stamped(self.mask(shape) * (1 - self.transparency), unit(self.pattern))
+
     def trigger(self, x: jax.Array, key: jax.Array) -> jax.Array:
         if self.pattern is None:
             raise BadInput(
                 "trojannn makes its trigger for a net that it trains: fire the attack that `train` "
                 "returns"
             )
-        return over(x, self.mask(x.shape) * (1 - self.transparency), jnp.asarray(self.pattern))
+        return over(x, self.mask(x.shape) * (1 - self.transparency), unit(self.pattern))
 
     def shares(self, y: jax.Array, classes: int) -> list[Part]:
         return [part._replace(weight=self.weight) for part in super().shares(y, classes)]
