@@ -14,7 +14,8 @@ LAYERS = (
     {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
     {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"}, {"train"},
     {"store", "channels", "migrate"}, {"attacks"},
-    {"defenses", "analysis", "zoo", "testing"}, {"study", "changes", "studies", "poison"}, {"sweep"},
+    {"defenses", "analysis", "zoo", "testing"}, {"study", "changes", "studies", "poison"},
+    {"sweep"},
     {"plots", "report"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
