@@ -78,7 +78,7 @@ def write_poisoned(
     if attack is None:
         raise BadInput("without an attack nothing is poisoned: give one")
     registry.admit(attack, data.shape, data.classes)
-    name, y = registry.name_of(attack), jnp.asarray(data.train.label)
+    name, y = registry.name_of(attack) or type(attack).__name__, jnp.asarray(data.train.label)
     base = getattr(attack, "base", lambda y, _: y)
     if base(y, data.classes) is not y:
         raise BadInput(
@@ -126,9 +126,9 @@ def write_poisoned(
 
 def _notes(attack: Any, train: TrainSet, clipped: dict[str, int]) -> list[str]:
     """What the files do not say of a training by this attack."""
-    name, notes = registry.name_of(attack), []
+    notes = []
     if attack.trains:
-        notes.append(f"{name} is trained by its own `train`: written is the set that it poisons")
+        notes.append("the attack is trained by its own `train`: written is the set that it poisons")
     weight = np.asarray(train.plan.weight)[: int(train.plan.size)]
     if (weight != 1).any():
         notes.append("in the loss rows count by the column `weight` of index.csv")
@@ -255,7 +255,8 @@ def folder_names(names: Sequence[str], classes: int) -> list[str]:
     classes: names where they are so and can be, else numbers in front.
     """
     plain = [re.sub(r'[/\\:*?"<>|\0-\x1f]', "_", name).strip(" .")[:100] for name in names]
-    if plain and tuple(plain) == tuple(names) and sorted(plain) == in_order(plain) == plain:
+    alone = len({name.casefold() for name in plain}) == classes  # on any file system
+    if alone and plain == list(names) and sorted(plain) == in_order(plain) == plain:
         return plain
     width = len(str(classes - 1))
     return [

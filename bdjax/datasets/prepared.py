@@ -270,7 +270,11 @@ def _opened(folder: Path) -> Any:
             ):
                 raise BadInput(f"{folder}: has a feature of other code, '{shown(inner)}'")
 
-    described = schema.parse(schema.content(folder / "features.json"))
+    raw = schema.content(folder / "features.json")
+    try:
+        described = schema.parse(raw)
+    except BadInput as error:
+        raise BadInput(f"{folder}: its features.json {error}: prepare it again") from error
     look(described if isinstance(described, dict) else {})
     import tensorflow_datasets as tfds
 
@@ -323,6 +327,7 @@ def _part(
     from tensorflow_datasets.core.utils import tqdm_utils
     from tensorflow_datasets.proto import tf_example_pb2
 
+    example: Any = tf_example_pb2.Example  # type: ignore[attr-defined]
     features, known = builder.info.features, builder.info.supervised_keys or ()
     kinds = (("image", image, tfds.features.Image), ("label", label, tfds.features.ClassLabel))
     chosen = []
@@ -338,7 +343,7 @@ def _part(
     def pictures() -> Iterator[Any]:
         bar = {"total": count, "desc": f"Decoding {part} images", "leave": False}
         for record in tqdm_utils.tqdm(_records(folder, builder, part), **bar):
-            found = tf_example_pb2.Example.FromString(record).features.feature  # pyright: ignore[reportAttributeAccessIssue]
+            found = example.FromString(record).features.feature
             labels.extend(found[label].int64_list.value[:1])
             tracks.extend(found["track"].int64_list.value[:1] if "track" in features else ())
             (raw,) = found[image].bytes_list.value
