@@ -319,7 +319,7 @@ class Runner:
 
     def _done(self, cells: Iterable[Cell]) -> set[str]:
         """Which of these runs need not be computed; rows that are shown in other places now than
-        they were are written once more. Asks where other code made rows or victims.
+        they were, or kept, are written once more. Asks where other code made rows or victims.
         """
         cells, rows = list(cells), {}
         for row in self.store.rows():
@@ -335,7 +335,7 @@ class Runner:
                 given = [rows[run][0] for run in old]
                 identity.ask(self.store.folder, given, [faults[r] for r in old], len(others))
         moved = []
-        for run in done:
+        for run in filter(done.__contains__, faults):
             before = [placed(row) for row in rows[run]]
             places = [self._place(cell) for cell in self.shown[run]]
             here = {name: places[0][name] for name in ("experiment", "scale")}
@@ -344,8 +344,10 @@ class Runner:
                 if place in places or not self.complete or not here.items() <= place.items()
             ]  # fmt: skip
             places = kept + [place for place in places if place not in before]
-            if places != before:
-                row = {k: v for k, v in rows[run][0].items() if k not in identity.PLACE}
+            other = {"kept": True} if faults[run] else {}  # for reports that lack a method
+            if places != before or ("kept" in rows[run][0]) != bool(other):
+                outside = (*identity.PLACE, "kept")
+                row = {k: v for k, v in rows[run][0].items() if k not in outside} | other
                 moved += [{**row, **place, "written": time.time()} for place in places]
         self.store.append(moved)
         return done
