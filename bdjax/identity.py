@@ -485,7 +485,7 @@ def _parsed(place: str, content: Any) -> tuple[_Statement, ...]:
     except (SyntaxError, ValueError) as error:
         raise BadInput(f"{place} is not Python: {' '.join(str(error).split())}") from error
     found = [_walked(node) for part in tree.body for node in _each(part)]
-    roots = {
+    roots = {ROOT.name} | {  # which another cell may have imported
         alias.asname or ROOT.name
         for _, nodes in found
         for node in nodes

@@ -264,6 +264,7 @@ class Runner:
         self.members: dict[str, list[tuple[Path, int, Any]]] | None = None
         self.codes: dict[str, dict[str, Any]] = {}
         self.made: dict[str, Any] = {}
+        self.written: set[Path] = set()
         self.shown: dict[str, list[Cell]] = {}
         self.models: list[Model] = []  # the last used at the end
         self.counts: dict[str, dict[str, int]] = {}
@@ -330,7 +331,7 @@ class Runner:
         done = {run for run in faults if self.stale != "redo" or run not in old}
         if self.stale is None:
             left = {c.victim: c for c in cells if c.run not in done and c.stage != "train"}
-            others = [c for c in left.values() if self._members(c) and self._usable(c) is None]
+            others = [c for c in left.values() if self._members(c) and not self._same(c)]
             if old or others:
                 given = [rows[run][0] for run in old]
                 identity.ask(self.store.folder, given, [faults[r] for r in old], len(others))
@@ -366,13 +367,19 @@ class Runner:
         return self.members.get(cell.victim, [])
 
     def _usable(self, cell: Cell) -> tuple[Path, int, Any] | None:
-        """The victim of a cell that is to be used: one of the code at hand or, where that is asked
-        for, of other code.
+        """The victim of a cell that is to be used: one of the code at hand or, unless those are to
+        be made anew, of other code.
         """
-        found = self._members(cell)
+        found = self._same(cell) or (self._members(cell) if self.stale != "redo" else [])
+        return found[0] if found else None
+
+    def _same(self, cell: Cell) -> list[tuple[Path, int, Any]]:
+        """Where a cell's victim of the code at hand is kept."""
         now = self._code(cell)
-        same = [one for one in found if not identity.differs(one[2], now)]
-        return next(iter(same or (found if self.stale == "keep" else [])), None)
+        return [
+            one for one in self._members(cell)
+            if one[0] in self.written or not identity.differs(one[2], now)
+        ]  # fmt: skip
 
     def _codes(self, cell: Cell) -> dict[str, Any]:
         """The code at hand, as it was when this began."""
@@ -578,6 +585,7 @@ class Runner:
                 self._members(cell)
                 assert self.members is not None
                 self.members.setdefault(cell.victim, []).append((path, i, code))
+            self.written.add(path)
 
         if missing := [owner[name] for name in names if self._usable(owner[name]) is None]:
             self._halved(missing, train)

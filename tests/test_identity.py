@@ -282,10 +282,13 @@ def test_cells_of_a_notebook(monkeypatch):
         linecache.cache[name] = (len(text), None, text.splitlines(True), name)
         exec(compile(text, name, "exec"), vars(main))
 
-    cell(1, "from bdjax import channels\nsize = 3\ndef helper():\n    return 1\n")
-    cell(2, "class A:\n    def f(self):\n        return channels.prune, helper() * size\n")
+    cell(1, "import bdjax\nfrom bdjax import channels\nsize = 3\ndef helper():\n    return 1\n")
+    text = "class A:\n    def f(self):\n        return channels.prune, helper() * size"
+    cell(2, f"{text}, bdjax.augment\n")
     first = identity.digest([main.A])
-    assert first and any(Path(place).name == "channels.py" for place in followed(main.A))
+    assert first and {Path(place).name for place in followed(main.A)} >= {
+        "channels.py", "augment.py",
+    }  # fmt: skip
     cell(3, "unused = 4\n")
     assert identity.digest([main.A]) == first
     cell(4, "def helper():\n    return 2\n")
@@ -538,6 +541,17 @@ def test_victims_of_other_code(study, edited, monkeypatch):
     assert made == [1] and {row["code"]["training"] for row in anew} == {"0" * 16}
     assert not identity.kept(anew)
     assert runs(run(study, out)) == runs(anew) and made == [1]
+
+
+def test_victims_of_code_without_a_source_serve_the_run_that_trained_them(
+    study, edited, monkeypatch
+):
+    out, _ = edited
+    monkeypatch.setattr(identity, "digest", lambda things: None)
+    rows = run(study, out, stale="redo")
+    assert len(rows) == 4 and {row["code"]["model"] for row in rows} == {None}
+    with pytest.raises(BadInput, match="3 rows"):
+        run(study, out)
 
 
 def test_rows_and_victims_without_a_digest_are_stale(study, edited):
