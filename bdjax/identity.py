@@ -60,7 +60,7 @@ file; all of it where none is named.
 ASIDE = {
     *("registry", "types", "mesh", "own", "schema", "store", "progress", "report", "plots", "cli"),
     *("experiment", "study", "studies", "changes", "rows", "sweep", "identity", "migrate"),
-    *("plugins", "__init__", "__main__"),
+    *("plugins", "poison", "testing", "__init__", "__main__"),
     *("models/conv", "datasets"),
 }
 """Modules of bdjax that decide no number, or only by what `CORE` names of them. Images count by
