@@ -25,6 +25,7 @@ from bdjax.registry import attack as attack
 from bdjax.registry import dataset as dataset
 from bdjax.registry import defense as defense
 from bdjax.registry import entries as entries
+from bdjax.registry import leaf as leaf
 from bdjax.registry import make as make
 from bdjax.registry import model as model
 from bdjax.registry import pytree as pytree

@@ -60,7 +60,7 @@ file; all of it where none is named.
 ASIDE = {
     *("registry", "types", "mesh", "own", "schema", "store", "progress", "report", "plots", "cli"),
     *("experiment", "study", "studies", "changes", "rows", "sweep", "identity", "migrate"),
-    *("plugins", "__init__", "__main__"),
+    *("plugins", "poison", "testing", "__init__", "__main__"),
     *("models/conv", "datasets"),
 }
 """Modules of bdjax that decide no number, or only by what `CORE` names of them. Images count by
@@ -196,26 +196,29 @@ def ask(folder: Path, rows: Sequence[Row], faults: Sequence[list[str]], others: 
 
 def kept(rows: Iterable[Row]) -> set[str]:
     """The runs among `rows` that are not of the code at hand; where a method is not at hand, of
-    other code than the latest row that has it.
+    other code than the latest row that has it, or `kept` by a run that had it.
     """
-    rows = sorted(rows, key=lambda row: row.get("written") or 0, reverse=True)
+    rows = sorted(rows, key=lambda r: ("kept" not in r, r.get("written") or 0), reverse=True)
     found = {row["run"] for row in rows if not row.get("code")}
-    core = _core() if len(found) < len({row["run"] for row in rows}) else {}
+    core = {}
+    if len(found) < len({row["run"] for row in rows}):
+        registry.entries()  # the code at hand
+        core = _core()
     known: dict[Any, str | None] = {}
     for row in rows:
         if row["run"] in found:
             continue
-        config, now = row.get("config") or {}, dict(core)
+        config, now, absent = row.get("config") or {}, dict(core), False
         for part in (*VICTIM[1:], "defense", "probe"):
             try:
                 key: Any = frozenset(_named(config.get(part), part))
                 if key and key not in known:
                     known[key] = digest(key)
             except LookupError:
-                key = json.dumps([part, _names(config.get(part))])
-                known.setdefault(key, row["code"].get(part))  # the latest comes first
-            now |= {part: known[key]} if key else {}
-        if differs(row["code"], now):
+                key, absent = json.dumps([part, _names(config.get(part))]), True
+                known.setdefault(key, row["code"].get(part, ""))  # the latest comes first
+            now |= {part: known[key]} if key and known[key] != "" else {}
+        if differs(row["code"], now) or (absent and row.get("kept")):
             found.add(row["run"])
     return found
 
@@ -482,7 +485,7 @@ def _parsed(place: str, content: Any) -> tuple[_Statement, ...]:
     except (SyntaxError, ValueError) as error:
         raise BadInput(f"{place} is not Python: {' '.join(str(error).split())}") from error
     found = [_walked(node) for part in tree.body for node in _each(part)]
-    roots = {
+    roots = {ROOT.name} | {  # which another cell may have imported
         alias.asname or ROOT.name
         for _, nodes in found
         for node in nodes

@@ -138,7 +138,7 @@ KINDS = {
             "test?": Maybe({"n": Number(1, 2**53, True), "majority": Number(0, 1)}),
             "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
             "labels?": Maybe({"flagged?": [str], "target?": [str]}),
-            "oracle?": bool,
+            **dict.fromkeys(("oracle?", "kept?"), bool),
             **dict.fromkeys(("device?", "jax?", "commit?"), str | None),
             **dict.fromkeys(("dataset?", "model?", "attack?", "defense?"), str | None),
             **dict.fromkeys(("error?", "verdict?"), str | None),

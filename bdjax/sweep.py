@@ -264,6 +264,7 @@ class Runner:
         self.members: dict[str, list[tuple[Path, int, Any]]] | None = None
         self.codes: dict[str, dict[str, Any]] = {}
         self.made: dict[str, Any] = {}
+        self.written: set[Path] = set()
         self.shown: dict[str, list[Cell]] = {}
         self.models: list[Model] = []  # the last used at the end
         self.counts: dict[str, dict[str, int]] = {}
@@ -319,7 +320,7 @@ class Runner:
 
     def _done(self, cells: Iterable[Cell]) -> set[str]:
         """Which of these runs need not be computed; rows that are shown in other places now than
-        they were are written once more. Asks where other code made rows or victims.
+        they were, or kept, are written once more. Asks where other code made rows or victims.
         """
         cells, rows = list(cells), {}
         for row in self.store.rows():
@@ -330,12 +331,12 @@ class Runner:
         done = {run for run in faults if self.stale != "redo" or run not in old}
         if self.stale is None:
             left = {c.victim: c for c in cells if c.run not in done and c.stage != "train"}
-            others = [c for c in left.values() if self._members(c) and self._usable(c) is None]
+            others = [c for c in left.values() if self._members(c) and not self._same(c)]
             if old or others:
                 given = [rows[run][0] for run in old]
                 identity.ask(self.store.folder, given, [faults[r] for r in old], len(others))
         moved = []
-        for run in done:
+        for run in filter(done.__contains__, faults):
             before = [placed(row) for row in rows[run]]
             places = [self._place(cell) for cell in self.shown[run]]
             here = {name: places[0][name] for name in ("experiment", "scale")}
@@ -344,8 +345,10 @@ class Runner:
                 if place in places or not self.complete or not here.items() <= place.items()
             ]  # fmt: skip
             places = kept + [place for place in places if place not in before]
-            if places != before:
-                row = {k: v for k, v in rows[run][0].items() if k not in identity.PLACE}
+            other = {"kept": True} if faults[run] else {}  # for reports that lack a method
+            if places != before or ("kept" in rows[run][0]) != bool(other):
+                outside = (*identity.PLACE, "kept")
+                row = {k: v for k, v in rows[run][0].items() if k not in outside} | other
                 moved += [{**row, **place, "written": time.time()} for place in places]
         self.store.append(moved)
         return done
@@ -364,13 +367,19 @@ class Runner:
         return self.members.get(cell.victim, [])
 
     def _usable(self, cell: Cell) -> tuple[Path, int, Any] | None:
-        """The victim of a cell that is to be used: one of the code at hand or, where that is asked
-        for, of other code.
+        """The victim of a cell that is to be used: one of the code at hand or, unless those are to
+        be made anew, of other code.
         """
-        found = self._members(cell)
+        found = self._same(cell) or (self._members(cell) if self.stale != "redo" else [])
+        return found[0] if found else None
+
+    def _same(self, cell: Cell) -> list[tuple[Path, int, Any]]:
+        """Where a cell's victim of the code at hand is kept."""
         now = self._code(cell)
-        same = [one for one in found if not identity.differs(one[2], now)]
-        return next(iter(same or (found if self.stale == "keep" else [])), None)
+        return [
+            one for one in self._members(cell)
+            if one[0] in self.written or not identity.differs(one[2], now)
+        ]  # fmt: skip
 
     def _codes(self, cell: Cell) -> dict[str, Any]:
         """The code at hand, as it was when this began."""
@@ -576,6 +585,7 @@ class Runner:
                 self._members(cell)
                 assert self.members is not None
                 self.members.setdefault(cell.victim, []).append((path, i, code))
+            self.written.add(path)
 
         if missing := [owner[name] for name in names if self._usable(owner[name]) is None]:
             self._halved(missing, train)

@@ -282,10 +282,13 @@ def test_cells_of_a_notebook(monkeypatch):
         linecache.cache[name] = (len(text), None, text.splitlines(True), name)
         exec(compile(text, name, "exec"), vars(main))
 
-    cell(1, "from bdjax import channels\nsize = 3\ndef helper():\n    return 1\n")
-    cell(2, "class A:\n    def f(self):\n        return channels.prune, helper() * size\n")
+    cell(1, "import bdjax\nfrom bdjax import channels\nsize = 3\ndef helper():\n    return 1\n")
+    text = "class A:\n    def f(self):\n        return channels.prune, helper() * size"
+    cell(2, f"{text}, bdjax.augment\n")
     first = identity.digest([main.A])
-    assert first and any(Path(place).name == "channels.py" for place in followed(main.A))
+    assert first and {Path(place).name for place in followed(main.A)} >= {
+        "channels.py", "augment.py",
+    }  # fmt: skip
     cell(3, "unused = 4\n")
     assert identity.digest([main.A]) == first
     cell(4, "def helper():\n    return 2\n")
@@ -438,6 +441,17 @@ def test_two_tables_share_a_run_and_may_be_called_otherwise(study, edited, monke
     assert len({row["run"] for row in lines(out)}) == 3
 
 
+def numbers(rows):
+    return {name: found[:2] for name, found in runs(rows).items()}
+
+
+def nowhere(described, kind):
+    """As if no method were at hand."""
+    if described is not None:
+        raise LookupError
+    yield from ()
+
+
 def test_what_does_not_change_the_code_asks_nothing(study, edited, monkeypatch):
     out, edit = edited
     edit("stale_toy.py", "A toy.", "Still a toy.")
@@ -453,7 +467,7 @@ def test_what_does_not_change_the_code_asks_nothing(study, edited, monkeypatch):
 
 def test_rows_of_other_code_are_asked_about_kept_or_made_anew(study, edited, monkeypatch, capsys):
     out, edit = edited
-    before = runs(Store(out).rows())
+    before, first = runs(Store(out).rows()), numbers(Store(out).rows())
     edit("stale_helper.py", "return 1", "return 0")
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "compiled", None)
@@ -472,13 +486,18 @@ def test_rows_of_other_code_are_asked_about_kept_or_made_anew(study, edited, mon
         report.merge([out])
         text = (out / "table.md").read_text()
         assert text.count("by other code ‡") == 1 and report.OTHER in text
-        kept = run(study, out, stale="keep")
-        assert runs(kept) == before
+        for _ in range(2):
+            kept = run(study, out, stale="keep")
+            assert numbers(kept) == numbers(Store(out).rows()) == first
+            assert len(lines(out)) == 4  # it says so, once
+        assert [row["defense"] for row in Store(out).rows() if "kept" in row] == ["stale-toy"]
+        patch.setattr(identity, "_named", nowhere)
+        assert len(identity.kept(Store(out).rows())) == 1
     said = []
     monkeypatch.setattr(Runner, "_written", lambda self, rows: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(study, out, stale="redo")
-    assert runs(Store(out).rows()) == before  # the new row was not there yet
+    assert numbers(Store(out).rows()) == first  # the new row was not there yet
     monkeypatch.undo()
     monkeypatch.syspath_prepend(study)
     trained = Runner._trained
@@ -486,9 +505,10 @@ def test_rows_of_other_code_are_asked_about_kept_or_made_anew(study, edited, mon
     after = runs(run(study, out, stale="redo"))
     assert not said  # the victim is of this code
     assert {name for name in after if after[name] != before[name]} == {"stale-toy"}
+    assert not any("kept" in row for row in Store(out).rows())
     assert after["stale-toy"][0]["acc_train"] != before["stale-toy"][0]["acc_train"]
     assert not identity.kept(Store(out).rows())
-    assert len(lines(out)) == 4 and len(Store(out).rows()) == 4
+    assert len(lines(out)) == 5 and len(Store(out).rows()) == 4
     monkeypatch.setattr(sweep, "compiled", None)
     assert runs(run(study, out)) == after
 
@@ -521,6 +541,17 @@ def test_victims_of_other_code(study, edited, monkeypatch):
     assert made == [1] and {row["code"]["training"] for row in anew} == {"0" * 16}
     assert not identity.kept(anew)
     assert runs(run(study, out)) == runs(anew) and made == [1]
+
+
+def test_victims_of_code_without_a_source_serve_the_run_that_trained_them(
+    study, edited, monkeypatch
+):
+    out, _ = edited
+    monkeypatch.setattr(identity, "digest", lambda things: None)
+    rows = run(study, out, stale="redo")
+    assert len(rows) == 4 and {row["code"]["model"] for row in rows} == {None}
+    with pytest.raises(BadInput, match="3 rows"):
+        run(study, out)
 
 
 def test_rows_and_victims_without_a_digest_are_stale(study, edited):
