@@ -369,7 +369,8 @@ def _others(value: Any) -> Iterator[Any]:
     """Values near `value` that its field may hold."""
     array = np.asarray(value)
     if array.ndim:
-        yield array[..., ::-1] if array.dtype == np.uint8 else 1 - array
+        top = {"b": True, "u": 255}.get(array.dtype.kind, 1)
+        yield top ^ array if top is True else top - array
     elif array.dtype.kind in "iu":
         yield from (value + 1, value - 1)
     else:
@@ -398,7 +399,7 @@ def check_leaves(attack: Attack, shape: Shape = SHAPE, classes: int = CLASSES) -
             field = path.replace("[", ".").replace("]", "").split(".")
             _hold(
                 not hasattr(attack, field[0]) or registry.unread(attack, field[:1]) is not None,
-                f"{name}: no value of {path} but {leaf} is accepted",
+                f"{name}: no value of {path} but the one that it has is accepted",
             )
     arrays = [jax.tree.map(lambda v: jnp.asarray(v, _strong(v)), each) for each in varied]
     x, y, key = _pictures(shape)[2], _labels(classes)[: 3 * classes], jax.random.key(KEY)
