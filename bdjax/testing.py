@@ -6,8 +6,10 @@ Each check raises `AssertionError` with one line that says what is wrong. `check
 `check_model` and `check_dataset` run all of them; bdjax's tests run them on all that is registered.
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -17,8 +19,10 @@ import numpy as np
 
 from bdjax import registry
 from bdjax.attacks.base import Attack, Labels
+from bdjax.datasets.base import Source
+from bdjax.models.layers import Net, build, default_site
 from bdjax.train import TrainSet, clean_plan
-from bdjax.types import BadInput, Split
+from bdjax.types import BadInput, Model, Split, Variables
 
 Shape = tuple[int, int, int]
 SHAPE, CLASSES = (28, 28, 3), 20
@@ -35,13 +39,20 @@ def _hold(holds: Any, words: str) -> None:
         raise AssertionError(words)
 
 
-def _traced(where: str, fn: Callable, *args: Any) -> Any:
-    """`fn(*args)` compiled; what asks for the value of something traced is a failure."""
+@contextlib.contextmanager
+def _traceable(where: str):
+    """What asks for the value of something traced is a failure."""
     try:
-        return jax.device_get((fn if hasattr(fn, "lower") else _jit(fn))(*args))
+        yield
     except jax.errors.JAXTypeError as error:
         line = str(error).partition("\n")[0]
         raise AssertionError(f"{where} cannot be compiled: {line}") from error
+
+
+def _traced(where: str, fn: Callable, *args: Any) -> Any:
+    """`fn(*args)` compiled."""
+    with _traceable(where):
+        return jax.device_get((fn if hasattr(fn, "lower") else _jit(fn))(*args))
 
 
 def _near(one: Any, two: Any, atol: float = CLOSE) -> bool:
@@ -85,12 +96,10 @@ def with_pictures(attack: Attack, shape: Shape = SHAPE, classes: int = CLASSES) 
     for filled in (attack, *_filled(attack, shape, classes)):
         bound = filled.bind(data)
         try:
-            jax.eval_shape(bound.stamp, jnp.asarray(1), jnp.zeros(shape), jax.random.key(KEY))
+            with _traceable(f"stamp of {_name(attack)}"):
+                jax.eval_shape(bound.stamp, jnp.asarray(1), jnp.zeros(shape), jax.random.key(KEY))
         except BadInput:  # its trigger has yet to be made
             continue
-        except jax.errors.JAXTypeError as error:
-            line = str(error).partition("\n")[0]
-            raise AssertionError(f"stamp of {_name(attack)} cannot be compiled: {line}") from error
         found.append(bound)
     _hold(found, f"{_name(attack)} cannot be fired: check its fields of pictures")
     return found
@@ -360,7 +369,8 @@ def _others(value: Any) -> Iterator[Any]:
     """Values near `value` that its field may hold."""
     array = np.asarray(value)
     if array.ndim:
-        yield array[..., ::-1] if array.dtype == np.uint8 else 1 - array
+        top = {"b": True, "u": 255}.get(array.dtype.kind, 1)
+        yield top ^ array if top is True else top - array
     elif array.dtype.kind in "iu":
         yield from (value + 1, value - 1)
     else:
@@ -389,7 +399,7 @@ def check_leaves(attack: Attack, shape: Shape = SHAPE, classes: int = CLASSES) -
             field = path.replace("[", ".").replace("]", "").split(".")
             _hold(
                 not hasattr(attack, field[0]) or registry.unread(attack, field[:1]) is not None,
-                f"{name}: no value of {path} but {leaf} is accepted",
+                f"{name}: no value of {path} but the one that it has is accepted",
             )
     arrays = [jax.tree.map(lambda v: jnp.asarray(v, _strong(v)), each) for each in varied]
     x, y, key = _pictures(shape)[2], _labels(classes)[: 3 * classes], jax.random.key(KEY)
@@ -454,3 +464,217 @@ def _refused(method: Any, fields: dict[str, Any], *where: Any) -> None:
         _hold("\n" not in str(error), f"{_name(method)}: {words} is refused in several lines")
         return
     raise AssertionError(f"{_name(method)}: {words} is accepted")
+
+
+# --- Nets ---
+
+
+def check_model(
+    net: Net, shape: Shape | None = None, classes: int = 5, *, thorough: bool = True
+) -> None:
+    """All that holds for every net, on images of `shape`; None takes the smallest square that it
+    builds for. `thorough` cuts it at every site alone, and runs it uncompiled, and its `init`.
+    """
+    shape = shape or smallest(net, classes)
+    check_values(net, shape, classes)
+    model = build(net, shape, classes)
+    check_passes(model, _name(net), thorough=thorough)
+    if thorough:
+        check_eager(model, _name(net))
+
+
+def smallest(net: Net, classes: int = 5) -> Shape:
+    """The first of some growing sizes of images that `net` takes."""
+    for channels in (3, 1):
+        for side in (8, 12, 16, 24, 32, 48, 64, 96, 128, 224):
+            try:
+                return build(net, (side, side, channels), classes).shape
+            except BadInput:
+                continue
+    raise AssertionError(f"{_name(net)} takes no image up to 224×224: give shape")
+
+
+def _batch(model: Model) -> np.ndarray:
+    return np.random.default_rng(9).uniform(size=(2, *model.shape)).astype(np.float32)
+
+
+def variables_like(model: Model, seed: int = 0) -> Variables:
+    """Variables without a compiled `init`: kernels as He's, all else near 1 or 0, so that nothing
+    is trivial.
+    """
+    rng = np.random.default_rng(seed)
+
+    def one(path, leaf):
+        name, size = getattr(path[-1], "key", ""), leaf.shape
+        if name in ("scale", "var"):
+            found = rng.uniform(0.5, 1.5, size)
+        elif len(size) > 1:
+            found = rng.normal(0, (2 / max(np.prod(size[:-1]), 1)) ** 0.5, size)
+        else:
+            found = rng.normal(0, 0.1, size)
+        return found.astype(leaf.dtype)
+
+    there = jax.eval_shape(model.init, jax.random.key(KEY))
+    return jax.tree_util.tree_map_with_path(one, there)
+
+
+def check_passes(model: Model, name: str = "the net", *, thorough: bool = True) -> None:
+    """Logits are finite, one for each class; every site shows, is cut by a mask and pushed by an
+    edit, and nothing before it moves (unless `thorough`, of some sites alone); nets side by side
+    are as each alone; training touches no parameter.
+    """
+    x, nets = _batch(model), jax.device_put([variables_like(model, seed) for seed in (1, 2)])
+    with _traceable(name):
+        there = jax.eval_shape(model.apply, nets[0], x)
+    _hold(
+        there.logits.shape == (2, model.classes) and there.logits.dtype == np.float32,
+        f"{name}: logits are {there.logits.dtype}{list(there.logits.shape)}, not "
+        f"float32[2, {model.classes}]",
+    )
+    _hold(
+        sorted(there.acts) == sorted(set(model.sites))
+        and len(set(model.sites)) == len(model.sites),
+        f"{name}: activations are those of {sorted(there.acts)}, sites {list(model.sites)}",
+    )
+    _hold(default_site(model) in model.sites, f"{name} has neither conv_last nor penultimate")
+    masks = {site: np.ones(act.shape[-1], np.float32) for site, act in there.acts.items()}
+    gains = dict.fromkeys(model.sites, 1.0)
+
+    @_jit
+    def passed(variables, masks, gains):
+        edits = {site: lambda act, gain=gains[site]: act * gain for site in model.sites}
+        return model.apply({**variables, "masks": masks}, x, edits=edits)
+
+    def run(masks, gains, variables=nets[0]):
+        return _traced(name, passed, variables, masks, gains)
+
+    plain = run(masks, gains)
+    _hold(np.isfinite(plain.logits).all(), f"{name}: a logit is NaN or infinite")
+    first = {site: np.arange(mask.size) > 0 for site, mask in masks.items()}
+    first = {site: mask.astype(np.float32) for site, mask in first.items()}
+    for site, act in run(first, gains).acts.items():
+        _hold(not act[..., 0].any(), f"{name}: a mask leaves {site} as it is")
+    for site, act in run(masks, dict.fromkeys(gains, 0.0)).acts.items():
+        _hold(not act.any(), f"{name}: an edit leaves {site} as it is")
+    step = 1 if thorough else -(-len(model.sites) // 6)
+    for site in dict.fromkeys((*model.sites[::step], model.sites[-1])):
+        mask, i = first[site], model.sites.index(site)
+        cut = run({**masks, site: mask}, {**gains, site: 2.0}).acts
+        _hold(
+            np.array_equal(cut[site], 2 * plain.acts[site] * mask),
+            f"{name}: {site} is not what cutting its first channel and doubling the others gives",
+        )
+        for earlier in model.sites[:i]:
+            same = np.array_equal(cut[earlier], plain.acts[earlier])
+            _hold(same, f"{name}: a mask at {site} moves {earlier}, which stands before it")
+    stacked = jax.tree.map(lambda *v: jnp.stack(v), *nets)
+    mapped = _traced(name, jax.vmap(lambda v: model.apply(v, x).logits), stacked)
+    alone = [run(masks, gains, v).logits for v in nets]
+    _hold(_near(mapped, np.stack(alone), 1e-3), f"{name}: nets side by side are other ones")
+    check_training(model, name)
+
+
+def check_training(model: Model, name: str = "the net") -> None:
+    """A pass in training gives the variables back, all but the statistics of BatchNorm as they
+    were.
+    """
+    variables, x = jax.eval_shape(model.init, jax.random.key(KEY)), _batch(model)
+
+    def train(variables, x, key):
+        return model.apply(variables, x, train=True, key=key).variables
+
+    traced = jax.make_jaxpr(train, return_shape=True)
+    jaxpr, after = traced(variables, x, jax.random.key(KEY))
+    _hold(
+        jax.tree.map(lambda v: (v.shape, v.dtype), after)
+        == jax.tree.map(lambda v: (v.shape, v.dtype), variables),
+        f"{name}: training gives variables of another structure",
+    )
+    paths = [path[0].key for path, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
+    pairs = zip(jaxpr.jaxpr.invars, jaxpr.jaxpr.outvars)
+    moved = {path for path, (old, new) in zip(paths, pairs) if old is not new}
+    _hold(moved <= {"batch_stats"}, f"{name}: a pass in training changes {sorted(moved)}")
+    still = "batch_stats" in variables and not moved
+    _hold(not still, f"{name}: a pass in training leaves the statistics of BatchNorm alone")
+
+
+def check_eager(model: Model, name: str = "the net") -> None:
+    """Uncompiled it is the same net; `init` is drawn from its key alone, and finite."""
+    x, variables = _batch(model), variables_like(model)
+    eager = model.apply(variables, x).logits
+    compiled = _traced(name, lambda v: model.apply(v, x).logits, variables)
+    _hold(_near(eager, compiled, 1e-3), f"{name}: the compiled net is another one")
+    init = _jit(model.init)
+    one, again, other = (_traced(name, init, jax.random.key(seed)) for seed in (KEY, KEY, KEY + 1))
+    finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one))
+    _hold(finite, f"{name}: init gives NaN or infinite numbers")
+    _hold(_near(one, again, 0), f"{name}: one key gives two nets")
+    params = one["params"], other["params"]
+    _hold(not _near(*params, 0), f"{name}: two keys give one net")
+
+
+# --- Data sets ---
+
+
+def check_dataset(source: Source) -> None:
+    """Images and labels are of their kinds, every class is trained on, the three sets are parts of
+    what is read, in which nothing is lost or twice; loading again gives the same arrays; bad fields
+    are refused.
+    """
+    name = _name(source)
+    data = source.load()
+    _hold(data is source.load(), f"{name}: loading again gives another data set")
+    _hold(
+        hash(source) == hash(dataclasses.replace(source)), f"{name}: a field is no part of its hash"
+    )
+    shapes = {np.shape(split.image)[1:] for split in (data.train, data.clean, data.test)}
+    _hold(shapes == {data.shape}, f"{name}: its images are of several shapes, {shapes}")
+    _hold(
+        len(data.shape) == 3 and data.shape[2] in (1, 3),
+        f"{name}: images are of {data.shape}, not (H, W, 1 or 3)",
+    )
+    for part in ("train", "clean", "test"):
+        split: Split = getattr(data, part)
+        kinds = f"{split.image.dtype} and {split.label.dtype}"
+        _hold(kinds == "uint8 and int32", f"{name}: {part} is {kinds}, not uint8 and int32")
+        many = {len(leaf) for leaf in split if leaf is not None}
+        _hold(len(many) == 1 and 0 not in many, f"{name}: {part} has {sorted(many)} rows")
+        _hold(
+            np.min(split.label) >= 0 and np.max(split.label) < data.classes,
+            f"{name}: {part} has a label that is none of its {data.classes} classes",
+        )
+        fixed = [leaf for leaf in split if isinstance(leaf, np.ndarray)]
+        _hold(not any(leaf.flags.writeable for leaf in fixed), f"{name}: {part} can be written to")
+    present = np.unique(data.train.label)
+    _hold(len(present) == data.classes, f"{name}: a class has no training image")
+    _hold(
+        len(data.names) in (0, data.classes) and len(set(data.names)) == len(data.names),
+        f"{name}: {len(data.names)} names, some perhaps twice, for {data.classes} classes",
+    )
+    held = (data.train.group, data.clean.group)
+    groups = [set(np.asarray(group).tolist()) for group in held if group is not None]
+    _hold(len(groups) < 2 or not groups[0] & groups[1], f"{name}: a group is held out in part")
+    whole = (source.train_size, source.test_size, source.top_classes) == (None, None, None)
+    if whole:
+        train, test, _ = source.read()
+        read = [train] if test is None else [train, test]
+        parts = [data.train, data.clean, data.test]
+        _hold(_rows(read) == _rows(parts), f"{name}: an image is lost, added or twice in the parts")
+    for field, hint in registry.hints(type(source)).items():
+        for kinds, limit in registry.ranges(hint):
+            for bad in () if limit is None else (limit.low - 1, limit.high + 1):
+                bad = int(bad) if float not in kinds else bad
+                try:
+                    dataclasses.replace(source, **{field: bad}).load()
+                except BadInput:
+                    continue
+                raise AssertionError(f"{name}: {field}={bad} is accepted")
+
+
+def _rows(splits: list[Split]) -> Counter:
+    """How often each image is there under each label."""
+    return Counter(
+        (hash(np.ascontiguousarray(image).tobytes()), int(label))
+        for split in splits
+        for image, label in zip(np.asarray(split.image), np.asarray(split.label))
+    )

@@ -1,5 +1,5 @@
-"""Every registered net: counts, sites, masks, edits, BatchNorm, lanes, devices; weights read from
-Keras files.
+"""Nets: counts, sites, BatchNorm, devices; weights read from Keras files. What holds for all is in
+`test_every_model.py`.
 """
 
 import functools
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.errors import InvalidRngError
 from flax.traverse_util import flatten_dict
 from planted import Normed
 
@@ -18,16 +17,13 @@ from bdjax import mesh, registry
 from bdjax.models.deepid import DeepId
 from bdjax.models.keras_h5 import load_keras_weights
 from bdjax.models.layers import Site, build
+from bdjax.testing import variables_like
 from bdjax.train import Recipe, clean_set, fit, unit
 from bdjax.types import BadInput, Split
 
 # compiles twice as fast
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 NETS = [entry.name for entry in registry.entries("model")]
-NORMALISED = ["preact-resnet18", "resnet20", "strip-cifar10"]
-DROPS = ["alexnet", "mntd-cifar10", "nc-gtsrb", "nin", "strip-cifar10", "vgg16"]
-# branches, dropout, BatchNorm, no last dense layer
-EAGER = ["cnn", "deepid", "nin", "strip-cifar10"]
 SMALL = {  # name: (shape, fields) that compile fast; 8×8×3 for the others
     "badnets-cnn": ((16, 16, 1), {}),
     "cla": ((16, 16, 1), {}),
@@ -83,19 +79,6 @@ def shapes(model):
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def drawn(model, seed=0):
-    """Variables without a compiled `init`: kernels as He's, all else near 1 or 0, so that nothing
-    is trivial.
-    """
-    rng = np.random.default_rng(seed)
-    spread = {"kernel": lambda s: rng.normal(0, (2 / max(np.prod(s[:-1]), 1)) ** 0.5, s)}
-    spread |= dict.fromkeys(("scale", "var"), lambda s: rng.uniform(0.5, 1.5, s))
-    spread |= dict.fromkeys(("bias", "mean"), lambda s: rng.normal(0, 0.1, s))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: spread[path[-1].key](leaf.shape).astype(np.float32), shapes(model)
-    )
-
-
 @pytest.mark.parametrize(("name", "fields", "shape", "classes", "trainable", "total"), COUNTS)
 def test_parameter_counts(name, fields, shape, classes, trainable, total):
     variables = shapes(build(registry.make("model", name, **fields), shape, classes))
@@ -136,68 +119,15 @@ def test_sites_and_the_convolutions_they_cover(name):
             assert after == before.removesuffix("_pre")
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_masks_and_edits_at_every_site_and_stacked_parameters(name):
-    model = small(name)
-    x, nets = images(model), [drawn(model, seed) for seed in (1, 2)]
-    acts = jax.eval_shape(model.apply, nets[0], x).acts
-    masks = {site: np.ones(act.shape[-1], np.float32) for site, act in acts.items()}
-    gains = dict.fromkeys(model.sites, 1.0)
-
-    @jit
-    def compiled(variables, masks, gains):
-        edits = {site: lambda act, gain=gains[site]: act * gain for site in model.sites}
-        return model.apply({**variables, "masks": masks}, x, edits=edits)
-
-    def run(masks, gains, variables=nets[0]):
-        return jax.device_get(compiled(variables, masks, gains))
-
-    plain = run(masks, gains)
-    assert np.isfinite(plain.logits).all()
-    for i, site in enumerate(model.sites):
-        off = run(masks, {**gains, site: 0.0}).acts[site]
-        assert off.shape == acts[site].shape
-        assert not off.any()
-        mask = masks[site].copy()
-        mask[0] = 0
-        cut = run({**masks, site: mask}, gains).acts
-        assert not cut[site][..., 0].any()
-        np.testing.assert_array_equal(cut[site][..., 1:], plain.acts[site][..., 1:])
-        for earlier in model.sites[:i]:
-            np.testing.assert_array_equal(cut[earlier], plain.acts[earlier])
-
-    stacked = jit(jax.vmap(lambda v: model.apply(v, x).logits))(
-        jax.tree.map(lambda *v: np.stack(v), *nets)
-    )
-    loop = [run(masks, gains, v).logits for v in nets]
-    np.testing.assert_allclose(stacked, loop, rtol=1e-3, atol=1e-4)
-    if name in EAGER:
-        np.testing.assert_allclose(model.apply(nets[0], x).logits, loop[0], rtol=1e-3, atol=1e-4)
-
-
 def test_unknown_site():
     model = small("strip-mnist")
     with pytest.raises(BadInput, match="no site 'conv_9': take one of conv_1_pre"):
-        model.apply(drawn(model), images(model), edits={"conv_9": jnp.zeros_like})
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_training_pass_keeps_the_structure(name):
-    model = small(name)
-    variables = shapes(model)
-    train = lambda v, x, key: model.apply(v, x, train=True, key=key).variables  # noqa: E731
-    out = jax.eval_shape(train, variables, images(model), jax.random.key(0))
-    assert jax.tree.structure(out) == jax.tree.structure(variables)
-    assert jax.tree.leaves(out) == jax.tree.leaves(variables)
-    assert "batch_stats" in variables or name not in NORMALISED
-    if name in DROPS:
-        with pytest.raises(InvalidRngError):
-            jax.eval_shape(lambda v, x: train(v, x, None), variables, images(model))
+        model.apply(variables_like(model), images(model), edits={"conv_9": jnp.zeros_like})
 
 
 def test_dropout_is_drawn_from_the_key():
     model = small("alexnet")
-    variables, x = drawn(model), images(model)
+    variables, x = variables_like(model), images(model)
     run = jit(lambda key: model.apply(variables, x, train=True, key=key).logits)
     first, again, other = (run(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -253,7 +183,7 @@ def test_what_the_first_layer_reads():
 
 def test_batch_norm_by_hand():
     model = small("strip-cifar10")
-    variables, x = drawn(model), images(model, 6)
+    variables, x = variables_like(model), images(model, 6)
     weights, running = (variables[group]["norm_1"] for group in ("params", "batch_stats"))
 
     def by_hand(pre, mean, var):
@@ -282,7 +212,7 @@ def test_batch_norm_by_hand():
 
 def test_a_mask_silences_a_channel_behind_batch_norm():
     model = small("resnet20")
-    variables = drawn(model)
+    variables = variables_like(model)
     masks = {site: jnp.ones(16).at[3].set(0) for site in ("conv_1", "block_1_1_pre", "block_1_2")}
     out = model.apply({**variables, "masks": masks}, images(model), train=True)
     assert not any(
@@ -335,7 +265,7 @@ def write_keras(path, variables, root=""):
 @pytest.mark.parametrize(("name", "root"), [("strip-cifar10", ""), ("cla", "model_weights/")])
 def test_keras_weights(tmp_path, name, root):
     model = small(name)
-    variables = drawn(model)
+    variables = variables_like(model)
     read = load_keras_weights(write_keras(tmp_path / "w.h5", variables, root), model)
     assert jax.tree.structure(read) == jax.tree.structure(variables)
     assert jax.tree.all(jax.tree.map(np.array_equal, read, variables))
@@ -343,7 +273,7 @@ def test_keras_weights(tmp_path, name, root):
 
 def test_bad_keras_weights(tmp_path):
     model = small("cla")
-    good = {group: dict(tree) for group, tree in drawn(model).items()}
+    good = {group: dict(tree) for group, tree in variables_like(model).items()}
     file = write_keras(tmp_path / "w.h5", good)
     (tmp_path / "half.h5").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     (tmp_path / "text.h5").write_text("no weights")
