@@ -661,8 +661,9 @@ def _bench() -> Callable:
 
 
 COMMANDS: dict[str, Callable] = {
-    "run": run, "sweep": sweep, "study": study, "status": status, "list": list_methods, "data": prepare,
-    "train": Train, "defend": Defend, "report": report, "bench": bench,
+    "run": run, "sweep": sweep, "study": study, "status": status,
+    "list": list_methods, "data": prepare, "train": Train, "defend": Defend, "report": report,
+    "bench": bench,
 }  # fmt: skip
 
 
@@ -740,10 +741,8 @@ def command(args: Sequence[str]) -> None:
     args = [_at_home(word) for word in plugged(args)]
     flags = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
     several = SEVERAL - {f"--{kind}" for kind in CHOICES.get(args[0] if args else "", ())}
-    if twice := next(
-        (flag for flag in flags if flags.count(flag) > 1 and flag not in several), None
-    ):
-        raise BadInput(f"{twice} is given twice")
+    if twice := [flag for flag in flags if flags.count(flag) > 1 and flag not in several]:
+        raise BadInput(f"{twice[0]} is given twice")
     if args and args[0] in CHOICES:
         methods[args[0]], left = chosen(CHOICES[args[0]], args[1:])
         args = [args[0], *left]

@@ -463,7 +463,7 @@ def _fault(hint: Any, value: Any, within: bool = True) -> str | None:
 def _parts(protocol: type) -> set[str]:
     """What a protocol asks for, by name."""
     bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
-    names = {name for base in bases for name in (*vars(base), *base.__dict__["__annotations__"])}
+    names = {name for base in bases for name in (*vars(base), *inspect.get_annotations(base))}
     return {name for name in names if not name.startswith("_") or name == "__call__"}
 
 

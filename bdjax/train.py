@@ -389,9 +389,11 @@ def predict(model: Model, variables: Variables, images: Array, *, batch: Count =
     return batched(lambda i: model.apply(variables, unit(images[i])).logits, images.shape[0], batch)
 
 
-def most_kind(attack: Any) -> int:
-    """The largest number of a trigger that `attack` knows, those of its `probes` among them."""
-    return max([attack.triggers, *attack.probes.values()])
+def most_kind(attack: Stamper) -> int:
+    """The largest number of a trigger that `attack` knows, those of its `probes` among them; what
+    is no attack need not say.
+    """
+    return max([getattr(attack, "triggers", INT32), *getattr(attack, "probes", {}).values()])
 
 
 @door

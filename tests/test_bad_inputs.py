@@ -65,6 +65,7 @@ MORE = {
     "report": ["--x", "seed", "--y", "row", "--metric", "acc_test"], "bench": ["--scale", "smoke"],
     "train": ["--dataset", "npz", "--dataset.path", "DATA", "--model", "ffnn"],
     "defend": ["--defense", "retraining"],
+    "study": ["--attack", "badnets", "--dataset", "DATA", "--model", "ffnn"],
 }  # fmt: skip
 """What else makes a command line of each command that ends soon."""
 
@@ -97,6 +98,7 @@ def flags() -> Iterator[Flag]:
             positional = cli.Words in notes
             flag = called if positional else f"--{called.replace('_', '-')}"
             yield Flag(command, called, flag, kind_of(hint), positional)
+        yield Flag(command, "plugin", "--plugin", "path", False)
         for kind in cli.CHOICES.get(command, ()):
             yield Flag(command, kind, f"--{kind}", "method", False)
 
@@ -458,6 +460,7 @@ FINE: dict[str, Callable[[Case], bool]] = {
     "where a path is looked for that is not found as it stands": lambda c: (
         c.kind == "field text" and c.flag == "--dataset.data-dir"
     ),
+    "a pattern that all rows fit": lambda c: c.flag == "--only" and c.value == "*",
     "one of two shards": lambda c: c.value == "1/2",
     "a positional of which there may be none": lambda c: (
         c.value == "absent" and c.args[0] in ("list", "bench")
@@ -577,7 +580,7 @@ RIGHT: dict[str, Any] = {
     "path": "nowhere", "folder": "nowhere", "folders": ["nowhere"], "cells": [CELL], "y": None,
     "store": Store("nowhere"), "experiment": "e", "table": None, "dataset": SOURCE, "seed": 0,
     "reported": {}, "self": None, "fields": {}, "scale": "smoke", "out": None, "seeds": None,
-    "train.data": DATA, "run.path": "../../small.py", "load_model.path": "../../net", "width": 80,
+    "train.data": DATA, "run.study": "../../small.py", "load_model.path": "../../net", "width": 80,
     "load.folder": "../../results", "merge.folders": ["../../results"], "write.folder": "made",
 }  # fmt: skip
 """What is right for a parameter of this name, or of this name of this function."""
