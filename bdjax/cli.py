@@ -627,13 +627,16 @@ def _numbers(info: Any) -> Any:
 
 @RULES.primitive_rule
 def _functions(info: Any) -> Any:
-    """A field that holds a function is set from Python."""
-    if not any("Callable" in str(member) for member in get_args(info.type)):
+    """A field that holds a function, or another method, is set from Python."""
+    if not any(
+        "Callable" in str(member) or getattr(member, "_is_protocol", False)
+        for member in get_args(info.type)
+    ):
         return None
 
     def read(words: list[str]) -> None:
         if words != ["None"]:
-            raise ValueError("a function can be given from Python only")
+            raise ValueError("it can be given from Python only")
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -662,8 +665,8 @@ def _bench() -> Callable:
 
 COMMANDS: dict[str, Callable] = {
     "run": run, "sweep": sweep, "study": study, "status": status,
-    "list": list_methods, "data": prepare, "train": Train, "defend": Defend, "report": report,
-    "bench": bench,
+    "list": list_methods, "data": prepare, "train": Train, "poison": Poison,
+    "defend": Defend, "report": report, "bench": bench,
 }  # fmt: skip
 
 

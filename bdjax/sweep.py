@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -255,8 +255,6 @@ class Runner:
         keep_compiled()
         if not (self.lanes is None or (isinstance(self.lanes, str) and self.lanes == "auto")):
             self.lanes = whole("lanes", self.lanes, 1)
-        if self.stale not in (None, *get_args(identity.Stale)):
-            raise BadInput(f"stale '{shown(self.stale)}' is not keep or redo")
         known = {name: hint for name, hint in registry.hints(Runner).items() if name != "lanes"}
         registry.check_given("a runner", known, {name: getattr(self, name) for name in known})
         self.places = list(self.devices or jax.local_devices()[:1])
