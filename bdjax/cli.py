@@ -263,8 +263,6 @@ def report(
     from bdjax import report as reports
     from bdjax.progress import shown
 
-    if not folders:
-        raise BadInput("report needs at least one results folder")
     if y is not None and x is None:
         raise BadInput("--y is the second axis of a pivot: give the first one, --x, too")
     if x is not None and metric is None:
@@ -626,13 +624,16 @@ def _numbers(info: Any) -> Any:
 
 @RULES.primitive_rule
 def _functions(info: Any) -> Any:
-    """A field that holds a function is set from Python."""
-    if not any("Callable" in str(member) for member in get_args(info.type)):
+    """A field that holds a function, or another method, is set from Python."""
+    if not any(
+        "Callable" in str(member) or getattr(member, "_is_protocol", False)
+        for member in get_args(info.type)
+    ):
         return None
 
     def read(words: list[str]) -> None:
         if words != ["None"]:
-            raise ValueError("a function can be given from Python only")
+            raise ValueError("it can be given from Python only")
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -659,13 +660,20 @@ def _bench() -> Callable:
     return bench
 
 
+COMMANDS: dict[str, Callable] = {
+    "run": run, "sweep": sweep, "study": study, "status": status,
+    "list": list_methods, "data": prepare, "train": Train, "poison": Poison,
+    "defend": Defend, "report": report, "bench": bench,
+}  # fmt: skip
+
+
 def _later(fn: Callable) -> Callable:
     """`fn` to be called when all flags are known to be good."""
 
     @functools.wraps(fn)
     def made(*args, **kwargs):
         kwargs.pop("plugin")  # loaded before anything was parsed
-        return functools.partial(fn, *args, **kwargs)
+        return functools.partial(registry.door(fn), *args, **kwargs)
 
     known = inspect.signature(fn)
     flag = inspect.Parameter(
@@ -677,16 +685,12 @@ def _later(fn: Callable) -> Callable:
     return made
 
 
-SEVERAL = ("--set", "--attack", "--defense", "--grid")
+SEVERAL = {"--set", "--attack", "--defense", "--grid"}
 """Flags that may be given more than once."""
 
 
 def _parsed(commands: dict[str, Callable], args: Sequence[str]) -> Any:
     """What the arguments ask for, not yet begun; a mistake is one line."""
-    flags = [word.partition("=")[0] for word in args if word.startswith("--")]
-    flags = [flag for flag in flags if flag not in SEVERAL]
-    if twice := next((flag for flag in flags if flags.count(flag) > 1), None):
-        raise BadInput(f"{twice} is given twice")
     commands = {name: fn if isinstance(fn, type) else _later(fn) for name, fn in commands.items()}
     boxed = io.StringIO()
     try:
@@ -720,33 +724,35 @@ def _all_read(made: Any, args: Sequence[str]) -> None:
                 raise BadInput(f"{flag} has no effect: {reason}; leave it away")
 
 
+def _at_home(word: str) -> str:
+    """`~` written out, which a shell leaves as it is in --out=~/net."""
+    return re.sub(r"^(--[^=]*=)?~(?=/|$)", lambda flag: (flag[1] or "") + str(Path.home()), word)
+
+
 def command(args: Sequence[str]) -> None:
     """Parses and runs one command."""
     from bdjax.train import Recipe
 
     methods = {name: {} for name in CHOICES}
     for flag, value in zip(["bdjax", *args], args, strict=False):
-        if not value or (value.startswith("--") and value.endswith("=")):
-            name = value.rstrip("=") or flag
+        if not value.strip() or (value.startswith("--") and value.endswith("=")):
+            name = value.strip().rstrip("=") or flag
             raise BadInput(f"an empty word after {name}: is a variable of the shell not set?")
-    args = plugged(args)
+    args = [_at_home(word) for word in plugged(args)]
+    flags = [word.partition("=")[0].replace("_", "-") for word in args if word.startswith("--")]
+    several = SEVERAL - {f"--{kind}" for kind in CHOICES.get(args[0] if args else "", ())}
+    if twice := [flag for flag in flags if flags.count(flag) > 1 and flag not in several]:
+        raise BadInput(f"{twice[0]} is given twice")
     if args and args[0] in CHOICES:
         methods[args[0]], left = chosen(CHOICES[args[0]], args[1:])
         args = [args[0], *left]
-    commands: dict[str, Callable] = {
-        "run": run,
-        "sweep": sweep,
-        "study": study,
-        "status": status,
-        "list": list_methods,
-        "data": prepare,
+    commands = COMMANDS | {
         "train": _with_fields(Train, {**methods["train"], "recipe": Recipe()}),
         "poison": _with_fields(Poison, methods["poison"]),
         "defend": _with_fields(Defend, methods["defend"]),
-        "report": report,
-        # Imported for itself alone: it needs all that draws and reports.
-        "bench": _bench() if args and args[0] == "bench" else bench,
     }
+    if args and args[0] == "bench":  # imported for itself alone: it needs all that draws
+        commands["bench"] = _bench()
     if args and not args[0].startswith("-") and args[0] not in commands:
         raise BadInput(
             f"unknown command '{args[0]}'{registry.near(args[0], commands)} (`bdjax --help` shows "
@@ -775,7 +781,9 @@ def main(args: Sequence[str] | None = None) -> None:
         try:
             command(sys.argv[1:] if args is None else args)
         except BadInput as error:
-            print(f"bdjax: {shown(error)}", file=sys.stderr)
+            text = shown(error)
+            text = text if len(text) <= 900 else f"{text[:450]} … {text[-350:]}"
+            print(f"bdjax: {text}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as stop:
             ended = isinstance(stop, Terminated)

@@ -13,7 +13,7 @@ import re
 import shlex
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -29,13 +29,14 @@ from bdjax.identity import Stale
 from bdjax.own import explained
 from bdjax.plugins import executed, raised_in
 from bdjax.progress import shown
-from bdjax.registry import digest, name_of
+from bdjax.registry import check_given, digest, door, name_of
 from bdjax.store import Store, read_rows, result_files
 from bdjax.study import Cell
 from bdjax.sweep import Clock, Runner, footprint, groups, room, say
 from bdjax.types import BadInput, whole
 
 
+@door
 def load(path: str | Path) -> ModuleType:
     """The experiment file as a module."""
     path = Path(path)
@@ -43,9 +44,12 @@ def load(path: str | Path) -> ModuleType:
     for name, form in (("cells", "cells(scale, seeds)"), ("SCALES", "SCALES"), ("TITLE", "TITLE")):
         if not hasattr(module, name):
             raise BadInput(f"{path} is no experiment: it defines no {form}")
+    known = {"SCALES": Iterable[str], "TITLE": str, "cells": Callable[..., Any]}
+    check_given(str(path), known, {name: getattr(module, name) for name in known})
     return module
 
 
+@door
 def run(
     study: str | Path | Iterable[Cell],
     scale: str = "cpu",

@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from bdjax.types import BadInput
+from bdjax.types import BadInput, shown
 
 FILES = ".bdjax-files"
 SAVING = ".bdjax-saving-"
@@ -48,6 +49,27 @@ def full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def at_home(path: str | Path) -> Path:
+    """`path`, its `~` written out where it is somebody's home; raises `BadInput` where it can be
+    nothing's.
+    """
+    if fault := name_fault(path):
+        raise BadInput(f"path{fault}")
+    return Path(os.path.expanduser(path))
+
+
+def name_fault(value: str | Path) -> str | None:
+    """Why no file can have the name `value`, or nobody can have meant it, as the end of a line."""
+    text = str(value)
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        return f" '{shown(text)}' is no text: no file that bdjax reads or writes has such a name"
+    if re.match(r"[a-z][a-z0-9+.-]*:/", text):
+        return f" '{shown(text)}' is an address: give a file or folder of this machine"
+    if len(text) > 4_000 or any(len(part.encode()) > 255 for part in Path(text).parts):
+        return f" '{shown(text)}' is too long: no file can have this name"
+    return None
 
 
 def nameable(path: Path) -> bool:
@@ -290,9 +312,10 @@ def whole(path: Path, old: Old = never) -> Path:
                     "one of its own"
                 )
         refuse(place, True, old)
+        _outside(path, place.parent)
         if os.path.ismount(place):
             raise BadInput(f"{path} is where a disk is mounted: give a folder in it")
-        with _made(place.parent) as parent:
+        with made(place.parent) as parent:
             sweep(parent)
             with saving(parent) as room:
                 _probe(room)
@@ -310,18 +333,28 @@ def beside(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = (),
     with explained(folder):
         if kind(folder) is not None and not folder.is_dir():
             raise BadInput(f"{folder} is no folder: give another")
+        _outside(folder, Path(os.path.realpath(folder)))
         _manifest(folder)
         for name in files:
             refuse(folder / name, False, old)
         for name in folders:
             if kind(folder / name) is not None and not (folder / name).is_dir():
                 raise BadInput(f"{folder / name} is no folder: move it away, or write elsewhere")
-        with _made(folder), saving(folder) as room:
+        with made(folder), saving(folder) as room:
             _probe(room)
 
 
+def _outside(path: Path, place: Path) -> None:
+    """Raises `BadInput` where `place` is a net's folder or in one: that holds nothing else."""
+    for folder in (place, *place.parents):
+        if "model.json" in {name for name, _ in noted(folder) or ()}:
+            raise BadInput(
+                f"{path}: {folder} is a net's own, and holds nothing else: write elsewhere"
+            )
+
+
 @contextmanager
-def _made(folder: Path) -> Iterator[Path]:
+def made(folder: Path) -> Iterator[Path]:
     """`folder`, made for as long as the block lasts where it was not there."""
     missing = list(takewhile(lambda path: kind(path) is None, (folder, *folder.parents)))
     try:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from bdjax import registry
+from bdjax import own, registry
 from bdjax.own import explained
 from bdjax.registry import Entry, all_or_nothing, near
 from bdjax.types import BadInput
@@ -39,8 +39,9 @@ def load_plugins(*plugins: str | Path) -> list[Entry]:
     found = []
     for word in map(str, plugins):
         file = word.endswith(".py") or os.path.basename(word) != word
+        path = own.at_home(word)
         with all_or_nothing():
-            here = _file(Path(word).expanduser()) if file else _module(word)
+            here = _file(path) if file else _module(word)
         found += here
         _words.extend([word] if word not in _words else [])
     return found
@@ -82,7 +83,7 @@ def standing() -> None:
 
 
 def _file(path: Path) -> list[Entry]:
-    place = path.resolve()
+    place = Path(os.path.realpath(path))  # resolve() raises on a loop of links
     if twin := next((p for p in _files if p.name == place.name and p != place), None):
         raise BadInput(f"two plugins are called {place.name}: {twin} and {place}; rename one")
     before = registry.brought()

@@ -19,7 +19,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, dataclass_transform
@@ -28,9 +28,11 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from bdjax.types import BadInput, Range, concrete, shown
+from bdjax import own
+from bdjax.types import BadInput, Key, Range, concrete, shown
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable)
 KINDS = ("attack", "defense", "model", "dataset")
 _CITATION = re.compile(
     r"\((?P<paper>[^()]+?), (?P<year>\d{4})(?:, arXiv:(?P<arxiv>[\w./-]+))?(?:, [^()]*)?\)"
@@ -58,6 +60,42 @@ class Entry(NamedTuple):
     plugin: str | None
     cls: type
     source: str
+
+
+def door(fn: F) -> F:
+    """`fn` behind a check of what it is given against its annotations: `BadInput` where that is of
+    another kind; what is traced passes. A missing or unknown argument stays Python's `TypeError`.
+    """
+    signature = inspect.signature(fn)
+    kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+    # One annotation for all of these.
+    some = kinds.get(inspect.Parameter.VAR_POSITIONAL, "")
+    named = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
+
+    @functools.wraps(fn)
+    def guarded(*args, **kwargs):
+        given, known = dict(signature.bind(*args, **kwargs).arguments), _annotations(fn)
+        if some in known:
+            known = {**known, some: tuple[known[some], ...]}
+        more = given.pop(named, {})
+        check_given(fn.__name__, known, given)
+        if named in known:
+            check_given(fn.__name__, dict.fromkeys(more, known[named]), more)
+        return fn(*args, **kwargs)
+
+    return typing.cast(F, guarded)
+
+
+@functools.cache
+def _annotations(fn: Callable) -> dict[str, Any]:
+    return typing.get_type_hints(fn, include_extras=True)
+
+
+def check_given(where: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises `BadInput` where a value of `given` is not what the annotation of its name says."""
+    for name, value in given.items():
+        if name in known and (fault := _fault(known[name], value, within=False)):
+            raise BadInput(f"{where}: {name}{fault}")
 
 
 def static(default: Any = dataclasses.MISSING, **kwargs) -> Any:
@@ -227,6 +265,8 @@ def entries(kind: str | None = None) -> list[Entry]:
     """
     from bdjax import plugins
 
+    if kind is not None and (not isinstance(kind, str) or kind not in KINDS):
+        raise BadInput(f"kind {_word(kind)} is not one of {', '.join(KINDS)}")
     for one in KINDS if kind is None else (kind,):
         _import_own(one)
     plugins.standing()
@@ -245,6 +285,7 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; the nearest name is '{found[0]}'" if found else ""
 
 
+@door
 def get(kind: str, name: str) -> Entry:
     """The entry `name`; raises `BadInput` with the nearest name."""
     known = {e.name: e for e in entries(kind)}
@@ -256,6 +297,7 @@ def get(kind: str, name: str) -> Entry:
     return known[name]
 
 
+@door
 def make(kind: str, name: str, preset: str | None = None, **fields) -> Any:
     """A configured method: `make("defense", "neural-cleanse", preset="paper", lanes=10)`."""
     cls = get(kind, name).cls
@@ -351,18 +393,30 @@ def fault_within(value: Any) -> str | None:
     return None
 
 
-def _fault(hint: Any, value: Any) -> str | None:
-    """What is wrong with a field's value, as what follows its name in an error line."""
-    if isinstance(value, (Tracer, jax.ShapeDtypeStruct)):
+def _fault(hint: Any, value: Any, within: bool = True) -> str | None:
+    """What is wrong with a value, as what follows its name in an error line; `within`: or with a
+    part of it, where it is a dataclass.
+    """
+    if isinstance(value, (Tracer, jax.ShapeDtypeStruct)) and hint != Key:
+        return None
+    if hint is Any and not within:
         return None
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType) and not set(args) & set(_NUMBERS):
+    if hint == Key:
+        return _key_fault(value)
+    if origin in (typing.Union, types.UnionType):
         if value is None and types.NoneType in args:
             return None
-        faults = [_fault(arg, value) for arg in args if arg is not types.NoneType]
-        return None if None in faults else faults[0]
+        numbers = {arg for arg in args if arg in _NUMBERS}
+        rest = [arg for arg in args if arg is not types.NoneType and arg not in numbers]
+        if rest:
+            faults = [_fault(arg, value, within) for arg in rest]
+            faults += [_number_fault(numbers, None, value)] if numbers else []
+            if Path in args and isinstance(value, (str, Path)):
+                return own.name_fault(value)
+            return None if None in faults else faults[0]
     if origin is Annotated and not ranges(hint):
-        return _fault(args[0], value)
+        return _fault(args[0], value, within)
     if kinds := ranges(hint) if origin is not tuple else []:
         return _number_fault(*kinds[0], value)
     if origin is Literal:
@@ -386,25 +440,63 @@ def _fault(hint: Any, value: Any) -> str | None:
         return None if isinstance(value, (bool, np.bool_)) else f" {_word(value)} is not a bool"
     if hint is str:
         return None if isinstance(value, str) else f" {_word(value)} is not a string"
-    if origin is Callable:
-        if not callable(value):
-            return f" {_word(value)} is not a function"
-    elif isinstance(hint, type) and hint is not Any and not isinstance(value, hint):
-        return f" {_word(value)} is not of class {hint.__name__}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if origin in (Mapping, Sequence, Iterable):
+        return _several_fault(origin, args, value)
+    if hint is Path and isinstance(value, Path):
+        return own.name_fault(value)
+    if getattr(hint, "_is_protocol", False):
+        lacks = isinstance(value, type) or not all(hasattr(value, name) for name in _parts(hint))
+        return f" {_word(value)} is no {hint.__name__}" if lacks else None
+    if origin is Callable and (not callable(value) or isinstance(value, type)):
+        return f" {_word(value)} is not a function"
+    cls: Any = hint if isinstance(hint, type) else origin  # of dict[…], list[…]
+    known = isinstance(cls, type) and hint is not Any and origin is not Callable
+    if known and not isinstance(value, cls):
+        return f" {_word(value)} is not of class {cls.__name__}"
+    if within and dataclasses.is_dataclass(value) and not isinstance(value, type):
         fault = fault_within(value)
         return fault and f".{fault}"
     return None
+
+
+@functools.cache
+def _parts(protocol: type) -> set[str]:
+    """What a protocol asks for, by name."""
+    bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
+    names = {name for base in bases for name in (*vars(base), *inspect.get_annotations(base))}
+    return {name for name in names if not name.startswith("_") or name == "__call__"}
+
+
+def _key_fault(value: Any) -> str | None:
+    if not isinstance(value, (jax.Array, jax.ShapeDtypeStruct)) or not jax.numpy.issubdtype(
+        value.dtype, jax.dtypes.prng_key
+    ):
+        return f" {_word(value)} is no key: give jax.random.key(0), or one split off"
+    return None if value.shape == () else f" is {value.size} keys: give one of them"
+
+
+def _several_fault(origin: Any, args: Sequence[Any], value: Any) -> str | None:
+    """What is wrong with what should be a mapping, a list or what can be looped over."""
+    word = {Mapping: "a mapping", Sequence: "a list"}.get(origin, "a list")
+    array = isinstance(value, (jax.Array, np.ndarray))
+    fits = value.ndim > 0 if array else isinstance(value, origin)
+    if not fits or isinstance(value, (str, bytes)) or (array and args[0] is not Any):
+        return f" {_word(value)} is not {word}"
+    if array or not isinstance(value, Collection):  # what a generator yields is seen later
+        return None
+    parts = value.values() if isinstance(value, Mapping) and origin is Mapping else value
+    faults = (_fault(args[-1], part, within=False) for part in parts)
+    return next((fault for fault in faults if fault), None)
 
 
 def _number_fault(kinds: set[type], limit: Range | None, value: Any) -> str | None:
     array = isinstance(value, (jax.Array, np.ndarray))
     whole = int in kinds and float not in kinds
     if array or isinstance(value, np.generic):
-        kind = value.dtype.kind
+        kind = getattr(value.dtype, "kind", "key")  # keys of jax.random have none
         allowed = jax.Array in kinds or (value.ndim == 0 and isinstance(value, np.generic))
         # bfloat16 and its like are of kind V
-        number = allowed and (kind in "iu" if whole else kind in "iufV" or kinds <= _ARRAYS)
+        number = allowed and kind in ("iu" if whole else "iufbV" if kinds <= _ARRAYS else "iufV")
     else:
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         number = number and not kinds <= _ARRAYS
@@ -432,6 +524,8 @@ def name_of(method: Any) -> str | None:
 def replace(base: Any, path: Sequence[str], value: Any) -> Any:
     """`base` with the field at `path` set to `value`."""
     first, *rest = path
+    if not dataclasses.is_dataclass(base) or isinstance(base, type):
+        raise BadInput(f"{_word(base)} is no cell, method or recipe: it has no field '{first}'")
     if not hasattr(base, first):
         raise BadInput(f"{type(base).__name__} has no field '{first}'")
     return dataclasses.replace(

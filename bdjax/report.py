@@ -30,8 +30,9 @@ from rich.text import Text
 from bdjax import identity, metrics, plots, schema
 from bdjax.own import beside, kind, renamed, sweep
 from bdjax.progress import kept, shown
+from bdjax.registry import door
 from bdjax.store import Store, result_files
-from bdjax.types import BadInput, Word, word
+from bdjax.types import BadInput, Count, Word, word
 
 Row = Mapping[str, Any]
 FIELDS = ("dataset", "model", "attack", "defense")
@@ -165,6 +166,7 @@ def _fault(row: Row) -> str | None:
     return None
 
 
+@door
 def faults(rows: Iterable[Row]) -> dict[str, str]:
     """What is wrong with the victims, by the run of their own rows and of all that was done to
     them: *collapsed*, no more accurate than a net that always answers the same; *attack failed*,
@@ -181,6 +183,7 @@ def faults(rows: Iterable[Row]) -> dict[str, str]:
     return {r["run"]: victims[r["victim"]] for r in rows if r.get("victim") in victims}
 
 
+@door
 def valid(rows: Iterable[Row]) -> list[Row]:
     """`rows` without the defenses of victims with `faults`: what claims and counts may use."""
     rows = list(rows)
@@ -191,6 +194,7 @@ def valid(rows: Iterable[Row]) -> list[Row]:
 # --- From rows to tables ---
 
 
+@door
 def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Tables `{name, metrics, rows}` in order of first appearance, with one row for all the seeds
     of a name.
@@ -336,6 +340,7 @@ def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
     }
 
 
+@door
 def seeds(rows: Iterable[Row], row: str, table: str | None = None) -> list[Row]:
     """The finished seeds of a row."""
     return [
@@ -343,6 +348,7 @@ def seeds(rows: Iterable[Row], row: str, table: str | None = None) -> list[Row]:
     ]
 
 
+@door
 def arrays(
     rows: Iterable[Row], store: Store, row: str, table: str | None = None
 ) -> list[tuple[Row, dict[str, Any]]]:
@@ -352,6 +358,7 @@ def arrays(
     return [(r, found) for r in seeds(rows, row, table) if (found := store.arrays(r["run"]))]
 
 
+@door
 def mean(rows: Iterable[Row], row: str, metric: str, table: str | None = None) -> float:
     """The mean of a metric over the seeds of a row; NaN where there is none."""
     found = _stat([r["metrics"].get(metric) for r in seeds(rows, row, table)], None)["mean"]
@@ -579,6 +586,7 @@ def draw(figures: Iterable[tuple[str, str, str, figure.Figure]]) -> list[Picture
     return made
 
 
+@door
 def write(
     folder: str | Path,
     rows: Sequence[Row],
@@ -669,6 +677,7 @@ def _names(path: Path) -> list[Any]:
     return [f[0] for f in figures if isinstance(f, list) and f] if isinstance(figures, list) else []
 
 
+@door
 def load(folder: str | Path) -> Section:
     """A results folder, also one whose run was interrupted before it wrote its page."""
     folder = Path(folder)
@@ -716,6 +725,7 @@ def plain_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[^/\\:\0]+", name) is not None
 
 
+@door
 def merge(
     folders: Sequence[str | Path],
     out: str | Path | None = None,
@@ -729,6 +739,8 @@ def merge(
     With `metric` each folder shows the best defense of every victim, with `x` too a pivot over that
     axis (and `y`). Returns the page.
     """
+    if not folders:
+        raise BadInput("report needs at least one results folder")
     several = len(folders) > 1
     out = Path(("report" if several else folders[0]) if out is None else out)
     loaded, sections = [load(folder) for folder in folders], []
@@ -898,7 +910,8 @@ def page(sections: Sequence[Section], title: str) -> str:
 # --- The console ---
 
 
-def console_tables(rows: Iterable[Row], width: int = 110) -> Group:
+@door
+def console_tables(rows: Iterable[Row], width: Count = 110) -> Group:
     """The tables within `width` columns; remarks, and metrics of few rows or beyond the width,
     stand below.
     """
@@ -994,6 +1007,7 @@ def _known(row: Row) -> dict[str, Any]:
     }
 
 
+@door
 def print_table(rows: Iterable[Row], console: Console | None = None) -> None:
     """Prints "paper vs ours": ours above, the paper's and the difference below. Plain text without
     a terminal.
@@ -1031,6 +1045,7 @@ def lookup(row: Row, path: str) -> Any:
     return json.dumps(value) if isinstance(value, (list, Mapping)) else value
 
 
+@door
 def axes(rows: Iterable[Row]) -> list[str]:
     """The fields that vary between rows, by dots: what a pivot may ask for."""
 
@@ -1048,6 +1063,7 @@ def axes(rows: Iterable[Row]) -> list[str]:
     return [path for path in found if len({lookup(row, path) for row in rows}) > 1]
 
 
+@door
 def pivot(rows: Iterable[Row], x: str, y: str | None, metric: str) -> Pivot:
     """`metric` over the axes `x` and `y` (None: one line); failed rows, rows that lack an axis, and
     defenses of victims with `faults` are left out.
@@ -1087,6 +1103,7 @@ def _explain(rows: Sequence[Row], asked: Sequence[str], metric: str) -> None:
     )
 
 
+@door
 def pivot_figures(rows: Iterable[Row], x: str, y: str | None, metric: str) -> list[Figure]:
     """The pivot as a line with its spread and, over two axes, as a heat-map."""
     table = pivot(rows, x, y, metric)
@@ -1120,6 +1137,7 @@ def pivot_figures(rows: Iterable[Row], x: str, y: str | None, metric: str) -> li
     return made
 
 
+@door
 def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str, Any]]:
     """For each victim the rows of the defense, without oracle, that is best by the mean of `metric`
     over seeds.

@@ -58,6 +58,7 @@ class Store:
     one of n that share the work: it has a results file of its own.
     """
 
+    @registry.door
     def __init__(self, folder: str | Path, shard: tuple[int, int] | None = None):
         self.folder, self.shard = Path(folder), shard
         self.suffix = "" if shard is None else f"-{shard[0]}-of-{shard[1]}"
@@ -532,6 +533,7 @@ def copy_model(path: Path, to: Path) -> None:
         shutil.copytree(path, temporary)
 
 
+@registry.door
 def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]:
     """`(net, model, variables, about)` of a model folder; `attack`, `dataset`, `recipe` and
     `defenses` (those applied, in order) in `about` are revived; plugins that they need are not

@@ -18,9 +18,9 @@ from bdjax.datasets import fingerprint
 from bdjax.datasets.base import Source
 from bdjax.defenses.base import Defense
 from bdjax.models.layers import Net
-from bdjax.registry import replace
+from bdjax.registry import door, replace
 from bdjax.train import Recipe
-from bdjax.types import BadInput, Model, Split, whole
+from bdjax.types import BadInput, Count, Model, Seed, Split, shown, whole
 
 
 class Probe(Protocol):
@@ -69,6 +69,11 @@ class Cell:
             if not isinstance(value, kind) and (value is not None or part in kinds):
                 raise BadInput(f"a cell's {part} is {type(value).__name__}, not {kind.__name__}")
             registry.validate(value)
+        known = registry.hints(type(self))
+        parts = ("table", "row", "reported", "substitute", "probe")
+        registry.check_given("a cell", known, {part: getattr(self, part) for part in parts})
+        if self.probe is not None and not dataclasses.is_dataclass(self.probe):
+            raise BadInput(f"a cell's probe {shown(self.probe)} is no object of a pytree class")
         registry.validate(self.probe)
 
     @property
@@ -120,6 +125,7 @@ class Cell:
         }
 
 
+@door
 def grid(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
     """Copies of the dataclass `base` over the product of `axes`: `grid(cell, seed=range(3),
     attack__rate=(0.01, 0.1))`.
@@ -133,6 +139,7 @@ def grid(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
             yield _with(one, kept, values)
 
 
+@door
 def zipped(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
     """Copies over the axes in step, the first values of all, then the second ones: `zipped(cell,
     seed=(0, 1), attack__target=(3, 7))`.
@@ -148,16 +155,19 @@ def zipped(base: Any, **axes: Iterable[Any]) -> Iterator[Any]:
             yield _with(one, kept, values)
 
 
+@door
 def sample(
     base: Any,
-    count: int,
-    draw: int = 0,
+    count: Count,
+    draw: Seed = 0,
     **axes: Sequence[Any] | Callable[[np.random.Generator], Any],
 ):
     """`count` random copies, the same ones for the same `draw`: an axis is a sequence to choose
     from or a function of a generator: `sample(cell, 50, attack__rate=lambda rng: 10 **
     rng.uniform(-3, -1))`.
     """
+    if empty := [path for path, axis in axes.items() if not (callable(axis) or len(axis))]:
+        raise BadInput(f"axis {empty[0]} has no values to choose from")
     rng = np.random.default_rng(draw)
     for one in _several(base):
         for _ in range(count):
@@ -173,7 +183,10 @@ chain = itertools.chain
 
 
 def _several(base: Any) -> Iterable[Any]:
-    return [base] if dataclasses.is_dataclass(base) else base
+    several = [base] if dataclasses.is_dataclass(base) else base
+    if not isinstance(several, Iterable) or isinstance(several, (str, bytes, jax.Array)):
+        raise BadInput(f"base {shown(base)} is no cell, method or recipe, nor several of these")
+    return several
 
 
 def _with(base: Any, paths: Iterable[str], values: Iterable[Any]) -> Any:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +235,7 @@ class Runner:
     experiment: str
     scale: str = "cpu"
     lanes: int | Literal["auto"] | None = None
-    devices: Sequence[Any] | None = None
+    devices: Sequence[jax.Device] | None = None  # type: ignore[valid-type]
     quiet: bool = False
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda rows: None
     clock: Clock = dataclasses.field(default_factory=Clock)
@@ -256,10 +256,10 @@ class Runner:
 
     def __post_init__(self) -> None:
         keep_compiled()
-        if self.lanes not in (None, "auto"):
+        if not (self.lanes is None or (isinstance(self.lanes, str) and self.lanes == "auto")):
             self.lanes = whole("lanes", self.lanes, 1)
-        if self.stale not in (None, *get_args(identity.Stale)):
-            raise BadInput(f"stale '{shown(self.stale)}' is not keep or redo")
+        known = {name: hint for name, hint in registry.hints(Runner).items() if name != "lanes"}
+        registry.check_given("a runner", known, {name: getattr(self, name) for name in known})
         self.places = list(self.devices or jax.local_devices()[:1])
         self.members: dict[str, list[tuple[Path, int, Any]]] | None = None
         self.codes: dict[str, dict[str, Any]] = {}
@@ -274,10 +274,13 @@ class Runner:
         self.said: set[str] = set()
         self.last: tuple[Any, Any] = (None, None)
 
+    @registry.door
     def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
         """The finished rows of all `cells`, those of earlier runs and other shards included, in the
         order of `cells`: one for each place where a run is shown.
         """
+        cells = list(cells)
+        registry.check_given("a runner", {"cells": Sequence[Cell]}, {"cells": cells})
         cells = list({(c.run, c.table, c.row): c for c in cells}.values())
         self.shown = {}
         for cell in cells:

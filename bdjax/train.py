@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bdjax import metrics
-from bdjax.registry import admit, pytree, static, validate
+from bdjax.registry import admit, check_given, door, pytree, static, validate
 from bdjax.types import (
     INT32,
     MOST,
@@ -20,6 +20,7 @@ from bdjax.types import (
     BadInput,
     Count,
     Epochs,
+    Key,
     Model,
     Plan,
     Range,
@@ -29,8 +30,10 @@ from bdjax.types import (
     Stamper,
     Variables,
     Weight,
+    between,
     check_images,
     check_labels,
+    check_variables,
     whole,
 )
 
@@ -146,6 +149,7 @@ def clean_plan(y: jax.Array) -> Plan:
     return Plan(rows, jnp.zeros(n, jnp.int32), y, jnp.ones(n), rows, jnp.asarray(n))
 
 
+@door
 def clean_set(split: Split) -> TrainSet:
     """`split` as an unpoisoned training set."""
     check_images(split.image, None, split.label)
@@ -169,7 +173,8 @@ def stamp_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, 1 << 16)  # the chosen rows take small numbers
 
 
-def poisoned_set(key: jax.Array, split: Split, attack: Attack | None, classes: int) -> TrainSet:
+@door
+def poisoned_set(key: Key, split: Split, attack: Attack | None, classes: Count) -> TrainSet:
     """`split` poisoned by `attack`, each image written once; None gives the clean twin."""
     if attack is None:
         return clean_set(split)
@@ -193,14 +198,27 @@ def agree(model: Model, recipe: Recipe, data: TrainSet) -> None:
     """Raises `BadInput` where `data` cannot be trained on: images of another shape than the
     model's, labels that it does not have, a recipe that is wrong.
     """
-    if np.ndim(data.image) == 4 and np.shape(data.image)[1:] != tuple(model.shape):
-        raise BadInput(
-            f"the training images have shape {np.shape(data.image)[1:]}, the model {model.shape}"
-        )
+    if not isinstance(data.plan, Plan):
+        raise BadInput("a training set without a plan: make it by clean_set or poisoned_set")
+    check_given("a training set", {"attack": Stamper | None}, {"attack": data.attack})
+    if data.attack is not None:
+        check_given("a training set", {"key": Key}, {"key": data.key})
+    if np.ndim(data.image) != 1:  # numbers of what a loss of its own reads
+        check_images(data.image, model.shape)
     if len({np.shape(leaf)[:1] for leaf in data.plan[:4]}) > 1:
         raise BadInput("source, kind, label and weight of a plan differ in length")
     check_labels(data.plan.label, model.classes)
-    admit(recipe, np.shape(data.image)[0])
+    n, plan = np.shape(data.image)[0], data.plan
+    between("the source of a plan's row", plan.source, 0, n - 1)
+    between("the size of a plan", plan.size, 1, np.shape(plan.source)[0])
+    admit(recipe, n)
+
+
+GIVEN: dict[str, Any] = {
+    "key": Key, "model": Model, "recipe": Recipe, "data": TrainSet, "variables": Variables,
+    "clean": Split, "x": Array,
+}  # fmt: skip
+"""What a defense is given, by name."""
 
 
 def cross_entropy(
@@ -212,17 +230,19 @@ def cross_entropy(
     return (weight * loss).sum() / jnp.maximum(weight.sum(), 1e-9), out
 
 
-def begin(
-    key: jax.Array, model: Model, recipe: Recipe, variables: Variables | None = None
-) -> State:
+@door
+def begin(key: Key, model: Model, recipe: Recipe, variables: Variables | None = None) -> State:
     """The state before the first epoch: fresh variables, or the given ones."""
     validate(recipe)
+    if variables is not None:
+        check_variables(variables)
     variables = model.init(key) if variables is None else variables
     return State(variables, recipe.transform().init(variables["params"]), jnp.zeros((), jnp.int32))
 
 
+@door
 def advance(
-    key: jax.Array,
+    key: Key,
     state: State,
     model: Model,
     recipe: Recipe,
@@ -245,7 +265,8 @@ def advance(
     n = data.image.shape[0]
     capacity = data.plan.source.shape[0]
     batch = min(recipe.batch, n)
-    masks = None if trainable is None else broadcast_prefix(trainable, state.variables["params"])
+    params = state.variables["params"]
+    masks = None if trainable is None else check_trainable(trainable, params)
 
     def step(carry, now):
         variables, opt_state = carry
@@ -290,8 +311,9 @@ def advance(
     return jax.lax.scan(epoch, state, length=epochs)
 
 
+@door
 def fit(
-    key: jax.Array,
+    key: Key,
     model: Model,
     recipe: Recipe,
     data: TrainSet,
@@ -313,6 +335,25 @@ def fit(
         key_run, state, model, recipe, data, epochs=recipe.epochs, trainable=trainable, loss=loss
     )
     return state.variables, curves
+
+
+def check_trainable(trainable: Any, params: Any) -> Any:
+    """`trainable` for each of `params`; raises `BadInput` where it is no tree like them of
+    0 … 1.
+    """
+    try:
+        masks = broadcast_prefix(trainable, params)
+        kinds = [(leaf, jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(masks)]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadInput("trainable is no tree of numbers like the parameters") from error
+    for (leaf, shape, kind), param in zip(kinds, jax.tree.leaves(params), strict=True):
+        if shape not in ((), jnp.shape(param)) or not jnp.issubdtype(kind, jnp.floating):
+            raise BadInput(
+                f"trainable has {kind}{list(shape)} for {param.dtype}{list(jnp.shape(param))}: "
+                "give floats of that shape, 0 or 1"
+            )
+        between("trainable", leaf, 0, 1)
+    return masks
 
 
 def broadcast_prefix(prefix: Any, tree: Any) -> Any:
@@ -340,19 +381,31 @@ def pieces(rows: int, batch: int) -> jax.Array:
     return jnp.minimum(jnp.arange(count * batch), rows - 1).reshape(count, batch)
 
 
-def predict(model: Model, variables: Variables, images: Array, *, batch: int = 250) -> jax.Array:
+@door
+def predict(model: Model, variables: Variables, images: Array, *, batch: Count = 250) -> jax.Array:
     """Logits `[N, K]` of `images: [N, H, W, C]` (uint8 or in [0, 1])."""
     check_images(images, model.shape)
     images = jnp.asarray(images)
     return batched(lambda i: model.apply(variables, unit(images[i])).logits, images.shape[0], batch)
 
 
+def most_kind(attack: Stamper) -> int:
+    """The largest number of a trigger that `attack` knows, those of its `probes` among them; what
+    is no attack need not say.
+    """
+    return max([getattr(attack, "triggers", INT32), *getattr(attack, "probes", {}).values()])
+
+
+@door
 def stamped(
-    attack: Stamper, kind: jax.Array | int, images: Array, key: jax.Array, *, train: bool = False
+    attack: Stamper, kind: jax.Array | int, images: Array, key: Key, *, train: bool = False
 ) -> jax.Array:
     """`images: [B, H, W, C]` with trigger `kind`, as fired at test time, in [0, 1]."""
     check_images(images)
     admit(attack, np.shape(images)[1:], INT32)  # of classes nothing is known here
+    if np.ndim(kind):
+        raise BadInput(f"kind has shape {list(np.shape(kind))}: give the number of one trigger")
+    between("kind", kind, 0, most_kind(attack))
     x = unit(images)
     keys = jax.random.split(key, x.shape[0])
     return jax.vmap(lambda v, k: attack.stamp(jnp.asarray(kind), v, k, train=train))(x, keys)
@@ -376,20 +429,24 @@ class Attacked(NamedTuple):
     aimed: jax.Array
 
 
+@door
 def attacked(
-    key: jax.Array,
+    key: Key,
     model: Model,
     variables: Variables,
     split: Split,
     attack: Attack,
     *,
     kinds: Sequence[int] | None = None,
-    batch: int = 250,
+    batch: Count = 250,
 ) -> Attacked:
     """Predictions on `split` stamped with each trigger of `attack`, or with each of `kinds`."""
     check_images(split.image, model.shape, split.label, model.classes)
     admit(attack, model.shape, model.classes)
     kinds = list(range(1, attack.triggers + 1)) if kinds is None else kinds
+    if len(kinds) == 0:
+        raise BadInput("kinds: give the number of at least one trigger")
+    between("a kind", kinds, 0, most_kind(attack))
     image, label = jnp.asarray(split.image), jnp.asarray(split.label)
 
     def one(kind):
@@ -402,14 +459,15 @@ def attacked(
     return Attacked(*jax.lax.map(one, jnp.asarray(kinds)))
 
 
+@door
 def evaluate(
-    key: jax.Array,
+    key: Key,
     model: Model,
     variables: Variables,
     split: Split,
     attack: Attack | None = None,
     *,
-    batch: int = 250,
+    batch: Count = 250,
 ) -> dict[str, jax.Array]:
     """`acc`, and under attack `asr_all`, `asr_nt` (means over the triggers) and
     `asr_all_per_trigger`, `asr_nt_per_trigger: [T]`.

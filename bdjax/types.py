@@ -13,6 +13,8 @@ import numpy as np
 from jax.core import Tracer
 
 Array = jax.Array | np.ndarray
+ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+"""What stands for one in a check: values, what is traced, a shape alone."""
 Variables = Mapping[str, Any]
 """A model's state: `params`, `batch_stats` where it has BatchNorm, and `masks: {site: [C]}` where
 channels were pruned.
@@ -77,6 +79,8 @@ Steps = Annotated[Array | int, Range(1, 1_000_000)]
 Draw = Annotated[Array | int, Range(0, 2**32 - 1)]
 """A seed that a sweep may vary."""
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+Key = Annotated[jax.Array, "key"]
+"""One key of `jax.random.key`."""
 Count = Annotated[int, Range(1, INT32)]
 """How many of what is there: more than there are means all."""
 Size = Annotated[int, Range(1, 65_536)]
@@ -87,12 +91,17 @@ Repeats = Annotated[int, Range(1, 1_000_000)]
 
 
 def shown(value: Any) -> str:
-    """A number in an error line."""
+    """A number, or whatever stands where one should, in an error line."""
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return f"a key of shape {list(value.shape)}"
+    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+        return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, (np.generic, jax.Array, np.ndarray)) and np.ndim(value) == 0:
         value = np.asarray(value).item()
     if isinstance(value, float):
         return repr(value) if len(repr(value)) <= 8 else f"{value:.6g}"
-    text = str(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
+    huge = isinstance(value, int) and abs(value) >= 10**30
+    text = "a huge number" if huge else " ".join(str(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -120,7 +129,12 @@ def whole(name: str, value: Any, low: int, high: int = INT32) -> int:
     """
     text = str(value)
     digits = text.removeprefix("-")
-    if isinstance(value, bool) or not (digits.isascii() and digits.isdigit()) or len(digits) > 30:
+    if (
+        not isinstance(value, (int, str, np.integer))
+        or isinstance(value, bool)
+        or not (digits.isascii() and digits.isdigit())
+        or len(digits) > 30
+    ):
         raise BadInput(f"{name} '{shown(text)}' is not a whole number from {low} to {high}")
     if fault := Range(low, high).fault(int(text)):
         raise BadInput(f"{name} {fault}")
@@ -407,26 +421,43 @@ class Unlabelled:
         return hash(Unlabelled)
 
 
+NO_LABELS = Unlabelled()
+
+
 def check_images(
-    image: Any, shape: Any = None, label: Any = None, classes: int | None = None
+    image: Any, shape: Any = None, label: Any = NO_LABELS, classes: int | None = None
 ) -> None:
-    """Raises `BadInput` unless `image: [N, H, W, C]` is uint8 or in [0, 1], of `shape` (None: any)
-    and with one `label` of 0 … `classes` − 1 each. Values that are traced pass.
+    """Raises `BadInput` unless `image: [N, H, W, C]` is uint8 or in [0, 1], of `shape` (None: any),
+    with one `label` of 0 … `classes` − 1 each, and there is one. Values that are traced pass.
     """
+    for name, array, form in (("images", image, "[N, H, W, C]"), ("labels", label, "[N]")):
+        if not isinstance(array, (*ARRAYS, Unlabelled)):
+            raise BadInput(f"{name} are {type(array).__name__}, not an array {form}")
     given = np.shape(image)
     if len(given) != 4 or (shape is not None and given[1:] != tuple(shape)):
         wanted = "[N, H, W, C]" if shape is None else f"[N, {', '.join(map(str, shape))}]"
         raise BadInput(f"images have shape {list(given)}, not {wanted}")
-    kind = getattr(image, "dtype", np.dtype(float))
+    if 0 in given:
+        raise BadInput(f"images have shape {list(given)}: there is none")
+    kind = image.dtype
     if kind != np.uint8 and not jax.numpy.issubdtype(kind, np.floating):
         raise BadInput(f"images are of {kind}: give uint8, or floats in [0, 1]")
     if concrete(image) and (fault := Range(0, 1, pixels=True).fault(image)):
         raise BadInput(f"a pixel {fault}: give uint8, or floats in [0, 1]")
-    if label is None or isinstance(label, Unlabelled):
+    if isinstance(label, Unlabelled):
         return
     if np.shape(label) != given[:1]:
         raise BadInput(f"{given[0]} images have labels of shape {list(np.shape(label))}")
     check_labels(label, classes)
+
+
+def check_variables(variables: Any) -> None:
+    """Raises `BadInput` unless `variables` are those of a model: a mapping with `params`."""
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+        raise BadInput("variables are no mapping with params: give what the model's init made")
+    for leaf in jax.tree.leaves(variables, is_leaf=lambda leaf: leaf is None):
+        if not isinstance(leaf, ARRAYS):
+            raise BadInput(f"variables hold {type(leaf).__name__}, not arrays alone")
 
 
 def check_labels(label: Any, classes: int | None) -> None:

@@ -26,7 +26,7 @@ from bdjax.progress import Stop, kept, shown
 from bdjax.registry import near
 from bdjax.store import Store, read_rows
 from bdjax.sweep import commit, device_name
-from bdjax.types import BadInput
+from bdjax.types import BadInput, whole
 from benchmarks import measure
 
 SHARED = {"measure", "rivals", "__main__"}
@@ -74,8 +74,7 @@ def bench(
             raise BadInput(
                 f"unknown benchmark '{name}'{near(name, names())}; there are: {', '.join(names())}"
             )
-    if repeats < 1:
-        raise BadInput(f"repeats {repeats}: at least one is needed")
+    whole("repeats", repeats, 1)
     old = None if compare is None else _rows(compare)
     if out is not None:
         Store(out).ready()
@@ -157,9 +156,9 @@ def line(row: dict[str, Any]) -> str:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     file = path / "results.jsonl" if path.is_dir() else path
-    if not file.exists():
+    if not (rows := read_rows([file]) if file.exists() else []):
         raise BadInput(f"no results of a benchmark in {path}")
-    return read_rows([file])
+    return rows
 
 
 def _alone(

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.registry import admit, pytree, static, validate
-from bdjax.train import Curves, Recipe, clean_plan, fit, poisoned_set, poisoning_key
+from bdjax.registry import admit, check_given, pytree, static, validate
+from bdjax.train import GIVEN, Curves, Recipe, clean_plan, fit, poisoned_set, poisoning_key
 from bdjax.types import (
     Array,
     BadInput,
     Class,
+    Count,
     Label,
     Model,
     Plan,
@@ -25,6 +26,7 @@ from bdjax.types import (
     Variables,
     check_images,
     check_labels,
+    check_variables,
     shown,
 )
 
@@ -101,6 +103,9 @@ def joined(parts: Sequence[tuple[Plan, jax.Array]]) -> Plan:
     return whole.take(jnp.argsort(~exists, stable=True), whole.size)
 
 
+ATTACKED = GIVEN | {"data": Split, "variables": Variables | None, "classes": Count}
+
+
 def _admitted(method: Callable) -> Callable:
     """`train` or `plan` behind the check of the attack's own values."""
     names = inspect.signature(method)
@@ -108,6 +113,9 @@ def _admitted(method: Callable) -> Callable:
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
         given = names.bind(self, *args, **kwargs).arguments
+        check_given(type(self).__name__, ATTACKED, given)
+        if given.get("variables"):
+            check_variables(given["variables"])
         if "model" in given:
             model, data = given["model"], given["data"]
             check_images(data.image, model.shape, data.label, model.classes)

@@ -13,6 +13,7 @@ from bdjax.types import BadInput, Dataset
 __all__ = ["data_dir", "fingerprint", "load", "prepare", "source"]
 
 
+@registry.door
 def load(name: str = "fashion-mnist-sample", **fields) -> Dataset:
     """The data set `name` in memory, see `source`: `load("mine.npz")`."""
     return source(name, **fields).load()

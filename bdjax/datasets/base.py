@@ -63,7 +63,7 @@ class Source:
 
     def found(self, path: str) -> Path:
         """Where `read` looks for a file given as `path`."""
-        return Path(path).expanduser()
+        return own.at_home(path)
 
     def placed(self, folder: Path | None = None) -> "Source":
         """The same source with absolute paths; relative ones start at `folder`, or are where `read`
@@ -72,7 +72,7 @@ class Source:
         places = {}
         for name in ("data_dir", "path", "test"):
             if path := getattr(self, name, None):
-                here = Path(path).expanduser() if name == "data_dir" else self.found(path)
+                here = own.at_home(path) if name == "data_dir" else self.found(path)
                 places[name] = os.path.abspath(here if folder is None else folder / here)
         return dataclasses.replace(self, **places)
 
@@ -80,7 +80,7 @@ class Source:
 def data_dir(given: str | Path | None = None) -> Path:
     """Where prepared sets live: `given`, else `BDJAX_DATA_DIR`, else the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given or os.environ.get("BDJAX_DATA_DIR") or Path(cache) / "bdjax").expanduser()
+    return own.at_home(given or os.environ.get("BDJAX_DATA_DIR") or Path(cache) / "bdjax")
 
 
 def fingerprint(dataset: Dataset) -> str:

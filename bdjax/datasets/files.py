@@ -8,7 +8,7 @@ from typing import Annotated
 
 import numpy as np
 
-from bdjax import schema
+from bdjax import own, schema
 from bdjax.datasets.base import Source, checked, data_dir
 from bdjax.datasets.pictures import picture, stacked
 from bdjax.registry import dataset, pytree, static
@@ -26,7 +26,7 @@ def read_file(path: str | Path) -> tuple[Split, tuple[str, ...]]:
     """Images, labels and class names of an `.npz` or `.h5` file, by its content: as `image` [N, H,
     W, C], or in the layout of CSAW-HackML as `data` [N, C, H, W].
     """
-    path = Path(path).expanduser()
+    path = own.at_home(path)
     if not path.exists():
         raise BadInput(f"{path}: no such file")
     schema.plain_file(path)
@@ -68,7 +68,7 @@ class Npz(Source):
 
     def found(self, path: str) -> Path:
         """`path` here, or else in the data folder."""
-        here, there = Path(path).expanduser(), data_dir(self.data_dir) / path
+        here, there = own.at_home(path), data_dir(self.data_dir) / path
         return there if there.is_file() and not here.is_file() else here
 
 
@@ -123,7 +123,7 @@ class Folder(Source):
         return [self.found(path) for path in (self.path, self.test) if path]
 
     def read(self):
-        root = Path(self.path).expanduser()
+        root = own.at_home(self.path)
         if not self.path or not root.is_dir():
             raise BadInput(f"{self.path or 'give the folder: path=DIR'}: no such folder")
         other = None if self.test is None else self.found(self.test)

@@ -66,6 +66,7 @@ class Prepared(base.Source):
         return *_decoded(there[-1]), self.names
 
 
+@registry.door
 def prepare(
     name: str,
     manual_dir: str | Path | None = None,
@@ -81,7 +82,7 @@ def prepare(
     `sources.json` of the prepared folder.
     """
     cls = registry.get("dataset", name).cls
-    folder, manual = base.data_dir(data_dir), Path(manual_dir).expanduser() if manual_dir else None
+    folder, manual = base.data_dir(data_dir), own.at_home(manual_dir) if manual_dir else None
     if not issubclass(cls, Prepared):
         raise BadInput(f"{name} needs no preparing: load it as it is")
     if manual and not manual.is_dir():
@@ -91,23 +92,26 @@ def prepare(
         there = list(folder.glob(f"{cls.tfds}/*.*.*"))
     if not there:
         own.beside(folder, folders=(cls.tfds, "downloads"))
+        if manual:
+            _given(cls, manual)
 
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
     (tfds.disable_progress_bar if quiet else tfds.enable_progress_bar)()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        builder = _builder(cls, folder, manual)
-        if builder.data_path.exists():
-            return f"{name} is ready in {builder.data_path}: nothing to do"
-        config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
-        words = "the same command begins anew, with the files that were downloaded whole"
-        # Its bars go to stderr.
-        with kept(words), contextlib.redirect_stdout(io.StringIO()):
-            # Into VERSION.incomplete…, renamed at the end.
-            builder.download_and_prepare(download_config=config)
-        _decoded(Path(builder.data_path))
+        # Folders in which nothing was put go away again.
+        with own.made(folder / cls.tfds), own.made(folder / "downloads"):
+            builder = _builder(cls, folder, manual)
+            if builder.data_path.exists():
+                return f"{name} is ready in {builder.data_path}: nothing to do"
+            config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
+            words = "the same command begins anew, with the files that were downloaded whole"
+            # Its bars go to stderr.
+            with kept(words), contextlib.redirect_stdout(io.StringIO()):
+                # Into VERSION.incomplete…, renamed at the end.
+                builder.download_and_prepare(download_config=config)
+            _decoded(Path(builder.data_path))
     except BadInput:
         raise
     except NonMatchingChecksumError as error:
@@ -185,8 +189,8 @@ def _originals(
     cls: type[Prepared], download: Callable, manual: Path | None, folder: Path
 ) -> tuple[Split, Split]:
     """The official images, from `manual` or the network."""
-    pair = [manual / f"{cls.tfds}_{part}.npz" for part in ("train", "test")] if manual else []
-    if manual and all(path.is_file() for path in pair):
+    pair = _given(cls, manual) if manual else []
+    if pair:
         sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in pair}
         (folder / "sources.json").write_text(json.dumps(sums, indent=1))
         train, test = (read_file(path)[0] for path in pair)
@@ -197,11 +201,6 @@ def _originals(
                     f"{len(cls.names)}"
                 )
         return train, test
-    if manual and (missing := [file for file in cls.files if not (manual / file).is_file()]):
-        raise BadInput(
-            f"{manual}: lacks {', '.join(missing)}; put them there (or {pair[0].name} and "
-            f"{pair[1].name})"
-        )
     if manual and cls.md5:  # TFDS takes only files from there whose checksum it has registered.
         paths = [manual / file for file in cls.files]
     else:
@@ -214,6 +213,19 @@ def _originals(
                 path.unlink()
             raise BadInput(f"{path}: has a wrong checksum; download {cls.url}{file} again")
     return cls.parse(*paths)
+
+
+def _given(cls: type[Prepared], manual: Path) -> list[Path]:
+    """The two `.npz` that the user has in `manual`; empty where the original files are there."""
+    pair = [manual / f"{cls.tfds}_{part}.npz" for part in PARTS]
+    if all(path.is_file() for path in pair):
+        return pair
+    if missing := [file for file in cls.files if not (manual / file).is_file()]:
+        raise BadInput(
+            f"{manual}: lacks {', '.join(missing)}; put them there (or {pair[0].name} and "
+            f"{pair[1].name})"
+        )
+    return []
 
 
 def _decoded(folder: Path) -> tuple[Split, Split]:

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import mesh, metrics
-from bdjax.registry import admit, pytree, static, validate
+from bdjax.registry import admit, check_given, pytree, static, validate
 from bdjax.train import (
+    GIVEN,
     Recipe,
     TrainSet,
     agree,
@@ -56,6 +57,7 @@ from bdjax.types import (
     Victim,
     between,
     check_images,
+    check_variables,
 )
 
 Stage = Literal["train", "repair", "invert", "models", "inputs", "samples"]
@@ -70,7 +72,10 @@ def _admitted(method: Callable) -> Callable:
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
         given: dict[str, Any] = names.bind(self, *args, **kwargs).arguments
+        check_given(type(self).__name__, GIVEN, given)
         model = given["model"]
+        if given.get("variables"):  # a net without parameters has none
+            check_variables(given["variables"])
         if "data" in given:
             agree(model, given.get("recipe", Recipe()), given["data"])
         if "clean" in given:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bdjax import schema
+from bdjax import own, schema
+from bdjax.registry import door
 from bdjax.types import BadInput, Model, Variables
 
 LEAVES = {
@@ -22,6 +23,7 @@ LEAVES = {
 }
 
 
+@door
 def load_keras_weights(
     path: str | Path, model: Model, rename: Mapping[str, str] = {"output": "logits"}
 ) -> Variables:
@@ -31,7 +33,7 @@ def load_keras_weights(
     `rename`: Keras name → name here, for layers that are called otherwise. Raises `BadInput` unless
     every array of the model is there, in its shape and finite, and nothing else is.
     """
-    path = Path(path).expanduser()
+    path = own.at_home(path)
     if not path.exists():
         raise BadInput(f"{path}: no such file")
     schema.plain_file(path)

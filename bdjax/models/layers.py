@@ -13,12 +13,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import errors
 
 from bdjax import mesh
 from bdjax.models.conv import conv_general_dilated, max_pool
-from bdjax.registry import static, validate
-from bdjax.types import BadInput, Edits, Model, Output, Variables
+from bdjax.registry import door, static, validate
+from bdjax.types import BadInput, Count, Edits, Model, Output, Variables, check_variables
 
+FOREIGN = (
+    errors.ScopeParamNotFoundError, errors.ScopeParamShapeError, errors.ScopeCollectionNotFound,
+    errors.ScopeVariableNotFoundError, errors.InvalidScopeError,
+)  # fmt: skip
+"""What Flax raises on variables that are another net's."""
 LECUN, HE, GLOROT = (
     nn.initializers.lecun_normal(),
     nn.initializers.he_normal(),
@@ -139,6 +145,7 @@ def forward(
     Activations nobody reads are dead code under jit, and so is all that stands before a site whose
     edit ignores its input.
     """
+    check_variables(variables)
     acts: dict[str, jax.Array] = {}
     masks = variables.get("masks", {})
     edits = edits or {}
@@ -148,6 +155,8 @@ def forward(
             return call(*args, **kwargs)
         name = context.module.name.removeprefix("site_")  # type: ignore[union-attr]
         (y,) = args
+        if name in masks and jnp.shape(masks[name]) not in ((), y.shape[-1:], y.shape):
+            raise BadInput(f"the mask of '{name}' has shape {jnp.shape(masks[name])}, not [C]")
         y = y * jnp.broadcast_to(masks[name], y.shape) if name in masks else y
         acts[name] = edits[name](y) if name in edits else y
         return acts[name]
@@ -155,8 +164,12 @@ def forward(
     state = {name: value for name, value in variables.items() if name != "masks"}
     rngs = None if key is None else {"dropout": key}
     mutable = [name for name in state if name != "params"] if train else []
-    with nn.intercept_methods(look):
-        logits, updated = module.apply(state, x, train, mutable=mutable, rngs=rngs)
+    try:
+        with nn.intercept_methods(look):
+            logits, updated = module.apply(state, x, train, mutable=mutable, rngs=rngs)
+    except FOREIGN as error:
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"the variables are not those of this net: {why}") from error
     if unknown := (set(edits) | set(masks)) - set(acts):
         raise BadInput(
             f"the model has no site '{sorted(unknown)[0]}': take one of {', '.join(acts)}"
@@ -164,12 +177,13 @@ def forward(
     return Output(logits, acts, {**variables, **updated})
 
 
-def build(net: Net, shape: tuple[int, int, int], classes: int) -> Model:
+@door
+def build(net: Net, shape: Sequence[int], classes: Count) -> Model:
     """The `Model` of a configured family for images of `shape` (H, W, C). The same arguments give
     the same object.
     """
     validate(net)
-    return _built(net, tuple(shape), classes)
+    return _built(net, tuple(shape), int(classes))
 
 
 @functools.lru_cache(maxsize=256)

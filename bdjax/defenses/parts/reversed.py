@@ -122,9 +122,9 @@ class TriggerDefense(Defense):
     """
 
     nc: NeuralCleanse = NeuralCleanse()
-    found: Any = None
+    found: Reversed | None = None
     label: Label | None = None
-    original: Any = None
+    original: Attack | None = None
     pick: Pick = static("flagged")
 
     used_if = {"pick": {"label": (None,)}}
