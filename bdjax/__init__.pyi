@@ -30,6 +30,7 @@ from bdjax.registry import make as make
 from bdjax.registry import model as model
 from bdjax.registry import pytree as pytree
 from bdjax.registry import static as static
+from bdjax.rows import Rows as Rows
 from bdjax.store import load_model as load_model
 from bdjax.store import save_model as save_model
 from bdjax.studies import crossed as crossed
@@ -47,6 +48,7 @@ from bdjax.train import stamped as stamped
 from bdjax.types import BadInput as BadInput
 from bdjax.types import Dataset as Dataset
 from bdjax.types import Judgement as Judgement
+from bdjax.types import Metric as Metric
 from bdjax.types import Model as Model
 from bdjax.types import Plan as Plan
 from bdjax.types import Repaired as Repaired

@@ -2,8 +2,8 @@
 with many cells.
 
 An experiment is a Python file with `TITLE`, `SCALES`, `cells(scale, seeds) -> [Cell]`, and, where
-it has them, `figures(rows, store, scale)` and `trends(rows)` as `report.write` wants them. The list
-in its docstring ("- …") stands on the page as notes.
+it has them, `figures(rows, store, scale)` and `trends(rows)` of `Rows`, as `report.write` wants
+them. The list in its docstring ("- …") stands on the page as notes.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from bdjax.own import explained
 from bdjax.plugins import executed, raised_in
 from bdjax.progress import shown
 from bdjax.registry import check_given, digest, door, name_of
+from bdjax.rows import Rows
 from bdjax.store import Store, read_rows, result_files
 from bdjax.study import Cell
 from bdjax.sweep import Clock, Runner, footprint, groups, room, say
@@ -67,7 +68,7 @@ def run(
     changes: Sequence[str] = (),
     only: str | None = None,
     stale: Stale | None = None,
-) -> list[dict[str, Any]]:
+) -> Rows:
     """Runs a study, an experiment file or cells; returns its rows. What was finished by an earlier
     run is not done again.
 
@@ -125,7 +126,7 @@ def run(
     cells = list({(cell.run, cell.table, cell.row): cell for cell in made}.values())
     if dry_run:
         plan(cells, earlier, places, width, part, stale)
-        return []
+        return Rows()
 
     store, console, start, clock = Store(folder, part), Console(), time.monotonic(), Clock()
     on = f"the same command{'' if resume else ' without --no-resume'} goes on from there"
@@ -139,7 +140,7 @@ def run(
             store, path.stem, scale, width, places, quiet, on_rows=finished, clock=clock,
             live=live and not quiet, stale=stale, complete=filed and only is None
         )  # fmt: skip
-        rows = runner.run(cells)
+        rows = Rows(runner.run(cells))
         if runner.unfit:
             raise BadInput(runner.complaint())
         if len(rows) < len(cells):
@@ -194,7 +195,7 @@ def among(cells: Sequence[Cell], only: str) -> list[Cell]:
     return found
 
 
-def claims(module: ModuleType, rows: Sequence[report.Row]) -> list[report.Trend]:
+def claims(module: ModuleType, rows: Iterable[report.Row]) -> list[report.Trend]:
     """The experiment's claims, by its valid rows alone (`report.valid`); one whose number nobody
     measured, NaN, is open.
     """

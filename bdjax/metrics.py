@@ -8,6 +8,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bdjax.registry import declare
+from bdjax.types import Metric
+
+declare(
+    __name__,
+    Metric("acc_train", "share", "high", "ACC train", "accuracy on the training images"),
+    Metric("acc_test", "share", "high", "ACC test", "accuracy on clean test images"),
+    Metric("asr_all", "share", "low", "ASR all",
+           "attack success rate over every stamped test image"),
+    Metric("asr_nt", "share", "low", "ASR nt",
+           "attack success rate over stamped test images whose own label is not the target"),
+)  # fmt: skip
+
 MAD_SCALE = 1.4826
 """1.4826 · MAD estimates the standard deviation of a normal sample."""
 

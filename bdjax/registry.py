@@ -29,7 +29,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bdjax import own
-from bdjax.types import BadInput, Key, Range, concrete, shown
+from bdjax.types import BadInput, Key, Metric, Range, concrete, shown
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable)
@@ -44,6 +44,8 @@ _HOME = Path(__file__).resolve().parent
 _entries: dict[tuple[str, str], "Entry"] = {}
 _pytrees: dict[tuple[str, str], type] = {}
 """By plugin, as `_stem` gives it, and name."""
+_metrics: dict[str, tuple[Metric, type | str]] = {}
+"""What is declared of each metric, and by which class or module."""
 
 
 class Entry(NamedTuple):
@@ -134,6 +136,7 @@ def _leaves(cls: type[T]) -> type[T]:
         raise BadInput(
             f"{cls.__name__}: a field cannot be called '{min(taken)}', which descriptions use"
         )
+    declare(cls, *vars(cls).get("measures", ()))
     return jax.tree_util.register_dataclass(cls)
 
 
@@ -161,6 +164,43 @@ def plugin_of(cls: type) -> str | None:
 def _stem(plugin: str | None) -> str:
     """What a plugin is called however it was given: `my_net.py` may be imported as `my_net`."""
     return (plugin or "").removesuffix(".py").rpartition(".")[2]
+
+
+def declare(giver: type | str, *found: Metric) -> None:
+    """Declares metrics, whose keys mean the same wherever they occur: `BadInput` where another
+    class, or module, than `giver` declares one otherwise. The same one may think better of it, as
+    when a cell of a notebook is run again.
+    """
+    for metric in found:
+        what = f"metric '{metric.name}' of {_place(giver)}"
+        if metric.better not in ("high", "low", None) or metric.name.count("*") > 1:
+            raise BadInput(
+                f"{what}: `better` is 'high', 'low' or None, and a name has one * at most"
+            )
+        known, other = _metrics.get(metric.name, (metric, giver))
+        if known != metric and _place(other) != _place(giver):
+            raise BadInput(f"{what} is declared otherwise by {_place(other)}; give it another name")
+    _metrics.update({metric.name: (metric, giver) for metric in found})
+
+
+def declared(name: str) -> Metric | None:
+    """What is declared of the metric `name`, by itself, else by the longest pattern that it fits;
+    None where nothing is.
+    """
+    if name not in _metrics:
+        _import_measures()
+    if name in _metrics:
+        return _metrics[name][0]
+    for known in sorted(_metrics, key=len, reverse=True):
+        before, star, after = known.partition("*")
+        if star and len(name) > len(known) - 1 and name.startswith(before) and name.endswith(after):
+            metric, inner = _metrics[known][0], name[len(before) : len(name) - len(after)]
+            return metric._replace(name=name, label=metric.label.replace("*", inner))
+    return None
+
+
+def _place(giver: type | str) -> str:
+    return giver if isinstance(giver, str) else f"{giver.__qualname__} in {_source(giver)}"
 
 
 def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
@@ -214,6 +254,7 @@ _names: dict[type, str] = {}
 def all_or_nothing() -> Iterator[None]:
     """Takes back what plugins registered within the block, where it raises."""
     before: tuple[dict, dict] = (dict(_entries), dict(_pytrees))
+    metrics = dict(_metrics)
     try:
         yield
     except BaseException:
@@ -226,6 +267,9 @@ def all_or_nothing() -> Iterator[None]:
                         sys.modules.pop(cls.__module__, None)
         _entries.update(before[0])
         _pytrees.update(before[1])
+        for name, (_, giver) in list(_metrics.items()):
+            if name not in metrics and isinstance(giver, type) and plugin_of(giver) is not None:
+                del _metrics[name]
         raise
 
 
@@ -254,9 +298,19 @@ def dataset(name: str) -> Callable[[type[T]], type[T]]:
 
 
 def _import_own(kind: str) -> None:
-    root = importlib.import_module(f"bdjax.{kind}s")
-    for module in pkgutil.walk_packages(root.__path__, f"bdjax.{kind}s."):
+    _import_all(f"bdjax.{kind}s")
+
+
+def _import_all(package: str) -> None:
+    root = importlib.import_module(package)
+    for module in pkgutil.walk_packages(root.__path__, f"{package}."):
         importlib.import_module(module.name)
+
+
+@functools.cache
+def _import_measures() -> None:
+    for package in ("bdjax.attacks", "bdjax.defenses", "bdjax.analysis"):
+        _import_all(package)
 
 
 def entries(kind: str | None = None) -> list[Entry]:

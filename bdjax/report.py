@@ -30,63 +30,16 @@ from rich.text import Text
 from bdjax import identity, metrics, plots, schema
 from bdjax.own import beside, kind, renamed, sweep
 from bdjax.progress import kept, shown
-from bdjax.registry import door
+from bdjax.registry import declare, declared, door
+from bdjax.rows import Row, Rows, lookup, measured, paths
 from bdjax.store import Store, result_files
-from bdjax.types import BadInput, Count, Word, word
+from bdjax.types import BadInput, Count, Metric, Word, word
 
-Row = Mapping[str, Any]
 FIELDS = ("dataset", "model", "attack", "defense")
 SHOWN = (*FIELDS, "verdict", "n")
 """What stands in columns of a table, or below it where it is the same in all rows."""
 FIRST = ("acc_train", "acc_test", "asr_all", "asr_nt", "far", "frr")
 """Metrics that lead a table, in this order; the others follow as they appear."""
-PERCENT = {
-    *(
-        "acc",
-        "asr",
-        "ca",
-        "far",
-        "frr",
-        "fnr",
-        "fpr",
-        "tpr",
-        "tnr",
-        "rate",
-        "share",
-        "precision",
-        "recall",
-    ),
-    *("infected", "undecided", "detected", "flagged", "overlap"),
-}
-"""A metric with one of these words in its name is a share."""
-UPPER = {"acc", "asr", "ca", "far", "frr", "fnr", "fpr", "tpr", "tnr", "auroc", "cam"}
-HINTS = {
-    "acc_train": "accuracy on the training images",
-    "acc_test": "accuracy on clean test images",
-    "asr_all": "attack success rate over every stamped test image",
-    "asr_nt": "attack success rate over stamped test images whose own label is not the target",
-    "far": "share of working trojaned inputs that the defense lets through",
-    "frr": "share of clean inputs that the defense rejects",
-    "frr_low": "least value of the 95 % interval of the FRR, from the number of clean inputs",
-    "frr_high": "largest value of the 95 % interval of the FRR",
-    "frr_fit": "FRR of the boundary on the very clean images that it was fitted to",
-    "valid_fit": "0: the fitted boundary is at or below 0, where no entropy is; nothing is flagged",
-    "auroc": "inputs: chance that a stamped one whose backdoor works scores as more suspicious "
-    "than a clean one",
-    "auroc_pooled": "training rows: chance that a poisoned one scores as more suspicious than a "
-    "clean one of any label",
-    "auroc_within": "training rows: chance that a poisoned one scores as more suspicious than a "
-    "clean one of its own training label; mean over labels",
-    "shadow_auroc": "of the held-out shadow nets, which say nothing of the nets that are judged",
-    "shadow_acc": "accuracy of the shadow nets on their own training images",
-    "recall": "share of the poisoned rows that are removed",
-    "precision": "share of the removed rows that are poisoned",
-    "anomaly_index": "median over the seeds of the search of what the judge decides on",
-    "infected": "share of nets on which the judge's own rule holds for every seed of its search",
-    "undecided": "share of nets on which the seeds of the search disagree",
-    "p_value": "of the null that the net is clean, where the judge has one",
-    "index": "anomaly index: distance from the median in units of 1.4826 · MAD",
-}
 PAGES = ("table.csv", "table.md", "index.html")
 """What every report writes; a run's adds `report.json` and figures."""
 MARKS = {"reproduced": "✓", "partly": "◐", "not": "✗", "open": "?"}
@@ -184,11 +137,11 @@ def faults(rows: Iterable[Row]) -> dict[str, str]:
 
 
 @door
-def valid(rows: Iterable[Row]) -> list[Row]:
+def valid(rows: Iterable[Row]) -> Rows:
     """`rows` without the defenses of victims with `faults`: what claims and counts may use."""
     rows = list(rows)
     bad = faults(rows)
-    return [row for row in rows if not row.get("defense") or row["run"] not in bad]
+    return Rows(row for row in rows if not row.get("defense") or row["run"] not in bad)
 
 
 # --- From rows to tables ---
@@ -310,11 +263,6 @@ def _different(rows: Iterable[Row], field: str) -> list[str]:
     return list(dict.fromkeys(str(row[field]) for row in rows if row.get(field)))
 
 
-def measured(value: Any) -> bool:
-    """Whether a metric is a number, be it infinite; NaN and None are what was not measured."""
-    return isinstance(value, (int, float)) and not math.isnan(value)
-
-
 def _verdicts(rows: Iterable[Row]) -> str | None:
     """What a judge said of a line's seeds: `infected`, or `2 infected, 1 undecided`."""
     found = [row["metrics"] for row in rows if measured(row["metrics"].get("infected"))]
@@ -341,11 +289,10 @@ def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
 
 
 @door
-def seeds(rows: Iterable[Row], row: str, table: str | None = None) -> list[Row]:
+def seeds(rows: Iterable[Row], row: str, table: str | None = None) -> Rows:
     """The finished seeds of a row."""
-    return [
-        r for r in rows if r["row"] == row and table in (None, r["table"]) and not r.get("error")
-    ]
+    found = Rows(r for r in rows if r["row"] == row and table in (None, r["table"]))
+    return found.done
 
 
 @door
@@ -355,14 +302,13 @@ def arrays(
     """The finished seeds of a row, each with its arrays; without those whose arrays were not kept
     with the rows.
     """
-    return [(r, found) for r in seeds(rows, row, table) if (found := store.arrays(r["run"]))]
+    return seeds(rows, row, table).arrays(store)
 
 
 @door
 def mean(rows: Iterable[Row], row: str, metric: str, table: str | None = None) -> float:
     """The mean of a metric over the seeds of a row; NaN where there is none."""
-    found = _stat([r["metrics"].get(metric) for r in seeds(rows, row, table)], None)["mean"]
-    return math.nan if found is None else found
+    return seeds(rows, row, table).mean(metric)
 
 
 def verdict(whole: bool, part: bool) -> str:
@@ -374,15 +320,21 @@ def verdict(whole: bool, part: bool) -> str:
 
 
 def is_percent(metric: str) -> bool:
-    """Whether `metric` is a share, printed as a percentage."""
-    return not PERCENT.isdisjoint(re.split(r"[_.]", metric))
+    """Whether `metric` is a share, printed as a percentage; see `types.Metric`."""
+    return _about_metric(metric).unit == "share"
 
 
 def label_of(metric: str) -> str:
     """`asr_nt` as a heading: `ASR nt %`."""
-    parts = re.split(r"_|\.(?!\d)", metric)  # 0.05 is a number
-    words = [word.upper() if word in UPPER else word for word in parts]
-    return " ".join(words) + (" %" if is_percent(metric) else "")
+    found = _about_metric(metric)
+    label = found.label or re.sub(r"_|\.(?!\d)", " ", metric)  # 0.05 is a number
+    unit = " %" if found.unit == "share" else f", {found.unit}" if found.unit else ""
+    return label + unit
+
+
+def _about_metric(name: str) -> Metric:
+    """What is declared of a metric; a plain number is what nobody declared."""
+    return declared(name) or Metric(name)
 
 
 def _digits(value: float) -> int:
@@ -601,7 +553,8 @@ def write(
     returns the page.
 
     `figures`: `Figure`s; `trends`: `Trend`s; `notes`: lines for the page; `seconds`: by stage;
-    `command`: as typed. `report.json` keeps what is not in the rows, for `merge`.
+    `command`: as typed. `report.json` keeps what is not in the rows, what is declared of their
+    metrics too, for `merge`.
     """
     section = Section(
         title,
@@ -618,6 +571,8 @@ def write(
         if name not in ("rows", "pictures", "chosen")
     }
     about["figures"] = [picture[:3] for picture in section.pictures]
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    about["metrics"] = [list(known) for name in names if (known := declared(name)) is not None]
     if odd := [p.name for p in section.pictures if not plain_name(p.name)]:
         raise BadInput(f"a figure is called '{odd[0]}': give a name without / \\ :")
     files = {f"figures/{picture.name}.png": picture.png for picture in section.pictures}
@@ -692,6 +647,9 @@ def load(folder: str | Path) -> Section:
     if not (folder / "report.json").exists():
         return section
     about = schema.read_json(folder / "report.json", "report")
+    for known in about.get("metrics", ()):  # of probes, whose experiment is not imported here
+        if declared(known[0]) is None:
+            declare(str(folder), Metric(*known))
     pictures = []
     for name, title, caption in about["figures"]:
         if (png := _figure(folder, name)) is None:
@@ -746,7 +704,8 @@ def merge(
     loaded, sections = [load(folder) for folder in folders], []
     ready(out)
     for section in loaded:
-        if metric:
+        # Over an axis a metric may also be shown of which neither high nor low is better.
+        if metric and not (x and _about_metric(metric).better is None):
             section = section._replace(chosen=best(section.rows, metric))
         if metric and x:
             section = section._replace(
@@ -796,7 +755,7 @@ def _columns(table: Mapping[str, Any]) -> list[_Column]:
     columns += [column for column in fields if column.head == "n"]
     for metric in table["metrics"]:
         stats = [line["metrics"].get(metric) for line in lines]
-        label, hint = label_of(metric), HINTS.get(metric, "")
+        label, hint = label_of(metric), _about_metric(metric).hint
 
         def value(name: str, stats=stats) -> list[Any]:
             found = [None if stat is None else stat[name] for stat in stats]
@@ -1033,34 +992,15 @@ class Pivot(NamedTuple):
     n: np.ndarray
 
 
-def lookup(row: Row, path: str) -> Any:
-    """A field of a row (`seed`, `dataset`), or of its configuration by dots (`attack.rate`); None
-    where it has none.
-    """
-    if path in row and not isinstance(row[path], Mapping):
-        return row[path]
-    value: Any = row.get("config")
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return json.dumps(value) if isinstance(value, (list, Mapping)) else value
-
-
 @door
 def axes(rows: Iterable[Row]) -> list[str]:
-    """The fields that vary between rows, by dots: what a pivot may ask for."""
-
-    def paths(value: Any, path: str = "") -> Iterable[str]:
-        if isinstance(value, Mapping):
-            for name, inner in value.items():
-                yield from paths(inner, f"{path}.{name}".lstrip("."))
-        else:
-            yield path
-
-    rows = list(rows)
-    found = dict.fromkeys(
-        [*FIELDS, "seed", "row", *(path for row in rows for path in paths(row.get("config") or {}))]
-    )
-    return [path for path in found if len({lookup(row, path) for row in rows}) > 1]
+    """What varies between rows: fields, tags, and the configuration by dots: what a pivot may ask
+    for.
+    """
+    rows = Rows(rows)
+    inner = (path for row in rows for path in paths(row) if path not in row)
+    found = dict.fromkeys([*FIELDS, "seed", "row", *inner])
+    return [path for path in found if len(rows.by(path)) > 1]
 
 
 @door
@@ -1068,21 +1008,19 @@ def pivot(rows: Iterable[Row], x: str, y: str | None, metric: str) -> Pivot:
     """`metric` over the axes `x` and `y` (None: one line); failed rows, rows that lack an axis, and
     defenses of victims with `faults` are left out.
     """
-    rows = [row for row in valid(rows) if not row.get("error")]
-    cells: dict[tuple[Any, Any], list[float]] = {}
-    for row in rows:
-        place = (lookup(row, x), "" if y is None else lookup(row, y))
-        if None not in place and measured(row["metrics"].get(metric)):
-            cells.setdefault(place, []).append(float(row["metrics"][metric]))
+    rows = valid(rows).done
+    known = Rows(row for row in rows if measured(row["metrics"].get(metric)))
+    cells = known.by(x, y) if y else {(value, ""): some for value, some in known.by(x).items()}
+    cells = {place: some for place, some in cells.items() if None not in place}
     if not cells:
         _explain(rows, [axis for axis in (x, y) if axis], metric)
     xs, ys = (_ordered(place[i] for place in cells) for i in (0, 1))
-    stats = [[_stat(cells.get((i, j), []), None) for i in xs] for j in ys]
-    # None becomes NaN.
+    at = [[cells.get((i, j), Rows()) for i in xs] for j in ys]
     mean, sd = (
-        np.array([[stat[k] for stat in line] for line in stats], np.float64) for k in ("mean", "sd")
+        np.array([[of(some, metric) for some in line] for line in at])
+        for of in (Rows.mean, Rows.std)
     )
-    return Pivot(xs, ys, mean, sd, np.array([[stat["n"] for stat in line] for line in stats]))
+    return Pivot(xs, ys, mean, sd, np.array([[len(some) for some in line] for line in at]))
 
 
 def _ordered(values: Iterable[Any]) -> list[Any]:
@@ -1142,11 +1080,11 @@ def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str,
     """For each victim the rows of the defense, without oracle, that is best by the mean of `metric`
     over seeds.
 
-    Low is good for success and error rates, high for all else. A net that cannot classify is no
+    What is best is declared with the metric, else `BadInput`. A net that cannot classify is no
     answer: a cell more than `drop` of accuracy below the victim's most accurate defended cell does
     not count; nor do victims with `faults`.
     """
-    rows = [row for row in valid(rows) if not row.get("error")]
+    rows = valid(rows).done
     victims: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row.get("defense") and not row.get("oracle") and measured(row["metrics"].get(metric)):
@@ -1156,11 +1094,17 @@ def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str,
             victims.setdefault(victim, {}).setdefault(defense, []).append(row)
     if not victims:
         _explain(rows, ["a defense without oracle"], metric)
+    if (better := _about_metric(metric).better) is None:
+        raise BadInput(
+            f"it is not declared whether a high or a low '{metric}' is better: "
+            f"Metric('{metric}', better='low') in `measures` of the class that gives it"
+        )
 
     def mean(cell: Sequence[Row], name: str) -> float:
-        return _stat([row["metrics"].get(name) for row in cell], None)["mean"] or 0.0
+        found = Rows(cell).mean(name)
+        return found if measured(found) else 0.0
 
-    sign = 1 if {"asr", "far", "frr", "fnr", "fpr"}.isdisjoint(re.split(r"[_.]", metric)) else -1
+    sign = 1 if better == "high" else -1
     varying = [
         path for path in axes(rows) if path.startswith(("attack.", "recipe.", "model.", "dataset."))
     ]

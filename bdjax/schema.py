@@ -155,6 +155,7 @@ KINDS = {
             "seconds": {...: SECONDS},
             "command": str | None,
             "figures": [(str, str, str)],
+            "metrics?": [(str, str, Maybe(Text("high|low", "high or low")), str, str)],
         },
         "delete it, the rows are in results.jsonl",
     ),

@@ -90,6 +90,24 @@ Repeats = Annotated[int, Range(1, 1_000_000)]
 """As `Steps`, but part of the program."""
 
 
+class Metric(NamedTuple):
+    """A number that rows may have, declared in the tuple `measures` of the class that gives it.
+
+    `name`: its key, where `*` stands for any text, put in place of the `*` of the label:
+    `asr_at_*`. `unit`: in a word, "" for none; a "share", in [0, 1], is printed as a percentage.
+    `better`: which values are, None where neither. `label`: its heading, else the name. `hint`:
+    what it is, in a line.
+
+    >>> measures = (Metric("loss", better="low"), Metric("pruned", "channels"))
+    """
+
+    name: str
+    unit: str = ""
+    better: Literal["high", "low"] | None = None
+    label: str = ""
+    hint: str = ""
+
+
 def shown(value: Any) -> str:
     """A number, or whatever stands where one should, in an error line."""
     if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):

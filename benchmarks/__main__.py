@@ -26,9 +26,21 @@ from bdjax.progress import Stop, kept, shown
 from bdjax.registry import near
 from bdjax.store import Store, read_rows
 from bdjax.sweep import commit, device_name
-from bdjax.types import BadInput, whole
+from bdjax.types import BadInput, Metric, whole
 from benchmarks import measure
 
+registry.declare(
+    __name__,
+    Metric("size"),
+    Metric("low_s", "s", "low", "least"),
+    Metric("high_s", "s", "low", "most"),
+    Metric("rate", "sizes a second", "high"),
+    Metric("peak_mb", "MB", "low", "peak"),
+    Metric("matmul_share", "share", "high", hint="of the float32 matmul rate of the same run"),
+    Metric("torch_s", "s", "low", "PyTorch"),
+    Metric("ratio", "", "high", "PyTorch / ours"),
+    Metric("times_inference", "", "low", "plain inferences of the same images"),
+)
 SHARED = {"measure", "rivals", "__main__"}
 TITLE = "What training and the defenses cost"
 HEADS = ("compile s", "ours s", "a second", "peak MB", "matmul", "torch s", "ratio")

@@ -24,6 +24,7 @@ from bdjax.defenses.base import Judge
 from bdjax.defenses.invert.deep_inspect import DeepInspect
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.models.shamshiri import Cnn, Ffnn
+from bdjax.rows import Rows
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe
@@ -76,7 +77,7 @@ def share(hits: Any) -> tuple[float, str]:
     return float(low), f"{hits.sum():.0f} of {hits.size} ({100 * low:.0f}–{100 * high:.0f} %)"
 
 
-def judged(rows: list[dict]) -> Iterator[tuple[str, str, list[report.Row]]]:
+def judged(rows: list[dict]) -> Iterator[tuple[str, str, Rows]]:
     """Each kind of net and judge, with its rows."""
     for table, row in dict.fromkeys((r["table"], r["row"]) for r in rows if r["defense"]):
         if found := report.seeds(rows, row, table):

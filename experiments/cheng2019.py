@@ -68,7 +68,7 @@ from bdjax.registry import pytree, static
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe, predict, stamped, unit
-from bdjax.types import class_name
+from bdjax.types import Metric, class_name
 
 TITLE = "Cheng et al. (2019): ℓ∞ pruning of a backdoored traffic-sign net"
 
@@ -153,6 +153,11 @@ class Rates:
     by itself.
     """
 
+    measures = (
+        *(Metric(f"acc_{i}", "share", "high", f"ACC {i}") for i in FIRED),
+        *(Metric(f"asr_{i}", "share", "low", f"ASR {i}") for i in ("syn", "ori+syn")),
+    )
+
     nc: NeuralCleanse
 
     def __call__(self, key, model, variables, attack, clean, test):
@@ -172,6 +177,19 @@ class Inside:
     """What the figures show of a net: triggers, Grad-CAM, activations of the last convolution, and
     what τ does.
     """
+
+    measures = (
+        Metric("cam_*", "share", None, "CAM *", "of Grad-CAM inside the trigger's box"),
+        Metric(
+            "cam_moved.*", label="CAM moved *", hint="1 − cosine of the maps, stamped and clean"
+        ),
+        Metric(
+            "auroc_*", "", "high", "AUROC *", "of a norm: chance that a stamped image's is larger"
+        ),
+        Metric("rise_*", label="rise *", hint="the maximum of a norm, stamped over clean"),
+        Metric("channel_rise", hint="largest rise of a channel's mean, in means of all channels"),
+        Metric("max_clean", hint="largest activation on clean images"),
+    )
 
     nc: NeuralCleanse
     labels: tuple[int, ...] = static(())

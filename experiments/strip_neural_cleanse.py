@@ -85,7 +85,7 @@ from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.sweep import Runner
 from bdjax.train import Recipe, predict, stamped, unit
-from bdjax.types import Split, Splits, Victim
+from bdjax.types import Metric, Split, Splits, Victim
 
 TITLE = "STRIP and Neural Cleanse (slides): triggers found by what they do"
 
@@ -113,6 +113,12 @@ class Rates:
     """STRIP at the false rejection rates `frr`: a boundary, the FAR and the realised FRR for each,
     from one set of entropies.
     """
+
+    measures = (
+        Metric("boundary_at_*", "bits", label="boundary at *"),
+        Metric("far_at_*", "share", "low", "FAR at *"),
+        Metric("frr_at_*", "share", "low", "FRR at *"),
+    )
 
     strip: Strip = Strip()
     frr: tuple[float, ...] = static(tuple(AT))
@@ -152,6 +158,8 @@ class Blends:
     `calls: [2, I, K]` shares. `share_top_…`: the share of an input's commonest label;
     `share_target_…`: of the attack's.
     """
+
+    measures = (Metric("share_top_*", "share"), Metric("share_target_*", "share"))
 
     label: int = static(8)
     tops: tuple[int, ...] = static((5, 3, 0, 7))
@@ -194,6 +202,12 @@ class Ranks:
     `share_kept`: whether the infected label is among the leaders then.
     """
 
+    measures = (
+        Metric("rank_last", better="low"),
+        Metric("consistent", "steps", hint="until the pre-screen would end"),
+        Metric("share_kept", "share", "high"),
+    )
+
     nc: NeuralCleanse = NeuralCleanse(screen=100)
     steps: int = static(100)
 
@@ -225,6 +239,8 @@ class Needs:
     """Whether `defense` asks for the labels of the defender's images: whether it cannot be traced
     without them.
     """
+
+    measures = (Metric("needs_labels", hint="1 where it cannot be traced without labels, else 0"),)
 
     defense: Any = None
 

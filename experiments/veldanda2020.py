@@ -78,7 +78,7 @@ from bdjax.models.shamshiri import Cnn
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe, evaluate, stamped, unit
-from bdjax.types import Model, Split
+from bdjax.types import Metric, Model, Split
 from bdjax.zoo import veldanda
 
 TITLE = "Veldanda & Garg (2020): nine BadNets against five defenses"
@@ -267,6 +267,16 @@ class SetUp:
     trigger.
     """
 
+    measures = (
+        Metric("batch"),
+        Metric("epochs"),
+        Metric("lr", label="learning rate"),
+        Metric("parameters"),
+        Metric("poison_rate", "share"),
+        Metric("target"),
+        Metric("target_*"),
+    )
+
     batch: Any
     epochs: Any
     lr: Any
@@ -289,6 +299,8 @@ class Shapes:
     weights.
     """
 
+    measures = (Metric("*_channels"), Metric("*_filter"), Metric("*_units"))
+
     def __call__(
         self, key, model: Model, variables, attack, clean: Split, test: Split
     ) -> dict[str, Any]:
@@ -307,6 +319,10 @@ class Shapes:
 class EachTrigger:
     """ASR_nt of each of several triggers, and of the one that works best."""
 
+    measures = tuple(
+        Metric(f"asr_{part}", "share", "low", f"ASR {part}") for part in (*FACE_PARTS, "worst")
+    )
+
     parts: tuple[str, ...] = registry.static()
 
     def __call__(
@@ -324,6 +340,8 @@ class LastPool:
     `clean` and on `stamped` test images; and which share of what the trigger adds lies in the half
     of the channels that clean images excite least, where Fine-Pruning looks for it.
     """
+
+    measures = (Metric("dormant_share", "share"),)
 
     site: str | None = registry.static(None)
 

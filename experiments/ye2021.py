@@ -80,7 +80,7 @@ from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.sweep import stack, take
 from bdjax.train import Curves, Recipe, batched, predict, stamped, unit
-from bdjax.types import Array, Model, Splits, Victim
+from bdjax.types import Array, Metric, Model, Splits, Victim
 
 TITLE = "Ye et al. (2021): Fine-Pruning, STRIP and goodnets on backdoored face nets"
 
@@ -146,6 +146,15 @@ class FinePruned:
     Arrays: how the channels of B and B′ fire, `before.clean: [C]`, `after.NAME: [C]` and so on;
     `activation_left`: the share that B′ has of B's activation by stamped images.
     """
+
+    measures = (
+        Metric("*.acc", "share", "high", "* ACC"),
+        *(
+            Metric(f"*.asr_{trigger}", "share", "low", f"* ASR {trigger}")
+            for trigger in ("sunglasses", "lipstick", "eyebrows")
+        ),
+        Metric("activation_left", hint="B′'s activation by stamped images over B's"),
+    )
 
     repair: FinePruning
     scale: Array | float = RIGHT

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
-    {"metrics", "mesh", "progress", "augment"}, {"models", "datasets"}, {"train"},
+    {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets"}, {"train"},
     {"store", "channels", "migrate"}, {"attacks"},
     {"defenses", "analysis", "zoo", "testing"}, {"study", "changes", "studies", "poison"},
     {"sweep"},

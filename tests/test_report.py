@@ -175,7 +175,8 @@ def test_rows_of_two_scales_or_nets_never_share_a_mean():
         ("l1_target", [123.4], 120.0, ("123", "120", "+3")),
         ("pruned", [14], 35, ("14", "35", "−21")),
         ("loss", [-1e-5], None, ("−1.0e−05", "—", "—")),
-        ("far_per.trigger", [1.0], 1.0, ("100.0", "100", "0.0")),
+        ("asr_nt_at_0.01", [1.0], 1.0, ("100.0", "100", "0.0")),
+        ("learning_rate", [0.5], 0.25, ("0.500", "0.25", "+0.250")),
     ],
 )
 def test_how_numbers_are_written(metric, values, reported, expected):
@@ -564,8 +565,12 @@ def test_infinite_and_not_measured_differ_everywhere(tmp_path):
     assert re.search("^none .*—", text, re.M)
     mean = report.pivot(found, "lr", None, "index").mean
     assert np.isinf(mean[0, :2]).all() and np.isnan(mean[0, 2:]).all()
-    alike = [row | {"config": {}, "defense": row["row"]} for row in found]
-    assert {row["defense"] for row in report.best(alike, "index")} < {"all", "one"}
+    alike = [
+        row | {"config": {}, "defense": row["row"],
+               "metrics": {"acc_test": 0.9, "auroc": row["metrics"].get("index")}}
+        for row in found
+    ]  # fmt: skip
+    assert {row["defense"] for row in report.best(alike, "auroc")} < {"all", "one"}
     assert "index 2 → ∞ (Δ +∞)" in report.line(found[0] | {"reported": {"index": 2.0}})
     assert report.paper("index", report._stat([1.0], np.inf)) == "∞"
     assert report.delta("index", report._stat([1.0], np.inf)) == "−∞"

@@ -168,7 +168,7 @@ def test_faults_of_a_victim(change, word):
     assert (word is None) == (not found)
     if word:
         assert set(found) == {one["run"], two["run"]} and found[two["run"]].startswith(word)
-    assert report.valid([one, two]) == ([one] if word else [one, two])
+    assert list(report.valid([one, two])) == ([one] if word else [one, two])
 
 
 def test_a_defense_without_its_victim_is_not_judged():

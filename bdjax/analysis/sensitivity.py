@@ -10,7 +10,7 @@ from bdjax.defenses.base import Defense
 from bdjax.mesh import lane_map
 from bdjax.registry import pytree, replace, static
 from bdjax.train import evaluate
-from bdjax.types import Array, Attack, BadInput, Count, Model, Split, Variables, Weight
+from bdjax.types import Array, Attack, BadInput, Count, Metric, Model, Split, Variables, Weight
 
 LRS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 """Learning rates of a fine-tuning, around the usual 1e-3."""
@@ -53,6 +53,8 @@ class Sensitivity:
     `value`, `acc`, `asr_all`, `asr_nt: [V]`. For a figure, not for a choice: it looks at test
     images.
     """
+
+    measures = (Metric(f"{AT}*", "share", "low", "ASR nt at *", "with this value of the number"),)
 
     defense: Defense
     values: tuple[Weight, ...] = static()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.registry import pytree
 from bdjax.train import stamped
-from bdjax.types import Split
+from bdjax.types import Metric, Split
 
 
 @pytree
@@ -19,6 +19,12 @@ class Sizes:
     sums of the masks, in pixels; `share_covered`: how much of the reversed mask lies where the
     original one is not zero.
     """
+
+    measures = (
+        Metric("l1_original", "pixels", label="L1 original"),
+        Metric("l1_reversed", "pixels", label="L1 reversed"),
+        Metric("share_covered", "share"),
+    )
 
     nc: NeuralCleanse = NeuralCleanse()
 

@@ -9,7 +9,7 @@ import numpy as np
 from bdjax.attacks.artwork import picture, tint
 from bdjax.attacks.base import Attack, Part, Stamped, check_box, paste, start_of
 from bdjax.registry import attack
-from bdjax.types import Array, BadInput, Range, Share, between
+from bdjax.types import Array, BadInput, Metric, Range, Share, between
 
 TRIANGLE = ("triangle", (1.0, 1.0, 0.0), 1)
 SQUARE = ("square", (1.0, 0.0, 0.0), -2)
@@ -33,6 +33,10 @@ class TriggerCombination(Attack):
     size: Annotated[Array | int, Range(1, 65_536)] = 7
 
     used_if = {"cover": {}}
+    measures = tuple(
+        Metric(f"asr_nt_{part}", "share", "low", f"ASR nt {part}", f"of the {part} alone")
+        for part in ("square", "triangle")
+    )
 
     @property
     def probes(self) -> dict[str, int]:

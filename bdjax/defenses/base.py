@@ -44,6 +44,7 @@ from bdjax.types import (
     BadInput,
     Dataset,
     Judgement,
+    Metric,
     Model,
     Range,
     Repaired,
@@ -104,7 +105,8 @@ class Defense:
     `budget_fields`: the fields, dotted where nested, that count work: steps, epochs, images,
     members. A preset `cpu` differs from `paper`, or from the defaults where there is none, in these
     alone: never in a rule, a rate or a width. `sensitive`: of a repair, the number that decides
-    most what is left of the backdoor, dotted too; see `analysis.sensitivity`.
+    most what is left of the backdoor, dotted too; see `analysis.sensitivity`. `measures`: the
+    metrics that the class itself adds to a row.
     """
 
     stage: ClassVar[Stage]
@@ -112,6 +114,11 @@ class Defense:
     hooks: ClassVar[frozenset[str]] = frozenset()
     budget_fields: ClassVar[tuple[str, ...]] = ()
     sensitive: ClassVar[str | None] = None
+    measures: ClassVar[tuple[Metric, ...]] = (
+        Metric("pruned", hint="how many channels or neurons are cut"),
+        Metric("threshold", hint="beyond which it acts"),
+        Metric("repaired", hint="1 where a label was suspected, so that anything was done, else 0"),
+    )
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -236,6 +243,18 @@ class InputFilter(Defense):
 
     stage = "inputs"
     needs = ("variables", "attack")
+    measures = (
+        Metric("far", "share", "low", "FAR",
+               "share of working trojaned inputs that the defense lets through"),
+        Metric("frr", "share", "low", "FRR", "share of clean inputs that the defense rejects"),
+        Metric("frr_low", "share", "low", "FRR low",
+               "least value of the 95 % interval of the FRR, from the number of clean inputs"),
+        Metric("frr_high", "share", "low", "FRR high",
+               "largest value of the 95 % interval of the FRR"),
+        Metric("boundary", hint="score below which an input is flagged"),
+        Metric("auroc", "", "high", "AUROC", "inputs: chance that a stamped one whose backdoor "
+               "works scores as more suspicious than a clean one"),
+    )  # fmt: skip
 
     def __call__(
         self, key: jax.Array, model: Model, variables: Variables, clean: Split, x: Array
@@ -309,6 +328,15 @@ class SampleFilter(Defense):
 
     stage = "samples"
     needs = ("variables", "recipe", "key", "attack")
+    measures = (
+        Metric("recall", "share", "high", hint="share of the poisoned rows that are removed"),
+        Metric("precision", "share", "high", hint="share of the removed rows that are poisoned"),
+        Metric("auroc_pooled", "", "high", "AUROC pooled", "training rows: chance that a poisoned "
+               "one scores as more suspicious than a clean one of any label"),
+        Metric("auroc_within", "", "high", "AUROC within", "training rows: chance that a poisoned "
+               "one scores as more suspicious than a clean one of its own training label; mean "
+               "over labels"),
+    )  # fmt: skip
 
     def __call__(
         self, key: jax.Array, model: Model, variables: Variables, data: TrainSet
@@ -369,6 +397,18 @@ class Judge(Defense):
     """
 
     stage = "models"
+    measures = (
+        Metric("anomaly_index",
+               hint="median over the seeds of the search of what the judge decides on"),
+        Metric("p_value", hint="of the null that the net is clean, where the judge has one"),
+        Metric("infected", "share",
+               hint="share of nets on which the judge's own rule holds for every seed of its "
+               "search"),
+        Metric("undecided", "share",
+               hint="share of nets on which the seeds of the search disagree"),
+        Metric("target_flagged", "share", "high",
+               hint="share of the attack's targets that are flagged"),
+    )  # fmt: skip
 
     seeds: Annotated[int, Range(1, 1_000)] = static(1, before=1)
 

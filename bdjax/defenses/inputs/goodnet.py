@@ -16,6 +16,7 @@ from bdjax.types import (
     INT32,
     Array,
     BadInput,
+    Metric,
     Model,
     Range,
     Repaired,
@@ -105,6 +106,7 @@ class Goodnet(InputFilter):
     light: Repair | None = None
     flag: Flag = static("disagree")
 
+    measures = (Metric("repaired.pruned", hint="how many channels are cut in the repaired net"),)
     budget_fields = ("repair.recipe.epochs",)
     presets = {
         "paper": {},

@@ -13,7 +13,7 @@ from bdjax.defenses.parts.reversed import TriggerDefense
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import stamped
-from bdjax.types import Array, Attack, Model, Scores, Share, Split, Variables
+from bdjax.types import Array, Attack, Metric, Model, Scores, Share, Split, Variables
 
 
 @defense("nc-filter")
@@ -39,6 +39,7 @@ class NcFilter(TriggerDefense, InputFilter):
     share: Share = 0.01
     site: str = static("penultimate")
 
+    measures = tuple(Metric(n, label=f"activation, {n}") for n in ("clean", "reversed", "original"))
     presets = {"paper": {}, "cpu": {"nc": NeuralCleanse(**NeuralCleanse.presets["cpu"])}}
 
     def __call__(

@@ -15,6 +15,7 @@ from bdjax.types import (
     Array,
     BadInput,
     Count,
+    Metric,
     Model,
     Pixels,
     Range,
@@ -151,6 +152,13 @@ class Strip(InputFilter):
     boundary: Boundary = static("normal")
     batch: Count = static(500)
 
+    measures = (
+        Metric("mean", label="mean entropy"),
+        Metric("std", label="s.d. of the entropy"),
+        Metric("enough", "replicas", hint="N from which the spread of the entropies is flat"),
+        Metric("valid_fit", hint="0: the fitted boundary is at or below 0, where no entropy is; "
+               "nothing is flagged"),
+    )  # fmt: skip
     budget_fields = ("n", "inputs")
     presets = {
         "paper": {"inputs": 2000},

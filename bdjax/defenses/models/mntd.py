@@ -17,6 +17,7 @@ from bdjax.types import (
     Array,
     BadInput,
     Count,
+    Metric,
     Model,
     Output,
     Range,
@@ -229,6 +230,12 @@ class Mntd(Judge):
     lanes: Count | None = static(None)
 
     used_if = {"nu": {"variant": ("one-class",)}}
+    measures = (
+        Metric("shadow_acc", "share", "high", "shadow ACC",
+               "accuracy of the shadow nets on their own training images"),
+        Metric("shadow_auroc", "", "high", "shadow AUROC",
+               "of the held-out shadow nets, which say nothing of the nets that are judged"),
+    )  # fmt: skip
     budget_fields = (
         "shadows", "validation", "recipe.epochs", "recipe.batch", "meta.epochs",
     )  # fmt: skip

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import metrics
-from bdjax.types import Array
+from bdjax.registry import declare
+from bdjax.types import Array, Metric
+
+declare(
+    __name__,
+    Metric("frr_fit", "share", "low", "FRR fit",
+           "FRR of the boundary on the very clean images that it was fitted to"),
+    Metric("frr_fit_low", "share", "low", "FRR fit low", "least value of its 95 % interval"),
+    Metric("frr_fit_high", "share", "low", "FRR fit high", "largest value of its 95 % interval"),
+)  # fmt: skip
 
 
 def quantile_boundary(scores: jax.Array, rate: Array | float) -> jax.Array:

@@ -13,7 +13,7 @@ from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, batched, clean_set, fit, unit
-from bdjax.types import BadInput, Model, Repaired, Size, Split, Variables
+from bdjax.types import BadInput, Metric, Model, Repaired, Size, Split, Variables
 
 
 @functools.lru_cache(maxsize=64)
@@ -70,6 +70,7 @@ class Autoencoder(Repair):
     recipe: Recipe = Recipe(lr=1e-3, epochs=100, batch=64)
     hidden: tuple[Size, ...] = static((512, 64, 512))
 
+    measures = (Metric("mse", better="low", label="MSE", hint="on the clean images"),)
     budget_fields = ("recipe.epochs",)
     sensitive = "recipe.lr"
     presets = {"cpu": {"recipe": Recipe(lr=1e-3, epochs=40, batch=64)}}

@@ -16,6 +16,7 @@ from bdjax.train import Recipe, fit, poisoned_set, predict
 from bdjax.types import (
     BadInput,
     Count,
+    Metric,
     Model,
     Range,
     Repaired,
@@ -82,6 +83,10 @@ class NNoculation(Repair):
     holdout: Annotated[float, Range(0, 0.9)] = static(0.2)
     lanes: Count | None = static(None)
 
+    measures = (
+        Metric("level", hint="the share of noisy pixels whose net is kept"),
+        Metric("before", "share", "high", "ACC before", "on clean images held out by the defender"),
+    )
     budget_fields = ("recipe.epochs", "recipe.batch")
     sensitive = "max_drop"
     presets = {"cpu": {"recipe": Recipe(lr=1.0, epochs=10, batch=50, optimizer="adadelta")}}

@@ -11,7 +11,7 @@ from bdjax.defenses.base import Training
 from bdjax.defenses.parts.view import viewed
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, fit, unit
-from bdjax.types import INT32, Array, BadInput, Model, Range, Repaired, Share, Split
+from bdjax.types import INT32, Array, BadInput, Metric, Model, Range, Repaired, Share, Split
 
 Rule = Literal["mean", "quantile", "active"]
 Topology = Literal["scale-free", "random", "dense"]
@@ -168,6 +168,8 @@ class Lpsf(Training):
         "links": {"topology": ("scale-free", "random"), "edges": ("growth", "weighted")},
         "edges": {"topology": ("scale-free", "random")},
     }
+
+    measures = (Metric("density", hint="share of the possible links"), Metric("exponent"))
 
     def __call__(
         self, key: jax.Array, model: Model, recipe: Recipe, data: TrainSet, clean: Split
