@@ -353,7 +353,8 @@ class Runner:
                 outside = (*identity.PLACE, "kept")
                 row = {k: v for k, v in rows[run][0].items() if k not in outside} | other
                 moved += [{**row, **place, "written": time.time()} for place in places]
-        self.store.append(moved)
+        if moved:
+            self.store.append(moved)
         return done
 
     def _members(self, cell: Cell) -> list[tuple[Path, int, Any]]:
