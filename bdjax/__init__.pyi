@@ -8,6 +8,8 @@ from bdjax import types as types
 from bdjax.attacks.base import Attack as Attack
 from bdjax.changes import changed as changed
 from bdjax.changes import varied as varied
+from bdjax.checkpoints import load_model as load_model
+from bdjax.checkpoints import save_model as save_model
 from bdjax.datasets.base import Source as Source
 from bdjax.defenses.base import InputFilter as InputFilter
 from bdjax.defenses.base import Inversion as Inversion
@@ -31,8 +33,6 @@ from bdjax.registry import model as model
 from bdjax.registry import pytree as pytree
 from bdjax.registry import static as static
 from bdjax.rows import Rows as Rows
-from bdjax.store import load_model as load_model
-from bdjax.store import save_model as save_model
 from bdjax.studies import crossed as crossed
 from bdjax.study import Cell as Cell
 from bdjax.study import chain as chain

@@ -286,7 +286,8 @@ class Train:
     quiet: bool = False
 
     def __call__(self) -> None:
-        from bdjax.store import old_model, save_model, unfinished
+        from bdjax.checkpoints import old_model, save_model
+        from bdjax.store import unfinished
         from bdjax.study import Cell
         from bdjax.sweep import Runner, device_name
 
@@ -373,14 +374,8 @@ class Defend:
         import jax
 
         from bdjax import identity
-        from bdjax.store import (
-            check_data,
-            copy_model,
-            load_model,
-            old_model,
-            save_model,
-            unfinished,
-        )
+        from bdjax.checkpoints import check_data, copy_model, load_model, old_model, save_model
+        from bdjax.store import unfinished
         from bdjax.study import Cell
         from bdjax.sweep import Runner, device_name, fits, labelled
 

@@ -34,6 +34,16 @@ def shown(value: Any) -> str:
     )
 
 
+_said: set[str] = set()
+
+
+def say_once(line: str) -> None:
+    """A line for the user that is not repeated."""
+    if line not in _said:
+        _said.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def kept(words: str) -> Iterator[None]:
     """Says what an interruption of the block leaves behind, and how to go on: the innermost words

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import identity, mesh, metrics, own, registry, schema
+from bdjax.checkpoints import load_tree, old_checkpoint, old_victims, save_tree, write_tree
 from bdjax.datasets import data_dir, fingerprint
 from bdjax.datasets.base import Source
 from bdjax.defenses.base import (
@@ -41,17 +42,7 @@ from bdjax.defenses.base import (
 from bdjax.models.layers import build
 from bdjax.own import renamed
 from bdjax.progress import Board, Progress, Stop, shown
-from bdjax.store import (
-    Store,
-    load_tree,
-    old_checkpoint,
-    old_victims,
-    placed,
-    recall,
-    remember,
-    save_tree,
-    write_tree,
-)
+from bdjax.store import Store, placed, recall, remember
 from bdjax.study import Cell, Probe
 from bdjax.train import (
     Recipe,

@@ -35,11 +35,12 @@ from test_schema import seconds
 import bdjax
 from bdjax import cli, own, progress, registry
 from bdjax.attacks.badnets import BadNets
+from bdjax.checkpoints import save_model
 from bdjax.datasets import prepared
 from bdjax.datasets.files import Npz
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
-from bdjax.store import Store, save_model
+from bdjax.store import Store
 from bdjax.study import Cell
 from bdjax.sweep import Runner
 from bdjax.train import Recipe, begin, clean_set, poisoned_set

@@ -69,7 +69,7 @@ def test_train_then_defend_then_the_saved_model_is_the_repaired_one(capsys, tmp_
         line.split()[0]: line.split()[1] for line in out.splitlines() if len(line.split()) == 2
     }
 
-    from bdjax.store import load_model
+    from bdjax.checkpoints import load_model
     from bdjax.train import predict
 
     _, model, variables, about = load_model(repaired)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.badnets import BadNets
+from bdjax.checkpoints import load_model, save_model
 from bdjax.defenses.parts.view import viewed
 from bdjax.defenses.train.db_covidnet import (
     TIE,
@@ -24,7 +25,6 @@ from bdjax.defenses.train.db_covidnet import (
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import make
-from bdjax.store import load_model, save_model
 from bdjax.train import Recipe, clean_set, evaluate, poisoned_set, predict, unit
 from bdjax.types import BadInput, Plan
 

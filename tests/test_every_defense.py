@@ -14,10 +14,10 @@ from flax.linen import relu
 
 from bdjax import registry
 from bdjax.attacks.badnets import BadNets
+from bdjax.checkpoints import save_model
 from bdjax.datasets.files import Npz
 from bdjax.models.layers import Net, build, conv, dense, site
 from bdjax.registry import pytree
-from bdjax.store import save_model
 from bdjax.train import Recipe, fit, poisoned_set
 from tests.planted import Normed, lit_rows
 from tests.test_cli import bdjax
@@ -164,7 +164,7 @@ def test_a_defense_that_replaces_training_can_be_saved_and_defended(capsys, save
 
 def other(folder, tmp_path, change):
     """The net in `folder` with another data set, of images and labels that `change` makes."""
-    from bdjax.store import load_model
+    from bdjax.checkpoints import load_model
 
     net, model, variables, about = load_model(folder)
     arrays = dict(np.load(about["dataset"].path))
@@ -214,7 +214,7 @@ def test_accuracy_at_chance_is_said(capsys, saved, tmp_path):
 
 
 def test_a_broken_net_is_never_right(capsys, saved, tmp_path):
-    from bdjax.store import load_model
+    from bdjax.checkpoints import load_model
 
     net, model, variables, about = load_model(saved("dense"))
     broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, np.nan), variables)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
     {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets"}, {"train"},
-    {"store", "channels", "migrate"}, {"attacks"},
+    {"store", "checkpoints", "channels", "migrate"}, {"attacks"},
     {"defenses", "analysis", "zoo", "testing"}, {"study", "changes", "studies", "poison"},
     {"sweep"},
     {"plots", "report"}, {"experiment"}, {"cli", "__main__"},

@@ -11,12 +11,12 @@ from flax.linen import relu
 
 from bdjax.attacks.badnets import BadNets
 from bdjax.channels import prune, responses
+from bdjax.checkpoints import load_model, save_model
 from bdjax.defenses.parts.reversed import Reversed
 from bdjax.defenses.repair.linf_pruning import LinfPruning, cap
 from bdjax.models.layers import Net, build, conv, dense, site
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import make, pytree
-from bdjax.store import load_model, save_model
 from bdjax.train import evaluate, predict, stamped
 from bdjax.types import BadInput
 

@@ -11,6 +11,7 @@ import planted
 import pytest
 
 from bdjax.attacks.badnets import BadNets
+from bdjax.checkpoints import load_model, save_model
 from bdjax.defenses.inputs.nc_filter import NcFilter
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.reversed import Reversed, TriggerDefense, fire
@@ -19,7 +20,6 @@ from bdjax.defenses.repair.nc_pruning import NcPruning
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import make
-from bdjax.store import load_model, save_model
 from bdjax.train import Recipe, clean_set, evaluate, fit, predict, stamped, unit
 from bdjax.types import BadInput, Split
 

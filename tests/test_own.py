@@ -18,10 +18,11 @@ import jax
 import numpy as np
 import pytest
 
-from bdjax import cli, own, report, store, sweep
+from bdjax import checkpoints, cli, own, report, store, sweep
+from bdjax.checkpoints import save_model
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
-from bdjax.store import Store, save_model
+from bdjax.store import Store
 from bdjax.types import BadInput
 
 ROW = {
@@ -225,7 +226,7 @@ def test_new_empty_and_own_folders_are_taken(user, made):
     assert kept.items() <= tree(user).items() and {"new", "empty"} >= {
         name.split("/")[0] for name in tree(user).keys() - kept.keys()
     }
-    assert store.load_model("new") and store.load_model("empty")
+    assert checkpoints.load_model("new") and checkpoints.load_model("empty")
     moved = Path("new").rename("moved")
     net(unmarked(moved))  # a net of 0.1
     assert (moved / own.FILES).exists()
@@ -240,7 +241,7 @@ def test_what_version_01_left_is_taken(tmp_path, made):
     hashed = "0123456789abcdef"
     Store(folder).save_arrays(hashed, {"a": np.zeros(3)})
     for part in ("partial", "prepared"):
-        store.save_tree(folder / part / hashed, {"a": np.zeros(3)})
+        checkpoints.save_tree(folder / part / hashed, {"a": np.zeros(3)})
     unmarked(folder)
     (folder / ".results.lock").write_text("process 12 on a-host")
     (folder / "progress.json").write_text(
@@ -260,11 +261,12 @@ def test_what_version_01_left_is_taken(tmp_path, made):
         pass
     assert not leftover.exists() and not moved.exists() and (mine / "letter.txt").exists()
     assert (
-        store.load_tree(folder / "prepared" / hashed, {"a": np.zeros(3)})["a"].tolist() == [0] * 3
+        checkpoints.load_tree(folder / "prepared" / hashed, {"a": np.zeros(3)})["a"].tolist()
+        == [0] * 3
     )
     report.write(folder, [ROW], [figure])
     Store(folder).save_arrays(hashed, {"a": np.ones(3)})
-    store.save_tree(folder / "partial" / hashed, {"a": np.ones(3)})
+    checkpoints.save_tree(folder / "partial" / hashed, {"a": np.ones(3)})
     assert Store(folder).arrays(hashed)["a"].tolist() == [1] * 3
     own.remove(folder / "partial" / hashed)
     assert not (folder / "partial" / hashed).exists()
@@ -283,12 +285,12 @@ def test_a_page_that_somebody_changed_stays(tmp_path, capsys):
 
 
 def test_a_checkpoint_with_something_else_in_it_is_not_replaced_or_removed(tmp_path):
-    store.save_tree(tmp_path / "c", np.zeros(3))
+    checkpoints.save_tree(tmp_path / "c", np.zeros(3))
     (tmp_path / "c" / "notes.txt").write_text("mine")
     before = tree(tmp_path)
-    own.remove(tmp_path / "c", store.old_checkpoint)
+    own.remove(tmp_path / "c", checkpoints.old_checkpoint)
     with pytest.raises(BadInput, match=r"holds notes\.txt"):
-        store.save_tree(tmp_path / "c", np.ones(3))
+        checkpoints.save_tree(tmp_path / "c", np.ones(3))
     assert tree(tmp_path) == before
 
 
@@ -302,7 +304,7 @@ def test_what_a_killed_process_moved_aside_comes_back_and_the_rest_is_swept(tmp_
         (tmp_path / f"{own.SAVING}mine" / "letter").write_text("dear")
         own.sweep(tmp_path)
         assert living.exists() and not killed.exists() and (tmp_path / f"{own.SAVING}mine").exists()
-    assert store.load_model(tmp_path / "net") and not living.exists()
+    assert checkpoints.load_model(tmp_path / "net") and not living.exists()
 
 
 def test_a_results_file_is_cut_only_where_a_crash_tore_it(tmp_path):
@@ -351,8 +353,9 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_is_one_line(tmp_path):
     if shutil.which("unshare") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no disk can be mounted here")
     code = (
-        "import sys, numpy as np; from pathlib import Path; from bdjax import store, types\n"
-        "try: store.save_tree(Path(sys.argv[1]), np.random.default_rng(0).random((400, 400)))\n"
+        "import sys, numpy as np; from pathlib import Path; from bdjax import checkpoints, types\n"
+        "leaf = np.random.default_rng(0).random((400, 400))\n"
+        "try: checkpoints.save_tree(Path(sys.argv[1]), leaf)\n"
         "except types.BadInput as error: print(error); print(*Path(sys.argv[1]).parent.iterdir())"
     )
     words = [sys.executable, "-c", code, str(tmp_path / "c")]
@@ -379,7 +382,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def weights(path: Path) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(store.load_model(path)[2])]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoints.load_model(path)[2])]
 
 
 @pytest.fixture(scope="module")
@@ -440,7 +443,7 @@ def test_a_repaired_net_that_could_not_be_saved_is_not_repaired_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "copy_model", stopped)
+        patch.setattr(checkpoints, "copy_model", stopped)
         code, _, err = bdjax(capsys, *args)
     assert code == 130 and f"is kept in {cache}" in err and "the same command goes on" in err
     with monkeypatch.context() as patch:

@@ -19,10 +19,10 @@ from test_cli import bdjax
 from bdjax import datasets, poison, registry
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack
+from bdjax.checkpoints import load_model
 from bdjax.datasets.base import Source
 from bdjax.datasets.files import in_order
 from bdjax.poison import folder_names, write_poisoned
-from bdjax.store import load_model
 from bdjax.train import (
     TrainSet,
     advance,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax import store
+from bdjax import checkpoints
 from bdjax.channels import prune
 from bdjax.defenses.repair.autoencoder import Autoencoder
 from bdjax.defenses.repair.neural_complexity import NeuralComplexity, complexity, correlation
@@ -47,8 +47,8 @@ def repaired(defense, victim, sample):
 
 
 def reloaded(tmp_path, defense, model, variables):
-    store.save_model(tmp_path / "net", NET, model, variables, defenses=(defense,))
-    return store.load_model(tmp_path / "net")
+    checkpoints.save_model(tmp_path / "net", NET, model, variables, defenses=(defense,))
+    return checkpoints.load_model(tmp_path / "net")
 
 
 def test_retraining_is_training_on_clean_images_and_is_saved_as_such(

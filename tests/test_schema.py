@@ -20,15 +20,16 @@ import pytest
 from PIL import Image
 from planted import row
 
-from bdjax import cli, datasets, plots, progress, report, schema, store, sweep
+from bdjax import checkpoints, cli, datasets, plots, progress, report, schema, store, sweep
 from bdjax.attacks.badnets import BadNets
+from bdjax.checkpoints import load_model, load_tree, save_model, save_tree
 from bdjax.datasets.files import Npz
 from bdjax.datasets.sample import Sample
 from bdjax.defenses import base
 from bdjax.models.keras_h5 import load_keras_weights
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
-from bdjax.store import Store, load_model, load_tree, read_rows, save_model, save_tree
+from bdjax.store import Store, read_rows
 from bdjax.train import Recipe
 from bdjax.types import BadInput
 
@@ -533,7 +534,7 @@ def test_a_model_folder_knows_its_data_and_its_training(net, tmp_path, monkeypat
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     about = load_model(tmp_path / "m")[3]
-    store.check_data(about, "m", strict=True)
+    checkpoints.check_data(about, "m", strict=True)
     assert about["dataset"].load().classes == 4 and not capsys.readouterr().err
 
     file = tmp_path / "m" / "model.json"  # moved with its data: relative to itself
@@ -542,12 +543,12 @@ def test_a_model_folder_knows_its_data_and_its_training(net, tmp_path, monkeypat
     described["dataset"]["path"] = "mine.npz"
     file.write_text(json.dumps(described))
     about = load_model(tmp_path / "m")[3]
-    store.check_data(about, "m", strict=True)
+    checkpoints.check_data(about, "m", strict=True)
 
     np.savez(tmp_path / "m" / "mine.npz", image=255 - image, label=label % 4)
-    store.check_data(about, "m")
+    checkpoints.check_data(about, "m")
     assert "is not what the net was trained on" in capsys.readouterr().err
-    assert "is not what the net was trained on" in told(store.check_data, about, "m", True)
+    assert "is not what the net was trained on" in told(checkpoints.check_data, about, "m", True)
 
 
 def test_data_that_changed_on_disk_is_read_anew(tmp_path):

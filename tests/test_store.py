@@ -17,9 +17,10 @@ import pytest
 from planted import row
 
 from bdjax.attacks.blended import Blended
+from bdjax.checkpoints import load_model, load_tree, save_model, save_tree
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
-from bdjax.store import Store, load_model, load_tree, renamed, save_model, save_tree
+from bdjax.store import Store, renamed
 from bdjax.types import BadInput
 
 HERE = Path(__file__).parent
@@ -183,8 +184,9 @@ def test_damaged_models_are_refused_in_one_line(saved, tmp_path, damage):
 
 def test_kill_9_while_saving_a_checkpoint(tmp_path):
     code = (
-        "import sys, numpy as np; from pathlib import Path; from bdjax.store import save_tree\ni = "
-        "0\nwhile True:\n save_tree(Path(sys.argv[1]) / 'c', np.full(200_000, i, np.float32)); i "
+        "import sys, numpy as np; from pathlib import Path\n"
+        "from bdjax.checkpoints import save_tree\ni = 0\n"
+        "while True:\n save_tree(Path(sys.argv[1]) / 'c', np.full(200_000, i, np.float32)); i "
         "+= 1; print(i, flush=True)"
     )
     process = subprocess.Popen(
@@ -208,7 +210,7 @@ def test_nothing_is_deleted_before_the_new_checkpoint_stands(tmp_path, monkeypat
         rmtree(path, **options)
 
     save_tree(tmp_path / "c", np.zeros(3))
-    monkeypatch.setattr("bdjax.store.shutil.rmtree", look)
+    monkeypatch.setattr("bdjax.checkpoints.shutil.rmtree", look)
     save_tree(tmp_path / "c", np.ones(3))
     assert deleted
     assert all(leaves == [1, 1, 1] for leaves in deleted)
