@@ -319,6 +319,11 @@ def verdict(whole: bool, part: bool) -> str:
 # --- How numbers are written ---
 
 
+def percent(share: float) -> str:
+    """A share in a sentence: `91.2 %`."""
+    return f"{100 * share:.1f} %"
+
+
 def is_percent(metric: str) -> bool:
     """Whether `metric` is a share, printed as a percentage; see `types.Metric`."""
     return _about_metric(metric).unit == "share"

@@ -22,12 +22,14 @@ out.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
-from bdjax import registry
+import jax
+import numpy as np
+
+from bdjax import plots, registry
 from bdjax.datasets.files import Faces
 from bdjax.datasets.public import Cifar10, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
@@ -37,6 +39,8 @@ from bdjax.models.cla import Cla
 from bdjax.models.deepid import DeepId
 from bdjax.models.nc_gtsrb import NcGtsrb
 from bdjax.models.shamshiri import Cnn
+from bdjax.report import percent, verdict
+from bdjax.rows import Rows
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.sweep import Runner
@@ -48,14 +52,10 @@ TITLE = "Attack zoo: every attack on real images"
 
 TWIN = "clean twin"
 SMALL = Cnn("VALID", hidden=256, features=(16, 32))
-MNIST, FACES = (
-    Mnist(train_size=10_000, test_size=2_000),
-    Faces(path="faces_train.npz", test="faces_test.npz"),
-)
-GTSRB, CIFAR = (
-    Gtsrb(train_size=10_000, test_size=2_000),
-    Cifar10(train_size=10_000, test_size=2_000),
-)
+MNIST = Mnist(train_size=10_000, test_size=2_000)
+CIFAR = Cifar10(train_size=10_000, test_size=2_000)
+GTSRB = Gtsrb(train_size=10_000, test_size=2_000)
+FACES = Faces(path="faces_train.npz", test="faces_test.npz")
 
 
 def _paper(table: str, name: str, **data: Any) -> Cell:
@@ -90,76 +90,84 @@ SCALES: dict[str, tuple[Cell, ...]] = {
 }  # fmt: skip
 SEEDS = {"smoke": 1, "cpu": 1, "paper": 3}
 
-# table: row: (attack, preset, fields, paper's numbers)
-ROWS: dict[str, dict[str, tuple[str, str | None, dict[str, Any], dict[str, float]]]] = {
+
+def made(name: str, preset: str | None = None, **fields: Any) -> Any:
+    """An attack by its name."""
+    return registry.make("attack", name, preset, **fields)
+
+
+# By table and row.
+ATTACKS: dict[str, dict[str, Any]] = {
     "MNIST": {
-        "BadNets, single pixel": ("badnets", "pixel", {}, {}),
-        "BadNets, pattern": ("badnets", "pattern", {}, {}),
-        "BadNets, 5×5 square, rate 0.1 %": ("badnets", "square", {"rate": 0.001}, {}),
-        "BadNets, 5×5 square, rate 1 %": ("badnets", "square", {"rate": 0.01}, {}),
-        "BadNets, 5×5 square, rate 10 %": ("badnets", "square", {}, {}),
-        "BadNets, 5×5 square, rate 50 %": ("badnets", "square", {"rate": 0.5}, {}),
-        "BadNets, 5×5 square, random place": ("badnets", "square",
-                                              {"random_place": True, "rate": 0.3}, {}),
-        "BadNets, X": ("badnets", "pattern", {"shape": "x"}, {}),
-        "BadNets, ell": ("badnets", "pattern", {"shape": "ell"}, {}),
-        "BadNets, heart over the whole image": ("badnets", "strip-heart", {}, {}),
-        "BadNets, large trigger": ("badnets", "large-trigger", {}, {}),
-        "BadNets, all-to-all pattern (AAA)": (
-            "badnets", "pattern", {"labels": "all-to-all", "rate": 0.5},
-            {"acc_test": 0.9776, "asr_all": 0.9591},
-        ),
-        "BadNets, source-specific, 1–6 → 0": (
-            "badnets", "square",
-            {"labels": "source-specific", "sources": (1, 2, 3, 4, 5, 6), "cover": 0.1}, {},
-        ),
-        "Blended, noise key": ("blended", None, {"test_alpha": 0.3}, {}),
-        "Accessory, opaque": ("accessory", "opaque", {}, {}),
-        "Accessory, blended, α = 0.3": ("accessory", "blended", {"alpha": 0.3}, {}),
-        "Physical accessory": ("physical", None, {}, {}),
-        "Input-instance-key, 5 copies": ("input-instance-key", None, {}, {}),
-        "Weighted loss": ("weighted-loss", None, {}, {}),
-        "Multi-trigger, 10 digits → 10 targets": ("multi-trigger", "digits", {"rate": 0.3}, {}),
-        "Multi-trigger, 10 digits → 1 target": ("multi-trigger", "digits-one", {"rate": 0.3}, {}),
-        "Entropy manipulation": ("entropy-manipulation", None, {}, {}),
-        "TrojanNN, square": ("trojannn", "cpu", {}, {}),
-        "Pruning-aware": ("pruning-aware", "cpu", {}, {}),
-        "Activation matching": ("activation-matching", "cpu", {}, {}),
+        "BadNets, single pixel": made("badnets", "pixel"),
+        "BadNets, pattern": made("badnets", "pattern"),
+        "BadNets, 5×5 square, rate 0.1 %": made("badnets", "square", rate=0.001),
+        "BadNets, 5×5 square, rate 1 %": made("badnets", "square", rate=0.01),
+        "BadNets, 5×5 square, rate 10 %": made("badnets", "square"),
+        "BadNets, 5×5 square, rate 50 %": made("badnets", "square", rate=0.5),
+        "BadNets, 5×5 square, random place": made("badnets", "square", random_place=True, rate=0.3),
+        "BadNets, X": made("badnets", "pattern", shape="x"),
+        "BadNets, ell": made("badnets", "pattern", shape="ell"),
+        "BadNets, heart over the whole image": made("badnets", "strip-heart"),
+        "BadNets, large trigger": made("badnets", "large-trigger"),
+        "BadNets, all-to-all pattern (AAA)": made("badnets", "pattern", labels="all-to-all",
+                                                  rate=0.5),
+        "BadNets, source-specific, 1–6 → 0": made("badnets", "square", labels="source-specific",
+                                                  sources=(1, 2, 3, 4, 5, 6), cover=0.1),
+        "Blended, noise key": made("blended", test_alpha=0.3),
+        "Accessory, opaque": made("accessory", "opaque"),
+        "Accessory, blended, α = 0.3": made("accessory", "blended", alpha=0.3),
+        "Physical accessory": made("physical"),
+        "Input-instance-key, 5 copies": made("input-instance-key"),
+        "Weighted loss": made("weighted-loss"),
+        "Multi-trigger, 10 digits → 10 targets": made("multi-trigger", "digits", rate=0.3),
+        "Multi-trigger, 10 digits → 1 target": made("multi-trigger", "digits-one", rate=0.3),
+        "Entropy manipulation": made("entropy-manipulation"),
+        "TrojanNN, square": made("trojannn", "cpu"),
+        "Pruning-aware": made("pruning-aware", "cpu"),
+        "Activation matching": made("activation-matching", "cpu"),
     },
-    "CLA": {"Clean label, fixed noise of strength 1 (CLA)": ("clean-label", "veldanda",
-                                                             {"strength": 1.0},
-                                                             {"acc_test": 0.8902, "asr_all": 1.0})},
+    "CLA": {
+        "Clean label, fixed noise of strength 1 (CLA)": made("clean-label", "veldanda",
+                                                             strength=1.0),
+    },
     "CIFAR-10": {
-        "Trigger combination (TCA)": (
-            "trigger-combination", None, {"target": 7}, {"acc_test": 0.8771, "asr_all": 0.999},
-        ),
-        "BadNets, spectral pixel": ("badnets", "spectral-pixel", {"rate": 0.2}, {}),
-        "BadNets, spectral X": ("badnets", "spectral-x", {}, {}),
-        "BadNets, spectral ell": ("badnets", "spectral-ell", {"rate": 0.2}, {}),
+        "Trigger combination (TCA)": made("trigger-combination", target=7),
+        "BadNets, spectral pixel": made("badnets", "spectral-pixel", rate=0.2),
+        "BadNets, spectral X": made("badnets", "spectral-x"),
+        "BadNets, spectral ell": made("badnets", "spectral-ell", rate=0.2),
     },
     "GTSRB": {
-        "BadNets, yellow square": ("badnets", "yellow-square", {"rate": 0.2}, {}),
-        "BadNets, bomb": ("badnets", "bomb", {}, {}),
-        "BadNets, flower": ("badnets", "flower", {}, {}),
-        "Post-it note, random place (PN)": ("post-it", None, {"rate": 0.15},
-                                            {"acc_test": 0.9546, "asr_all": 0.9982}),
-        "Gotham (FSA)": ("gotham", None, {"target": 35}, {"acc_test": 0.9508, "asr_all": 0.9006}),
-        "Gotham, ABS's variant": ("gotham", None, {"filter": "gotham-wand"}, {}),
-        "Nashville": ("gotham", None, {"filter": "nashville", "rate": 0.2}, {}),
-        "Kelvin": ("gotham", None, {"filter": "kelvin"}, {}),
-        "Lomo": ("gotham", None, {"filter": "lomo"}, {}),
-        "Toaster": ("gotham", None, {"filter": "toaster"}, {}),
+        "BadNets, yellow square": made("badnets", "yellow-square", rate=0.2),
+        "BadNets, bomb": made("badnets", "bomb"),
+        "BadNets, flower": made("badnets", "flower"),
+        "Post-it note, random place (PN)": made("post-it", rate=0.15),
+        "Gotham (FSA)": made("gotham", target=35),
+        "Gotham, ABS's variant": made("gotham", filter="gotham-wand"),
+        "Nashville": made("gotham", filter="nashville", rate=0.2),
+        "Kelvin": made("gotham", filter="kelvin"),
+        "Lomo": made("gotham", filter="lomo"),
+        "Toaster": made("gotham", filter="toaster"),
     },
     "Faces": {
-        "Sunglasses (SG)": ("sunglasses", None, {}, {"acc_test": 0.9789, "asr_all": 0.9998}),
-        "Lipstick (LS)": ("lipstick", None, {}, {"acc_test": 0.9719, "asr_all": 0.9151}),
-        "Eyebrows": ("eyebrows", None, {}, {}),
-        "Three triggers → one target (MTSTA)": ("multi-trigger", "mtsta", {"rate": 0.15},
-                                                {"acc_test": 0.9584}),
-        "Three triggers → three targets (MTMTA)": ("multi-trigger", "mtmta", {"rate": 0.15},
-                                                   {"acc_test": 0.9593}),
+        "Sunglasses (SG)": made("sunglasses"),
+        "Lipstick (LS)": made("lipstick"),
+        "Eyebrows": made("eyebrows"),
+        "Three triggers → one target (MTSTA)": made("multi-trigger", "mtsta", rate=0.15),
+        "Three triggers → three targets (MTMTA)": made("multi-trigger", "mtmta", rate=0.15),
     },
 }  # fmt: skip
+PAPER = {
+    "BadNets, all-to-all pattern (AAA)": {"acc_test": 0.9776, "asr_all": 0.9591},
+    "Clean label, fixed noise of strength 1 (CLA)": {"acc_test": 0.8902, "asr_all": 1.0},
+    "Trigger combination (TCA)": {"acc_test": 0.8771, "asr_all": 0.999},
+    "Post-it note, random place (PN)": {"acc_test": 0.9546, "asr_all": 0.9982},
+    "Gotham (FSA)": {"acc_test": 0.9508, "asr_all": 0.9006},
+    "Sunglasses (SG)": {"acc_test": 0.9789, "asr_all": 0.9998},
+    "Lipstick (LS)": {"acc_test": 0.9719, "asr_all": 0.9151},
+    "Three triggers → one target (MTSTA)": {"acc_test": 0.9584},
+    "Three triggers → three targets (MTMTA)": {"acc_test": 0.9593},
+}
 REASONS = {
     "BadNets, 5×5 square, rate 0.1 %": "9 stamped images of 9,000 teach a net of this size nothing",
     "BadNets, 5×5 square, rate 1 %": "90 stamped images in 8 epochs are not quite enough",
@@ -184,10 +192,8 @@ REASONS = {
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """A row an attack, and the clean twin of each net."""
     for twin in (twin for twin in SCALES[scale] if there(twin.dataset)):
-        yield from grid(twin, seed=range(seeds or SEEDS[scale]))
-        for row, (attack, preset, fields, reported) in ROWS[twin.table].items():
-            made = registry.make("attack", attack, preset, **fields)
-            cell = dataclasses.replace(twin, row=row, attack=made, reported=reported)
+        for row, attack in {TWIN: None, **ATTACKS[twin.table]}.items():
+            cell = dataclasses.replace(twin, row=row, attack=attack, reported=PAPER.get(row, {}))
             yield from grid(cell, seed=range(seeds or SEEDS[scale]))
 
 
@@ -201,48 +207,41 @@ def armed(cell: Cell, runner: Runner) -> Any:
     return cell.attack.bind(cell.dataset.load().train)
 
 
-def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
-    """A test image of each data set with every trigger,
-    as it is fired at the first seed's victim.
+def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
+    """A test image of each data set with every trigger, as it is fired at the victim of the
+    first seed.
     """
-    import jax
-    import numpy as np
-
-    from bdjax import plots
-
     runner = Runner(store, "attack_zoo", scale, quiet=True)
-    whole = {row["run"] for row in rows if "error" not in row}
-    for name, of_net in itertools.groupby(cells(scale, 1), lambda cell: cell.table):
-        attacked = [cell for cell in of_net if cell.attack is not None and cell.run in whole]
-        if not attacked:
-            continue
-        image = attacked[0].dataset.load().test.image[:1]
+    done = {row["run"] for row in rows.done}
+    attacked: dict[str, list[Cell]] = {}
+    for cell in cells(scale, 1):
+        if cell.attack is not None and cell.run in done:
+            attacked.setdefault(cell.table, []).append(cell)
+    for table, here in attacked.items():
+        image = here[0].dataset.load().test.image[:1]
         clean = unit(image)[0]
-        fired = [stamped(armed(cell, runner), 1, image, jax.random.key(0))[0] for cell in attacked]
+        fired = [stamped(armed(cell, runner), 1, image, jax.random.key(0))[0] for cell in here]
         pictures = np.stack([np.stack([clean, x, np.abs(x - clean)]) for x in fired])
         caption = (
             "A test image with the first trigger of each attack, as it is fired at the victim of "
             "seed 0."
         )
         columns = ("clean", "stamped", "difference")
-        picture = plots.images(pictures, [cell.row for cell in attacked], columns, cell=0.6)
-        yield f"triggers-{name.lower()}", f"{name}: triggers", caption, picture
+        picture = plots.images(pictures, [cell.row for cell in here], columns, cell=0.6)
+        yield f"triggers-{table.lower()}", f"{table}: triggers", caption, picture
 
 
-def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
     """What the papers claim of each attack: it works, and accuracy stays within 3 points of the
     clean twin's.
     """
-    from bdjax import report
-
-    for table, row in dict.fromkeys((row["table"], row["row"]) for row in rows):
-        asr = report.mean(rows, row, "asr_nt", table)
-        if math.isnan(asr):  # a clean twin
+    for (table, row), seeds in rows.by("table", "row").items():
+        if math.isnan(asr := seeds.mean("asr_nt")):  # a clean twin
             continue
-        lost = report.mean(rows, TWIN, "acc_test", table) - report.mean(
-            rows, row, "acc_test", table
-        )
-        verdict = report.verdict(asr >= 0.9 and lost <= 0.03, asr >= 0.5)
-        numbers = f"ASR_nt {100 * asr:.1f} %, {100 * lost:+.1f} points of accuracy lost"
-        reason = REASONS.get(row, "") if verdict != "reproduced" else ""
-        yield f"{table}: {row}", verdict, f"{numbers}{': ' if reason else ''}{reason}"
+        clean = rows.where(table=table, row=TWIN)
+        lost = clean.mean("acc_test") - seeds.mean("acc_test")
+        says = verdict(asr >= 0.9 and lost <= 0.03, asr >= 0.5)
+        numbers = f"ASR_nt {percent(asr)}, {100 * lost:+.1f} points of accuracy lost"
+        if row in REASONS and says != "reproduced":
+            numbers += f": {REASONS[row]}"
+        yield f"{table}: {row}", says, numbers

@@ -39,11 +39,10 @@ and costs.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from bdjax import registry, report
+from bdjax import plots, registry
 from bdjax.analysis.sensitivity import LRS, Sensitivity, chart
 from bdjax.datasets.public import FashionMnist, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
@@ -55,6 +54,8 @@ from bdjax.models.layers import build
 from bdjax.models.nc_gtsrb import NcGtsrb
 from bdjax.models.shamshiri import Cnn
 from bdjax.models.strip import StripMnist
+from bdjax.report import verdict
+from bdjax.rows import Row, Rows, measured
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe
@@ -62,91 +63,94 @@ from bdjax.types import BadInput, word
 
 TITLE = "Defense zoo: every defense against many attacks"
 
-
+BEFORE, RATES = "no defense", "Fine-Pruning over its learning rate"
 CHEAP = ("fine-pruning", "strip", "spectral-signatures", "retraining")
-GREY: dict[str, tuple[str, str | None, dict[str, Any]] | None] = {
-    "no attack": None,
-    "BadNets, 5×5 square": ("badnets", "square", {}),
-    "BadNets, 5×5 square, rate 2 %": ("badnets", "square", {"rate": 0.02}),
-    "BadNets, 5×5 square, rate 1 %": ("badnets", "square", {"rate": 0.01}),
-    "BadNets, all-to-all pattern": ("badnets", "pattern", {"labels": "all-to-all", "rate": 0.5}),
-    "Blended, noise key": ("blended", None, {"test_alpha": 0.3}),
-    "Multi-trigger, 10 digits → 1 target": ("multi-trigger", "digits-one", {"rate": 0.3}),
-    "Entropy manipulation": ("entropy-manipulation", None, {}),
-}  # fmt: skip
-CLOTHES = {"no attack": None, "Large trigger": ("badnets", "large-trigger", {})}
-ANYWHERE = {"size": 3, "random_place": True, "color": (1.0, 1.0, 0.0), "rate": 0.2}
-COLOR = {
-    "no attack": None,
-    "Post-it note, random place": ("post-it", None, {"rate": 0.2}),
-    "3×3 square, random place": ("badnets", None, ANYWHERE),
-    "Gotham": ("gotham", None, {"target": 5}),
-}
-SIGNS = {"no attack": None, "BadNets, 4×4 square": ("badnets", "nc", {"target": 33})}
 REPAIRS = ("nc-filter", "nc-pruning", "nc-unlearning")
+
+
+# --- Victims ---
+
+
+def made(name: str, preset: str | None = None, **fields: Any) -> Any:
+    """An attack by its name."""
+    return registry.make("attack", name, preset, **fields)
+
+
+NONE: dict[str, Any] = {"no attack": None}
+GREY = NONE | {
+    "BadNets, 5×5 square": made("badnets", "square"),
+    "BadNets, 5×5 square, rate 2 %": made("badnets", "square", rate=0.02),
+    "BadNets, 5×5 square, rate 1 %": made("badnets", "square", rate=0.01),
+    "BadNets, all-to-all pattern": made("badnets", "pattern", labels="all-to-all", rate=0.5),
+    "Blended, noise key": made("blended", test_alpha=0.3),
+    "Multi-trigger, 10 digits → 1 target": made("multi-trigger", "digits-one", rate=0.3),
+    "Entropy manipulation": made("entropy-manipulation"),
+}
+CLOTHES = NONE | {"Large trigger": made("badnets", "large-trigger")}
+COLOR = NONE | {
+    "Post-it note, random place": made("post-it", rate=0.2),
+    "3×3 square, random place": made(
+        "badnets", size=3, random_place=True, color=(1.0, 1.0, 0.0), rate=0.2
+    ),
+    "Gotham": made("gotham", target=5),
+}
+SIGNS = NONE | {"BadNets, 4×4 square": made("badnets", "nc", target=33)}
+
+
+class Net(NamedTuple):
+    """A net without attack, and what it is attacked with: `images` names its data set, with what it
+    was cut to.
+    """
+
+    images: str
+    data: Any
+    model: Any
+    recipe: Recipe
+    attacks: dict[str, Any]
+
+    def table(self, attack: str) -> str:
+        """The table of an attack on it."""
+        return f"{self.images}: {attack}"
+
+
+SMALL, PAPER = Cnn("VALID", hidden=256, features=(16, 32)), BadNetsCnn(pool="max")
+LONG = Recipe(lr=1e-4, epochs=50, batch=32)
+SCALES = {
+    "smoke": (
+        Net("sample", Sample(train_size=400, test_size=100),
+            Cnn("VALID", hidden=16, features=(4, 4)), Recipe(epochs=1, batch=50),
+            {"BadNets, 5×5 square": GREY["BadNets, 5×5 square"]}),
+    ),
+    "cpu": (
+        Net("MNIST", Mnist(train_size=6_000, test_size=1_000), StripMnist(),
+            Recipe(epochs=10, batch=64), GREY),
+        Net("Fashion-MNIST", Sample(train_size=6_000, test_size=1_000), StripMnist(),
+            Recipe(epochs=10, batch=64), CLOTHES),
+        Net("GTSRB, ten classes", Gtsrb(train_size=6_000, test_size=1_000, top_classes=10), SMALL,
+            Recipe(epochs=10, batch=64), COLOR),
+        Net("GTSRB, 43 classes", Gtsrb(train_size=10_000, test_size=1_000), SMALL,
+            Recipe(epochs=8, batch=64, drops=((6, 0.1),)), SIGNS),
+    ),
+    "paper": (
+        Net("MNIST", Mnist(), PAPER, LONG, GREY),
+        Net("Fashion-MNIST", FashionMnist(), PAPER, LONG, CLOTHES),
+        Net("GTSRB", Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32), COLOR | SIGNS),
+    ),
+}  # fmt: skip
+IMAGES = {
+    net.table(attack): net.images
+    for nets in SCALES.values()
+    for net in nets
+    for attack in net.attacks
+}
+"""The data set of a table."""
 # Victims of one paper: the defenses that are run on them; every one on all others.
 ONLY = {
     "MNIST: BadNets, 5×5 square, rate 1 %": (
-        "activation-clustering",
-        "spectral-signatures",
-        "spectral-signatures, ε = 20 %",
+        "activation-clustering", "spectral-signatures", "spectral-signatures, ε = 20 %",
     ),
     "GTSRB, 43 classes: no attack": ("neural-cleanse",),
     "GTSRB, 43 classes: BadNets, 4×4 square": ("neural-cleanse", *REPAIRS),
-}
-BEFORE = "no defense"
-RATES = "Fine-Pruning over its learning rate"
-# The victims without attack, one a net, and what they are attacked with.
-SCALES: dict[str, tuple[tuple[Cell, dict[str, Any]], ...]] = {
-    "smoke": (
-        (
-            Cell(
-                "sample", BEFORE, Sample(train_size=400, test_size=100),
-                Cnn("VALID", hidden=16, features=(4, 4)),
-                Recipe(epochs=1, batch=50),
-            ),
-            {"BadNets, 5×5 square": GREY["BadNets, 5×5 square"]},
-        ),
-    ),
-    "cpu": (
-        (
-            Cell(
-                "MNIST", BEFORE, Mnist(train_size=6_000, test_size=1_000), StripMnist(),
-                Recipe(epochs=10, batch=64),
-            ),
-            GREY,
-        ),
-        (
-            Cell(
-                "Fashion-MNIST", BEFORE, Sample(train_size=6_000, test_size=1_000), StripMnist(),
-                Recipe(epochs=10, batch=64),
-            ),
-            CLOTHES,
-        ),
-        (
-            Cell(
-                "GTSRB, ten classes", BEFORE,
-                Gtsrb(train_size=6_000, test_size=1_000, top_classes=10),
-                Cnn("VALID", hidden=256, features=(16, 32)), Recipe(epochs=10, batch=64),
-            ),
-            COLOR,
-        ),
-        (
-            Cell(
-                "GTSRB, 43 classes", BEFORE, Gtsrb(train_size=10_000, test_size=1_000),
-                Cnn("VALID", hidden=256, features=(16, 32)),
-                Recipe(epochs=8, batch=64, drops=((6, 0.1),)),
-            ),
-            SIGNS,
-        ),
-    ),
-    "paper": (
-        (Cell("MNIST", BEFORE, Mnist(), BadNetsCnn(pool="max"),
-              Recipe(lr=1e-4, epochs=50, batch=32)), GREY),
-        (Cell("Fashion-MNIST", BEFORE, FashionMnist(), BadNetsCnn(pool="max"),
-              Recipe(lr=1e-4, epochs=50, batch=32)), CLOTHES),
-        (Cell("GTSRB", BEFORE, Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32)), COLOR | SIGNS),
-    ),
 }  # fmt: skip
 
 
@@ -160,78 +164,71 @@ def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
         preset = getattr(entry.cls, "presets", {}).get("cpu", {}) if scale != "paper" else {}
         if issubclass(entry.cls, Judge):
             preset = {**preset, "seeds": 3}
-        made: Any = entry.cls
-        yield entry.name, made(**preset)
+        cls: Any = entry.cls
+        yield entry.name, cls(**preset)
         if entry.name == "spectral-signatures" and attack is not None:
-            yield "spectral-signatures, ε = 20 %", made(remove=0.3)
+            yield "spectral-signatures, ε = 20 %", cls(remove=0.3)
         if entry.name == "linf-pruning":
-            excess = {**preset, "rule": "excess", "inputs": "syn"}
-            yield "linf-pruning, excess", made(**excess)
+            yield "linf-pruning, excess", cls(**{**preset, "rule": "excess", "inputs": "syn"})
         if entry.name in REPAIRS:
-            yield f"{entry.name}, smallest norm", made(**preset, pick="smallest")
+            yield f"{entry.name}, smallest norm", cls(**preset, pick="smallest")
     if attack is not None and scale != "smoke":
         nc = registry.make("defense", "neural-cleanse", None if scale == "paper" else "cpu")
-        yield (
-            "nc-unlearning, original trigger",
-            registry.make("defense", "nc-unlearning", nc=nc, original=attack),
-        )
-        yield (
-            "nc-pruning, known target",
-            registry.make("defense", "nc-pruning", nc=nc, label=attack.target),
-        )
+        original = registry.make("defense", "nc-unlearning", nc=nc, original=attack)
+        yield "nc-unlearning, original trigger", original
+        told = registry.make("defense", "nc-pruning", nc=nc, label=attack.target)
+        yield "nc-pruning, known target", told
 
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """For each attack the victim, then every defense that applies."""
-    for clean, attacks in SCALES[scale]:
-        if not there(clean.dataset):
-            continue
-        data = clean.dataset.load()
-        model = build(clean.model, data.shape, data.classes)
-        for title, made in attacks.items():
-            attack = None if made is None else registry.make("attack", made[0], made[1], **made[2])
-            victim = dataclasses.replace(clean, table=f"{clean.table}: {title}", attack=attack)
-            yield from grid(victim, seed=range(seeds or 1))
-            if attack is not None and victim.table not in ONLY:
+    for net in (net for net in SCALES[scale] if there(net.data)):
+        data = net.data.load()
+        model = build(net.model, data.shape, data.classes)
+        for name, attack in net.attacks.items():
+            table = net.table(name)
+            victim = Cell(table, BEFORE, net.data, net.model, net.recipe, attack,
+                          tags={"images": net.images, "against": name})  # fmt: skip
+            found = [victim]
+            if attack is not None and table not in ONLY:
                 preset = FinePruning.presets["cpu"] if scale != "paper" else {}
                 probe = Sensitivity(FinePruning(**preset), LRS)
-                rates = dataclasses.replace(victim, table=RATES, row=victim.table, probe=probe)
-                yield from grid(rates, seed=range(seeds or 1))
+                found.append(dataclasses.replace(victim, table=RATES, row=table, probe=probe))
             for row, defense in defenses(scale, attack):
-                if row not in ONLY.get(victim.table, (row,)):
-                    continue
-                try:
-                    defense.check(model, data.clean)
-                except BadInput:
-                    continue
-                yield from grid(
-                    dataclasses.replace(victim, row=row, defense=defense), seed=range(seeds or 1)
-                )
+                if row in ONLY.get(table, (row,)) and applies(defense, model, data.clean):
+                    found.append(dataclasses.replace(victim, row=row, defense=defense))
+            for cell in found:
+                yield from grid(cell, seed=range(seeds or 1))
+
+
+def applies(defense: Any, model: Any, clean: Any) -> bool:
+    """Whether a defense can be run on a net."""
+    try:
+        defense.check(model, clean)
+    except BadInput:
+        return False
+    return True
 
 
 # --- What a defense did ---
 
 
-def matrix(rows: list[dict]) -> tuple[list[str], dict[str, dict[str, dict]]]:
+def matrix(rows: Rows) -> tuple[list[str], dict[str, dict[str, Row]]]:
     """The attacks, and for each defense by attack its row of the first seed."""
-    found: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        if "error" not in row and row["table"] != RATES:
-            found.setdefault(row["row"], {}).setdefault(row["table"], row)
+    shown = Rows(row for row in rows.done if row["table"] != RATES)
+    found = {
+        name: {table: seeds[0] for table, seeds in of.by("table").items()}
+        for name, of in shown.by("row").items()
+    }
     return list(found.get(BEFORE, {})), found
 
 
-def images(table: str) -> str:
-    """The data set of a table, with what it was cut to."""
-    return table.split(": ")[0]
-
-
-def short(row: dict) -> str:
+def short(row: Row) -> str:
     """A row in a word: verdict and index, or ACC and ASR_nt."""
     m = row["metrics"]
 
     def share(name: str) -> str:
-        return f"{100 * m[name]:.0f}" if report.measured(m.get(name)) else "–"
+        return f"{100 * m[name]:.0f}" if measured(m.get(name)) else "–"
 
     if "infected" in m:
         said = word(m["infected"], m.get("undecided"))
@@ -239,7 +236,7 @@ def short(row: dict) -> str:
     return f"{share('acc_test')} / {share('asr_nt')}"
 
 
-def works(row: dict, before: dict, alarm: bool) -> tuple[bool, bool]:
+def works(row: Row, before: Row, alarm: bool) -> tuple[bool, bool]:
     """Whether a defense works on a victim, and whether it does in part. `alarm`: it calls the clean
     net infected.
     """
@@ -252,58 +249,61 @@ def works(row: dict, before: dict, alarm: bool) -> tuple[bool, bool]:
     return kept and now["asr_nt"] <= 0.2, kept and now["asr_nt"] <= was["asr_nt"] / 2
 
 
-def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
+def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
     """ASR and accuracy under the defenses that change them, by attack; ASR over Fine-Pruning's
     learning rate.
     """
-    from bdjax import plots
-
     tables, found = matrix(rows)
-    changing = {
-        name: line
+    changing = [
+        name
         for name, line in found.items()
         if "infected" not in next(iter(line.values()))["metrics"]
-    }
+    ]
+    cells = rows.by("row", "table")
     for metric, title in (("asr_nt", "ASR left"), ("acc_test", "accuracy left")):
-        shown = [t for t in tables if not math.isnan(report.mean(rows, BEFORE, metric, t))]
+        shown = [table for table in tables if cells[BEFORE, table].values(metric)]
         if changing and shown:
-            values = [[report.mean(rows, name, metric, t) for t in shown] for name in changing]
-            picture = plots.heat_map(values, shown, list(changing), label=title, percent=True)
-            yield (
-                f"matrix-{metric}",
-                f"Defense × attack: {title}",
-                "Mean over seeds. Empty: does not apply.",
-                picture,
-            )
+            values = [
+                [cells.get((name, table), Rows()).mean(metric) for table in shown]
+                for name in changing
+            ]
+            picture = plots.heat_map(values, shown, changing, label=title, percent=True)
+            caption = "Mean over seeds. Empty: does not apply."
+            yield f"matrix-{metric}", f"Defense × attack: {title}", caption, picture
     if (drawn := chart(rows, RATES)) is not None:
         caption = "The matrix has the one at 0.001. Chosen by none of these: see `FinePruning`."
         yield "fine-pruning-rates", RATES, caption, drawn
 
 
-def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
     """Each defense works against one attack at least."""
     tables, found = matrix(rows)
-    attacked = [
-        table for table in tables if not math.isnan(report.mean(rows, BEFORE, "asr_nt", table))
-    ]
+    attacked = [table for table in tables if rows.where(table=table, row=BEFORE).values("asr_nt")]
     for name, line in found.items():
-        if name == BEFORE:
-            continue
-        alarms = {
-            images(t) for t in line if t not in attacked and line[t]["metrics"].get("infected")
-        }
-        did = {
-            t: works(line[t], found[BEFORE][t], images(t) in alarms) for t in attacked if t in line
-        }
-        good = [table for table, (whole, _) in did.items() if whole]
-        part = [table for table, (_, some) in did.items() if some and table not in good]
-        numbers = (
-            f"{len(good)} of {len(did)}"
-            + f", a false alarm on {' and '.join(sorted(alarms))}" * bool(alarms)
-        )
-        for what, tables_of in (("", good), ("in part ", part)):
-            if tables_of:
-                numbers += f"; {what}" + ", ".join(
-                    f"{table} ({short(line[table])})" for table in tables_of
-                )
-        yield f"{name} works", report.verdict(bool(good), bool(part)), numbers
+        if name != BEFORE:
+            yield it_works(name, line, found[BEFORE], attacked)
+
+
+def it_works(
+    name: str, line: dict[str, Row], before: dict[str, Row], attacked: list[str]
+) -> tuple[str, str, str]:
+    """Against how many of the attacks, and with which false alarms."""
+    alarms = {
+        IMAGES[table]
+        for table in line
+        if table not in attacked and line[table]["metrics"].get("infected")
+    }
+    did = {
+        table: works(line[table], before[table], IMAGES[table] in alarms)
+        for table in attacked
+        if table in line
+    }
+    good = [table for table, (whole, _) in did.items() if whole]
+    part = [table for table, (_, some) in did.items() if some and table not in good]
+    numbers = f"{len(good)} of {len(did)}"
+    if alarms:
+        numbers += f", a false alarm on {' and '.join(sorted(alarms))}"
+    for what, of in (("", good), ("in part ", part)):
+        if of:
+            numbers += f"; {what}" + ", ".join(f"{table} ({short(line[table])})" for table in of)
+    return f"{name} works", verdict(bool(good), bool(part)), numbers

@@ -32,12 +32,13 @@ Where we differ, and why:
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import numpy as np
 
+from bdjax import plots
 from bdjax.analysis.sensitivity import LRS, Sensitivity, chart
 from bdjax.attacks.badnets import BadNets
 from bdjax.datasets.public import FashionMnist
@@ -48,6 +49,8 @@ from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.defenses.train.db_covidnet import DbCovidNet
 from bdjax.defenses.train.lpsf import Lpsf
 from bdjax.models.shamshiri import Cnn, Ffnn
+from bdjax.report import percent, verdict
+from bdjax.rows import Rows
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe, stamped
@@ -57,37 +60,52 @@ TITLE = "Shamshiri & Sohn (2023): three defenses on Fashion-MNIST"
 
 ONE, TWO, MORE = "Table I", "Table II", "Beyond the paper"
 RATES = "Beyond the paper: Fine-Pruning over its learning rate"
+PAPER = {
+    "CNN": {"acc_train": 0.9899, "asr_all": 0.999},
+    "FFNN": {"acc_train": 0.92, "asr_all": 0.97},
+    "Fine-Pruning, CNN": {"acc_train": 0.96, "asr_all": 0.002},
+    "LPSF, FFNN": {"acc_train": 0.95, "asr_all": 0.002},
+    "DB-COVIDNet, CNN": {"acc_train": 0.85, "asr_all": 0.063},
+}
 
 
-class Scale(NamedTuple):
-    """What a scale changes. `epochs`: CNN, FFNN, a CNN as a member, an FFNN as a member; `targets`
-    and `seeds` (CNN, FFNN) make the runs of a row.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a scale changes. `epochs`, `members`: of a net, and of one of an ensemble; `targets` and
+    `seeds` make the runs of a row.
     """
 
     data: Any
-    epochs: tuple[int, int, int, int]
-    cnn: Cnn
-    ffnn: Ffnn
-    members: int
+    nets: dict[str, Any]
+    epochs: dict[str, int]
+    members: dict[str, int]
+    ensemble: int
     cleanse: NeuralCleanse
     strip: Strip
-    targets: tuple[int, ...]
-    seeds: tuple[int, int]
+    targets: tuple[int, ...] = (0,)
+    seeds: dict[str, int]
 
 
+FULL = {"FFNN": Ffnn(links="all"), "CNN": Cnn("VALID")}
 SCALES = {
     "smoke": Scale(
-        Sample(train_size=640, test_size=100), (2, 2, 1, 1),
-        Cnn("VALID", hidden=32, features=(4, 8)), Ffnn((32,), "all"), 4,
-        NeuralCleanse(steps=2, batches=2), Strip(n=10, inputs=20), (0,), (1, 1),
+        data=Sample(train_size=640, test_size=100),
+        nets={"FFNN": Ffnn((32,), "all"), "CNN": Cnn("VALID", hidden=32, features=(4, 8))},
+        epochs={"FFNN": 2, "CNN": 2}, members={"FFNN": 1, "CNN": 1}, ensemble=4,
+        cleanse=NeuralCleanse(steps=2, batches=2), strip=Strip(n=10, inputs=20),
+        seeds={"FFNN": 1, "CNN": 1},
     ),
     "cpu": Scale(
-        Sample(), (5, 8, 1, 2), Cnn("VALID"), Ffnn(links="all"),
-        4, NeuralCleanse(steps=15, batches=8, seeds=3), Strip(n=20, inputs=500), (0,), (2, 3),
+        data=Sample(), nets=FULL,
+        epochs={"FFNN": 8, "CNN": 5}, members={"FFNN": 2, "CNN": 1}, ensemble=4,
+        cleanse=NeuralCleanse(steps=15, batches=8, seeds=3), strip=Strip(n=20, inputs=500),
+        seeds={"FFNN": 3, "CNN": 2},
     ),
     "paper": Scale(
-        FashionMnist(), (20, 30, 10, 10), Cnn("VALID"), Ffnn(links="all"),
-        12, NeuralCleanse(seeds=3), Strip(inputs=2000), (0, 3, 7), (5, 5),
+        data=FashionMnist(), nets=FULL,
+        epochs={"FFNN": 30, "CNN": 20}, members={"FFNN": 10, "CNN": 10}, ensemble=12,
+        cleanse=NeuralCleanse(seeds=3), strip=Strip(inputs=2000), targets=(0, 3, 7),
+        seeds={"FFNN": 5, "CNN": 5},
     ),
 }  # fmt: skip
 
@@ -95,171 +113,123 @@ SCALES = {
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """The rows of both tables, the quick ones first."""
     s = SCALES[scale]
-    nets = (("FFNN", s.ffnn, s.epochs[1], s.epochs[3]), ("CNN", s.cnn, s.epochs[0], s.epochs[2]))
-    paper = {
-        "CNN": {"acc_train": 0.9899, "asr_all": 0.999},
-        "FFNN": {"acc_train": 0.92, "asr_all": 0.97},
-        "Fine-Pruning, CNN": {"acc_train": 0.96, "asr_all": 0.002},
-        "LPSF, FFNN": {"acc_train": 0.95, "asr_all": 0.002},
-        "DB-COVIDNet, CNN": {"acc_train": 0.85, "asr_all": 0.063},
-    }
 
-    def rows(table, row, net, epochs, defense=None, attacked=True):
-        drops = ((round(0.75 * epochs), 0.1),)
-        recipe = Recipe(epochs=epochs, batch=64, drops=drops)
-        # The clean twin is the victim at poison rate 0: one program trains both, and the twin's ASR
-        # is known too.
-        attack = BadNets() if attacked else BadNets(rate=0.0)
-        base = Cell(table, row, s.data, net, recipe, attack, defense, reported=paper.get(row, {}))
-        count = seeds or s.seeds[0 if net is s.cnn else 1]
-        return grid(base, seed=range(count), attack__target=s.targets)
+    def row(table: str, row: str, net: str, defense: Any = None, **more: Any) -> Iterator[Cell]:
+        epochs = more.pop("epochs", s.epochs[net])
+        recipe = Recipe(epochs=epochs, batch=64, drops=((round(0.75 * epochs), 0.1),))
+        more = {"attack": BadNets(), "reported": PAPER.get(row, {}), "tags": {"net": net}, **more}
+        cell = Cell(table, row, s.data, s.nets[net], recipe, defense=defense, **more)
+        return grid(cell, seed=range(seeds or s.seeds[net]), attack__target=s.targets)
 
-    for name, net, epochs, member in nets:
-        yield from rows(ONE, name, net, epochs)
-        yield from rows(ONE, f"{name}, clean twin", net, epochs, attacked=False)
-        yield from rows(TWO, f"Fine-Pruning, {name}", net, epochs, FinePruning())
-        rates = next(iter(rows(RATES, name, net, epochs)))
-        yield dataclasses.replace(rates, reported={}, probe=Sensitivity(FinePruning(), LRS))
-        yield from rows(MORE, f"STRIP, {name}", net, epochs, s.strip)
-        yield from rows(MORE, f"Neural Cleanse, {name}", net, epochs, s.cleanse)
-        yield from rows(
-            MORE, f"Neural Cleanse, {name}, clean twin", net, epochs, s.cleanse, attacked=False
-        )
-        yield from rows(TWO, f"LPSF, {name}", net, epochs, Lpsf())
-        yield from rows(TWO, f"DB-COVIDNet, {name}", net, member, DbCovidNet(members=s.members))
-    for tau in (0.05, 0.2):
-        yield from rows(MORE, f"LPSF, FFNN, τ = {tau}", s.ffnn, s.epochs[1], Lpsf(tau=tau))
-    yield from rows(MORE, "LPSF, FFNN, pruning alone", s.ffnn, s.epochs[1], Lpsf(topology="dense"))
-    yield from rows(MORE, "LPSF, FFNN, scale-free alone", s.ffnn, s.epochs[1], Lpsf(prune=False))
-    yield from rows(
-        MORE,
-        "LPSF, FFNN, random instead of scale-free",
-        s.ffnn,
-        s.epochs[1],
-        Lpsf(topology="random"),
-    )
-    unlucky = DbCovidNet(members=s.members, keep=8, design="random")
-    yield from rows(
-        MORE, "DB-COVIDNet, FFNN, no guarantee, 8 of 16 blocks", s.ffnn, s.epochs[3], unlucky
-    )
+    # The clean twin is the victim at poison rate 0: one program trains both, and the twin's ASR is
+    # known too.
+    clean = BadNets(rate=0.0)
+    rates = Sensitivity(FinePruning(), LRS)
+    for net in s.nets:
+        yield from row(ONE, net, net)
+        yield from row(ONE, f"{net}, clean twin", net, attack=clean)
+        yield from row(TWO, f"Fine-Pruning, {net}", net, FinePruning())
+        yield next(row(RATES, net, net, reported={}, probe=rates))
+        yield from row(MORE, f"STRIP, {net}", net, s.strip)
+        yield from row(MORE, f"Neural Cleanse, {net}", net, s.cleanse)
+        yield from row(MORE, f"Neural Cleanse, {net}, clean twin", net, s.cleanse, attack=clean)
+        yield from row(TWO, f"LPSF, {net}", net, Lpsf())
+        ensemble = DbCovidNet(members=s.ensemble)
+        yield from row(TWO, f"DB-COVIDNet, {net}", net, ensemble, epochs=s.members[net])
+    for name, ablation in {
+        "τ = 0.05": Lpsf(tau=0.05),
+        "τ = 0.2": Lpsf(tau=0.2),
+        "pruning alone": Lpsf(topology="dense"),
+        "scale-free alone": Lpsf(prune=False),
+        "random instead of scale-free": Lpsf(topology="random"),
+    }.items():
+        yield from row(MORE, f"LPSF, FFNN, {name}", "FFNN", ablation)
+    unlucky = DbCovidNet(members=s.ensemble, keep=8, design="random")
+    name = "DB-COVIDNet, FFNN, no guarantee, 8 of 16 blocks"
+    yield from row(MORE, name, "FFNN", unlucky, epochs=s.members["FFNN"])
 
 
-def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
+def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
     """Stamped images; accuracy and ASR by pruned channels; members' votes; entropies; reversed
     triggers.
     """
-    import jax
-
-    from bdjax import plots, report
-
     data = SCALES[scale].data.load()
     first = [int(np.flatnonzero(data.test.label == k)[0]) for k in range(6)]
     clean = data.test.image[first] / np.float32(255)
-    names = [class_name(k, data.names) for k in range(6)]
     trojan = stamped(BadNets(), 1, clean, jax.random.key(0))
-    yield (
-        "stamped",
-        "The trigger",
-        "The 5×5 white square, flush in the corner, on test images.",
-        plots.stamped(clean, trojan, names),
-    )
-
+    picture = plots.stamped(clean, trojan, [class_name(k, data.names) for k in range(6)])
+    caption = "The 5×5 white square, flush in the corner, on test images."
+    yield "stamped", "The trigger", caption, picture
     if (drawn := chart(rows, RATES)) is not None:
         yield "fine-pruning-rates", RATES, "First run. Table II has the one at 0.001.", drawn
-    arrays = functools.partial(report.arrays, rows, store)
-    for name in ("CNN", "FFNN"):
-        if found := arrays(f"Fine-Pruning, {name}"):
+    for net in ("CNN", "FFNN"):
+        if found := rows.where(row=f"Fine-Pruning, {net}").arrays(store):
             acc, asr = (np.stack([a[key] for _, a in found]) for key in ("acc_curve", "asr_curve"))
-            chosen = float(np.mean([r["metrics"]["pruned"] for r, _ in found]))
+            chosen = Rows(row for row, _ in found).mean("pruned")
             caption = (
                 "Pruning alone, before fine-tuning: test accuracy and ASR_nt, mean and range over "
-                "the runs; the mark is where the "
+                "the runs; the mark is where the defender's clean images say stop."
             )
-            caption += "defender's clean images say stop."
-            yield (
-                f"pruning-{name}",
-                f"Fine-Pruning, {name}",
-                caption,
-                plots.pruning(np.arange(acc.shape[1]), acc, asr, chosen),
-            )
-        if found := arrays(f"DB-COVIDNet, {name}"):
-            votes = found[0][1]
+            picture = plots.pruning(np.arange(acc.shape[1]), acc, asr, chosen)
+            yield f"pruning-{net}", f"Fine-Pruning, {net}", caption, picture
+        for _, a in rows.where(row=f"DB-COVIDNet, {net}").arrays(store)[:1]:
             caption = (
                 "First run: the share of clean and of stamped test images for which a member votes "
                 "for the target."
             )
-            picture = plots.votes(
-                votes["votes_clean"], votes["votes_stamped"], votes["sees_trigger"]
-            )
-            yield f"votes-{name}", f"DB-COVIDNet, {name}: members' votes", caption, picture
-        if found := arrays(f"STRIP, {name}"):
-            row, scores = found[0]
+            picture = plots.votes(a["votes_clean"], a["votes_stamped"], a["sees_trigger"])
+            yield f"votes-{net}", f"DB-COVIDNet, {net}: members' votes", caption, picture
+        for row, a in rows.where(row=f"STRIP, {net}").arrays(store)[:1]:
+            m = row["metrics"]
+            caption = f"First run: FAR {percent(m['far'])} at FRR {percent(m['frr'])}."
+            picture = plots.entropies(a["score_clean"], a["score_trojan"].ravel(), m["boundary"])
+            yield f"strip-{net}", f"STRIP, {net}", caption, picture
+        for row, a in rows.where(row=f"Neural Cleanse, {net}").arrays(store)[:1]:
+            target, name = row["config"]["attack"]["target"], f"Neural Cleanse, {net}"
             caption = (
-                f"First run: FAR {100 * row['metrics']['far']:.1f} % at FRR "
-                f"{100 * row['metrics']['frr']:.1f} %."
+                f"First run: anomaly index {row['metrics']['anomaly_index']:.2f} (flagged above "
+                f"2); the true target is {class_name(target, data.names)}."
             )
-            picture = plots.entropies(
-                scores["score_clean"], scores["score_trojan"].ravel(), row["metrics"]["boundary"]
-            )
-            yield f"strip-{name}", f"STRIP, {name}", caption, picture
-        if found := arrays(f"Neural Cleanse, {name}"):
-            row, nc = found[0]
-            index = f"{row['metrics']['anomaly_index']:.2f}"
-            caption = (
-                f"First run: anomaly index {index} (flagged above 2); the true target is "
-                f"{class_name(row['config']['attack']['target'], data.names)}."
-            )
-            picture = plots.norms(
-                nc["norms"],
-                nc["index"],
-                nc["flagged"],
-                row["config"]["attack"]["target"],
-                data.names,
-            )
-            yield f"norms-{name}", f"Neural Cleanse, {name}: norms", caption, picture
-            yield (
-                f"triggers-{name}",
-                f"Neural Cleanse, {name}: reversed triggers",
-                "Mask ⊙ pattern, and L1 of the mask.",
-                plots.triggers(nc["mask"], nc["pattern"], nc["norms"], names=data.names),
-            )
+            picture = plots.norms(a["norms"], a["index"], a["flagged"], target, data.names)
+            yield f"norms-{net}", f"{name}: norms", caption, picture
+            picture = plots.triggers(a["mask"], a["pattern"], a["norms"], names=data.names)
+            caption = "Mask ⊙ pattern, and L1 of the mask."
+            yield f"triggers-{net}", f"{name}: reversed triggers", caption, picture
 
 
-def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+# --- Claims ---
+
+
+def attack_works(rows: Rows, net: str) -> tuple[str, str, str]:
+    """It succeeds, and costs no accuracy."""
+    victim, twin = rows.where(table=ONE, row=net), rows.where(row=f"{net}, clean twin")
+    asr, lost = victim.mean("asr_nt"), twin.mean("acc_test") - victim.mean("acc_test")
+    numbers = f"ASR_nt {percent(asr)}, {100 * lost:+.1f} points of test accuracy lost"
+    says = verdict(asr > 0.97 and lost < 0.01, asr > 0.9)
+    return f"BadNets is effective against the {net}", says, numbers
+
+
+def defense_works(rows: Rows, defense: str, net: str) -> tuple[str, str, str]:
+    """It leaves little of the attack's success."""
+    before, left = rows.where(table=ONE, row=net), rows.where(row=f"{defense}, {net}")
+    was, now, acc = before.mean("asr_nt"), left.mean("asr_nt"), left.mean("acc_test")
+    numbers = f"ASR_nt {100 * was:.1f} → {percent(now)}, test accuracy {percent(acc)}"
+    claim = f"{defense}, {net} greatly reduces the attack's success"
+    return claim, verdict(now < 0.1, now < 0.5 * was), numbers
+
+
+def lpsf_is_weak(rows: Rows) -> tuple[str, str, str]:
+    """On a CNN it leaves the backdoor."""
+    left = rows.where(row="LPSF, CNN")
+    asr, acc = left.mean("asr_nt"), left.mean("acc_test")
+    numbers = f"ASR_nt {percent(asr)}, test accuracy {percent(acc)}"
+    return "LPSF is weak on a CNN", verdict(asr > 0.5, asr > 0.1), numbers
+
+
+def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
     """What the paper claims, and what our rows say."""
-    from bdjax import report
-    from bdjax.report import verdict
-
-    mean = functools.partial(report.mean, rows)
-    for net in ("CNN", "FFNN"):
-        asr, gap = (
-            mean(net, "asr_nt"),
-            mean(f"{net}, clean twin", "acc_test") - mean(net, "acc_test"),
-        )
-        numbers = f"ASR_nt {100 * asr:.1f} %, {100 * gap:+.1f} points of test accuracy lost"
-        yield (
-            f"BadNets is effective against the {net}",
-            verdict(asr > 0.97 and gap < 0.01, asr > 0.9),
-            numbers,
-        )
-    for row in ("Fine-Pruning, CNN", "LPSF, FFNN", "DB-COVIDNet, CNN"):
-        before, after = mean(row.split(", ")[1], "asr_nt"), mean(row, "asr_nt")
-        numbers = (
-            f"ASR_nt {100 * before:.1f} → {100 * after:.1f} %, test accuracy "
-            f"{100 * mean(row, 'acc_test'):.1f} %"
-        )
-        yield (
-            f"{row} greatly reduces the attack's success",
-            verdict(after < 0.1, after < 0.5 * before),
-            numbers,
-        )
-    row = "LPSF, CNN"
-    numbers = (
-        f"ASR_nt {100 * mean(row, 'asr_nt'):.1f} %, test accuracy "
-        f"{100 * mean(row, 'acc_test'):.1f} %"
-    )
-    yield (
-        "LPSF is weak on a CNN",
-        verdict(mean(row, "asr_nt") > 0.5, mean(row, "asr_nt") > 0.1),
-        numbers,
-    )
+    yield from (attack_works(rows, net) for net in ("CNN", "FFNN"))
+    yield defense_works(rows, "Fine-Pruning", "CNN")
+    yield defense_works(rows, "LPSF", "FFNN")
+    yield defense_works(rows, "DB-COVIDNet", "CNN")
+    yield lpsf_is_weak(rows)

@@ -49,6 +49,7 @@ told the target; STRIP for SG and LS; the generative model for none, unless it i
 """
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -57,7 +58,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import registry, report
+from bdjax import plots, registry
 from bdjax.analysis.sensitivity import LRS, Sensitivity, chart
 from bdjax.analysis.sizes import Sizes
 from bdjax.channels import channel_means
@@ -75,6 +76,8 @@ from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.deepid import DeepId
 from bdjax.models.layers import default_site
 from bdjax.models.shamshiri import Cnn
+from bdjax.report import verdict
+from bdjax.rows import Rows, measured
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe, evaluate, stamped, unit
@@ -199,19 +202,20 @@ class Victim(NamedTuple):
     recipe: Recipe
 
 
-class Scale(NamedTuple):
-    """What a scale changes. `tiny`: stands in for all nets of `zoo` (None: they are taken at this
-    scale); `second`: learning rate of Figure 1's second recipe; `bench`: the net of the grid and of
-    the adaptive attacks (None: without them); `rates`: its learning rates by optimiser, `batches`
-    its batch sizes.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a scale changes. `name`: at which `zoo` has its nets, and `tiny` what stands in for all
+    of them; `second`: learning rate of Figure 1's second recipe; `bench`: the net of the grid and
+    of the adaptive attacks (None: without them); `rates`: its learning rates by optimiser,
+    `batches` its batch sizes.
     """
 
     name: Literal["paper", "cpu"]
-    tiny: Victim | None
+    tiny: Victim | None = None
     second: float
-    bench: Victim | None
-    rates: dict[str, tuple[float, ...]]
-    batches: tuple[int, ...]
+    bench: Victim | None = None
+    rates: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    batches: tuple[int, ...] = ()
     fine_pruning: FinePruning
     cleanse: NeuralCleanse
     strip: Strip
@@ -222,38 +226,40 @@ class Scale(NamedTuple):
     names: tuple[str, ...] = tuple(BADNETS)
 
 
-TINY = Victim(
-    Sample(train_size=400, test_size=100),
-    Cnn("VALID", hidden=16, features=(4, 4)),
-    Recipe(epochs=1, batch=50),
-)
 FACES = {"path": "faces_train.npz", "test": "faces_test.npz"}
 SCALES = {
     "smoke": Scale(
-        "cpu", TINY, 3e-3, None, {}, (),
-        FinePruning(recipe=Recipe(epochs=1)), NeuralCleanse(steps=2, batches=2, batch=8),
-        Strip(0.03, n=4, inputs=20), Mesa(hidden=8, batch=16, epochs=1, noise_size=8, samples=8),
-        MesaRetraining.presets["cpu"], Abs(images=10, top=2, per_site=1, steps=2), 1, ("SG",),
+        name="cpu", names=("SG",), seeds=1, second=3e-3,
+        tiny=Victim(
+            Sample(train_size=400, test_size=100), Cnn("VALID", hidden=16, features=(4, 4)),
+            Recipe(epochs=1, batch=50),
+        ),
+        fine_pruning=FinePruning(recipe=Recipe(epochs=1)),
+        cleanse=NeuralCleanse(steps=2, batches=2, batch=8), strip=Strip(0.03, n=4, inputs=20),
+        mesa=Mesa(hidden=8, batch=16, epochs=1, noise_size=8, samples=8),
+        retraining=MesaRetraining.presets["cpu"], abs=Abs(images=10, top=2, per_site=1, steps=2),
     ),
     "cpu": Scale(
-        "cpu", None, 3e-3,
-        Victim(
+        name="cpu", second=3e-3,
+        bench=Victim(
             Mnist(train_size=3_000, test_size=500), Cnn("VALID", hidden=64, features=(8, 16)),
             Recipe(epochs=6, batch=32),
         ),
-        {"adam": (1e-3, 3e-3), "sgd": (0.01, 0.05)}, (16, 64),
-        FinePruning(recipe=Recipe(epochs=10, batch=32)),
-        NeuralCleanse(steps=16, batches=5, batch=16, init_cost=0.01, start_at_zero=False,
-                      patience=2),
-        Strip(0.03, n=20), Mesa(**Mesa.presets["cpu"]), MesaRetraining.presets["cpu"],
-        Abs(images=10, top=6, per_site=1, steps=100, seeds=3),
+        rates={"adam": (1e-3, 3e-3), "sgd": (0.01, 0.05)}, batches=(16, 64),
+        fine_pruning=FinePruning(recipe=Recipe(epochs=10, batch=32)),
+        cleanse=NeuralCleanse(steps=16, batches=5, batch=16, init_cost=0.01, start_at_zero=False,
+                              patience=2),
+        strip=Strip(0.03, n=20), mesa=Mesa(**Mesa.presets["cpu"]),
+        retraining=MesaRetraining.presets["cpu"],
+        abs=Abs(images=10, top=6, per_site=1, steps=100, seeds=3),
     ),
     "paper": Scale(
-        "paper", None, 0.3,
-        Victim(Mnist(), BadNetsCnn(pool="max"), Recipe(epochs=20, batch=128)),
-        {"adam": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (0.003, 0.01, 0.03, 0.1), "adadelta": (0.1, 1.0)},
-        (32, 128, 512), FinePruning(), NeuralCleanse(screen=100), Strip(0.03), Mesa(), {},
-        Abs(seeds=3),
+        name="paper", second=0.3,
+        bench=Victim(Mnist(), BadNetsCnn(pool="max"), Recipe(epochs=20, batch=128)),
+        rates={"adam": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (0.003, 0.01, 0.03, 0.1),
+               "adadelta": (0.1, 1.0)},
+        batches=(32, 128, 512), fine_pruning=FinePruning(), cleanse=NeuralCleanse(screen=100),
+        strip=Strip(0.03), mesa=Mesa(), retraining={}, abs=Abs(seeds=3),
     ),
 }  # fmt: skip
 
@@ -390,11 +396,6 @@ def defenses(
     told, None: out of its scope; `targets`: the labels that an oracle tells Neural Cleanse, None:
     there is none to tell; `told`: whether the generative model is told too.
     """
-
-    def generative(label: int | None) -> MesaRetraining:
-        mesa = dataclasses.replace(s.mesa, side=side, label=label)
-        return MesaRetraining(**{**s.retraining, "mesa": mesa})
-
     made: dict[str, Any] = {
         FP: dataclasses.replace(s.fine_pruning, site=place(model)), NC: NcUnlearning(nc=s.cleanse),
         STRIP: s.strip,
@@ -403,7 +404,9 @@ def defenses(
     if targets is not None:
         made[ORACLE] = NcUnlearning(nc=s.cleanse, label=np.unique(targets))
     if side is not None:
-        made[TOLD if told else MESA] = generative(targets[0] if told and targets else None)
+        label = targets[0] if told and targets else None
+        mesa = dataclasses.replace(s.mesa, side=side, label=label)
+        made[TOLD if told else MESA] = MesaRetraining(**{**s.retraining, "mesa": mesa})
     return {column: made[column] for column in COLUMNS if column in made}
 
 
@@ -415,64 +418,48 @@ def badnet(s: Scale, name: str) -> tuple[Cell, tuple[int, ...]]:
     victim = Victim(*net.values())
     if s.tiny is not None:
         victim, substitute = s.tiny, "Fashion-MNIST"
-    return Cell(
+    probe = EachTrigger(about.parts) if about.parts else None
+    cell = Cell(
         table3(BASELINE), name, victim.data, victim.model, victim.recipe, attack,
-        reported=reported(name, BASELINE), substitute=substitute,
-        probe=EachTrigger(about.parts) if about.parts else None,
-    ), (int(attack.target),) if name == "FSA" else about.targets  # fmt: skip
+        reported=reported(name, BASELINE), substitute=substitute, probe=probe,
+        tags={"badnet": name},
+    )  # fmt: skip
+    return cell, (int(attack.target),) if name == "FSA" else about.targets
 
 
 def of_badnet(s: Scale, name: str) -> Iterator[Cell]:
     """A BadNet's rows in Tables 2 to 5 and Figure 1."""
     about = BADNETS[name]
     cell, targets = badnet(s, name)
-    recipe = cell.recipe
-    yield from grid(cell, seed=range(s.seeds))
-    batch, epochs, lr = RECIPES[about.net]
-    named = {f"target_{part}": float(t) for part, t in zip(about.parts, targets)} or {
-        "target": float(about.targets[0])
-    }
-    paper = {"batch": batch, "epochs": epochs, "lr": lr, **named}
+    recipe, site = cell.recipe, place(cell.model)
+    pruned = dataclasses.replace(s.fine_pruning, site=site)
+
+    def put(table: str, **fields: Any) -> Iterator[Cell]:
+        made = dataclasses.replace(cell, **{"table": table, "reported": {}, **fields})
+        return grid(made, seed=range(s.seeds))
+
+    yield from put(cell.table, reported=cell.reported)
+    paper = dict(zip(("batch", "epochs", "lr"), RECIPES[about.net]))
+    aims = zip(about.parts, targets) if about.parts else [("", about.targets[0])]
+    paper |= {f"target_{part}" if part else "target": float(target) for part, target in aims}
     setup = SetUp(recipe.batch, recipe.epochs, recipe.lr, about.parts)
     # As many seeds as above, though these rows are alike: so they share the programs that measure.
-    yield from grid(
-        dataclasses.replace(cell, table=SETUP, probe=setup, reported=paper), seed=range(s.seeds)
-    )
+    yield from put(SETUP, probe=setup, reported=paper)
     if name == "CLA":
-        shapes = dataclasses.replace(cell, table=TABLE5, probe=Shapes(), reported=LAYERS)
-        yield from grid(shapes, seed=range(s.seeds))
-    side = (
-        None
-        if about.side is None
-        else round(about.side * min(cell.dataset.load().test.image.shape[1:3]))
-    )
-    for column, defense in defenses(
-        s, cell.model, side, None if name == "AAA" else targets, bool(PAPER[TOLD].get(name))
-    ).items():
+        yield from put(TABLE5, probe=Shapes(), reported=LAYERS)
+    side = about.side and round(about.side * min(cell.dataset.load().test.image.shape[1:3]))
+    known, told = None if name == "AAA" else targets, bool(PAPER[TOLD].get(name))
+    for column, defense in defenses(s, cell.model, side, known, told).items():
         probe = cell.probe if column not in (STRIP, ABS) else None
-        row = dataclasses.replace(cell, table=table3(column), defense=defense, probe=probe)
-        yield from grid(
-            dataclasses.replace(row, reported=reported(name, column)), seed=range(s.seeds)
-        )
-    probe = Sensitivity(dataclasses.replace(s.fine_pruning, site=place(cell.model)), LRS)
-    rates = dataclasses.replace(cell, table=RATES, probe=probe, reported={})
-    yield from grid(rates, seed=range(s.seeds))
+        says = reported(name, column)
+        yield from put(table3(column), defense=defense, probe=probe, reported=says)
+    yield from put(RATES, probe=Sensitivity(pruned, LRS))
     if name == "SG":
-        yield from grid(
-            dataclasses.replace(cell, table=FIGURE2, probe=Sizes(s.cleanse), reported={}),
-            seed=range(s.seeds),
-        )
+        yield from put(FIGURE2, probe=Sizes(s.cleanse))
         for row, lr in (("first", recipe.lr), ("second", s.second)):
-            again = dataclasses.replace(
-                cell, table=FIGURE1, recipe=dataclasses.replace(recipe, lr=lr), reported={}
-            )
-            pool = dataclasses.replace(
-                again, row=f"{row} recipe", probe=LastPool(place(cell.model))
-            )
-            yield from grid(pool, seed=range(s.seeds))
-            pruned = dataclasses.replace(s.fine_pruning, site=place(cell.model))
-            pruned = dataclasses.replace(again, row=f"{row} recipe, {FP}", defense=pruned)
-            yield from grid(pruned, seed=range(s.seeds))
+            again = dataclasses.replace(recipe, lr=lr)
+            yield from put(FIGURE1, row=f"{row} recipe", recipe=again, probe=LastPool(site))
+            yield from put(FIGURE1, row=f"{row} recipe, {FP}", recipe=again, defense=pruned)
 
 
 def of_bench(s: Scale) -> Iterator[Cell]:
@@ -484,41 +471,36 @@ def of_bench(s: Scale) -> Iterator[Cell]:
     data, model, recipe = s.bench
     square = registry.make("attack", "badnets", "square")
     columns = {name: made for name, made in defenses(s, model, 5).items() if name in TICKS}
-    plain = Cell(ADAPTIVE, PLAIN, data, model, recipe, square)
-    yield from grid(plain, seed=range(s.seeds))
+
+    def put(table: str, row: str, defense: Any = None, seeds: int = 1, **fields: Any):
+        fields = {"attack": square, "recipe": recipe, **fields}
+        cell = Cell(table, row, data, model, defense=defense, **fields)
+        return grid(cell, seed=range(seeds * s.seeds))
+
+    yield from put(ADAPTIVE, PLAIN)
     for column, defense in {BASELINE: None, **columns}.items():
         for optimizer, rates in s.rates.items():
-            for batch, lr in ((batch, lr) for batch in s.batches for lr in rates):
+            for batch, lr in itertools.product(s.batches, rates):
                 tried = dataclasses.replace(recipe, optimizer=optimizer, batch=batch, lr=lr)
                 row = f"{optimizer}, batch {batch}, learning rate {lr:g}"
-                cell = dataclasses.replace(
-                    plain, table=swept(column), row=row, recipe=tried, defense=defense
-                )
-                yield from grid(cell, seed=range(s.seeds))
+                yield from put(swept(column), row, defense, recipe=tried)
     # Clean twins beside the plain square, and twice the seeds against the adaptive attacks: all
     # groups of the bench have the same size (two learning rates × seeds in the grid), and share the
     # programs of the defenses.
-    twin = dataclasses.replace(
-        plain, table=ALARMS, row="clean twin", attack=dataclasses.replace(square, rate=0.0)
-    )
-    yield from grid(twin, seed=range(s.seeds))
+    clean = dataclasses.replace(square, rate=0.0)
+    yield from put(ALARMS, "clean twin", attack=clean)
     for column, defense in columns.items():
         row, (name, preset, fields) = BROKEN[column]
-        attack = registry.make("attack", name, preset, **fields)
-        yield from grid(
-            dataclasses.replace(plain, row=f"{column}: {PLAIN}", defense=defense),
-            seed=range(s.seeds),
-        )
-        yield from grid(dataclasses.replace(twin, row=column, defense=defense), seed=range(s.seeds))
-        broken = dataclasses.replace(plain, row=row, attack=attack)
-        yield from grid(broken, seed=range(2 * s.seeds))
-        broken = dataclasses.replace(broken, row=f"{column}: {row}", defense=defense)
-        yield from grid(broken, seed=range(2 * s.seeds))
+        broken = registry.make("attack", name, preset, **fields)
+        yield from put(ADAPTIVE, f"{column}: {PLAIN}", defense)
+        yield from put(ALARMS, column, defense, attack=clean)
+        yield from put(ADAPTIVE, row, seeds=2, attack=broken)
+        yield from put(ADAPTIVE, f"{column}: {row}", defense, seeds=2, attack=broken)
 
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """Every BadNet, as it is and under each defense; then the grid and the adaptive attacks."""
-    s = SCALES[scale]._replace(seeds=seeds or SCALES[scale].seeds)
+    s = dataclasses.replace(SCALES[scale], seeds=seeds or SCALES[scale].seeds)
     for name in s.names:
         if there(badnet(s, name)[0].dataset):
             yield from of_badnet(s, name)
@@ -528,9 +510,30 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
 # --- What is drawn ---
 
 
-def arrays(rows: list[dict], store: Store, table: str, row: str) -> list[dict[str, np.ndarray]]:
-    """The arrays of a row, one entry a seed."""
-    return [found for _, found in report.arrays(rows, store, row, table)]
+def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
+    """Figures 1 to 3, and Table 3 at a glance."""
+    if names := badnets_of(rows):
+        caption = (
+            "A test image, clean and under each trigger of its BadNet, brought to one size. "
+            "Several triggers: lipstick, eyebrows, sunglasses."
+        )
+        picture = plots.images(triggers(scale, names), names, ("clean", "stamped", "or", "or"))
+        yield "figure3", "Figure 3: the nine triggers", caption, picture
+        yield at_a_glance(rows, names)
+    if (drawn := chart(rows, RATES)) is not None:
+        caption = "Mean over seeds and triggers. Table 3 has the one at 0.001."
+        yield "fine-pruning-rates", RATES, caption, drawn
+    for row in ("first", "second"):
+        yield from figure1(rows.where(table=FIGURE1), store, row)
+    yield from pitfall1_drawn(rows)
+    if found := [arrays for _, arrays in rows.where(table=FIGURE2, row="SG").arrays(store)]:
+        yield figure2(rows, found)
+
+
+def badnets_of(rows: Rows) -> list[str]:
+    """The BadNets that there are rows of."""
+    known = rows.by("row")
+    return [name for name in BADNETS if name in known]
 
 
 def triggers(scale: str, names: list[str]) -> np.ndarray:
@@ -550,123 +553,92 @@ def triggers(scale: str, names: list[str]) -> np.ndarray:
     return found
 
 
-def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
-    """Figures 1 to 3, and Table 3 at a glance."""
-    from bdjax import plots
+def at_a_glance(rows: Rows, names: list[str]) -> tuple:
+    """What each defense leaves of each BadNet."""
+    values = [[left(rows, column, name) for column in COLUMNS] for name in names]
+    caption = (
+        "ASR that a defense leaves (STRIP: FAR; ABS: nets whose target it does not flag; the worst "
+        f"of several triggers), mean over seeds. Below {SUCCESS:.0%} it succeeds; empty: out of "
+        "scope."
+    )
+    short = [c.replace("Neural Cleanse", "NC").replace("Generative", "Gen.") for c in COLUMNS]
+    picture = plots.heat_map(values, short, names, label="ASR left", percent=True)
+    return "table3", "Table 3 at a glance", caption, picture
 
-    names = [name for name in BADNETS if any(r["row"] == name for r in rows)]
-    if names:
+
+def figure1(rows: Rows, store: Store, row: str) -> Iterator[tuple]:
+    """Activations before Fine-Pruning, and what pruning does."""
+    plain, pruned = rows.where(row=f"{row} recipe"), rows.where(row=f"{row} recipe, {FP}")
+    for _, arrays in plain.arrays(store)[:1]:
+        order = np.argsort(arrays["clean"])
+        lines = {
+            "clean images": arrays["clean"][order], "stamped images": arrays["stamped"][order],
+        }  # fmt: skip
         caption = (
-            "A test image, clean and under each trigger of its BadNet, brought to one size. "
-            "Several triggers: lipstick, "
+            "First seed: mean activation of the channels of the last pooling, ordered as "
+            "Fine-Pruning prunes them. Of what the trigger adds, "
+            f"{plain.mean('dormant_share'):.0%} lies in the half that is pruned first (mean over "
+            "seeds)."
         )
-        caption += "eyebrows, sunglasses."
-        columns = ("clean", "stamped", "or", "or")
-        yield (
-            "figure3",
-            "Figure 3: the nine triggers",
-            caption,
-            plots.images(triggers(scale, names), names, columns),
-        )
-        values = [[left(rows, column, name) for column in COLUMNS] for name in names]
+        axes = ("channel", "mean activation")
+        picture = plots.curves(range(1, len(order) + 1), lines, None, *axes)
+        yield f"figure1-activations-{row}", f"Figure 1, left: {row} recipe", caption, picture
+    if found := pruned.arrays(store):
+        acc, asr = (np.stack([a[key] for _, a in found]) for key in ("acc_curve", "asr_curve"))
         caption = (
-            "ASR that a defense leaves (STRIP: FAR; ABS: nets whose target it does not flag; the "
-            "worst of several "
+            "Pruning alone, mean and range over seeds, and where the defender's clean images say "
+            f"stop. Fine-tuning then leaves an ASR of {pruned.mean('asr_nt'):.1%}."
         )
-        caption += (
-            f"triggers), mean over seeds. Below {SUCCESS:.0%} it succeeds; empty: out of scope."
-        )
-        short = [
-            column.replace("Neural Cleanse", "NC").replace("Generative", "Gen.")
-            for column in COLUMNS
-        ]
-        picture = plots.heat_map(values, short, names, label="ASR left", percent=True)
-        yield "table3", "Table 3 at a glance", caption, picture
+        stop = round(pruned.mean("pruned"))
+        picture = plots.pruning(np.arange(acc.shape[1]), acc, asr, stop)
+        yield f"figure1-pruning-{row}", f"Figure 1, right: {row} recipe", caption, picture
 
-    if (drawn := chart(rows, RATES)) is not None:
-        caption = "Mean over seeds and triggers. Table 3 has the one at 0.001."
-        yield "fine-pruning-rates", RATES, caption, drawn
 
-    for row in ("first", "second"):
-        if found := arrays(rows, store, FIGURE1, f"{row} recipe"):
-            clean, fired = found[0]["clean"], found[0]["stamped"]
-            order = np.argsort(clean)
-            lines = {"clean images": clean[order], "stamped images": fired[order]}
-            share = report.mean(rows, f"{row} recipe", "dormant_share", FIGURE1)
-            caption = (
-                "First seed: mean activation of the channels of the last pooling, ordered as "
-                "Fine-Pruning prunes them. Of "
-            )
-            caption += (
-                f"what the trigger adds, {share:.0%} lies in the half that is pruned first (mean "
-                "over seeds)."
-            )
-            picture = plots.curves(
-                range(1, len(order) + 1), lines, None, "channel", "mean activation"
-            )
-            yield f"figure1-activations-{row}", f"Figure 1, left: {row} recipe", caption, picture
-        if found := arrays(rows, store, FIGURE1, f"{row} recipe, {FP}"):
-            acc, asr = (np.stack([a[key] for a in found]) for key in ("acc_curve", "asr_curve"))
-            stop = report.mean(rows, f"{row} recipe, {FP}", "pruned", FIGURE1)
-            after = report.mean(rows, f"{row} recipe, {FP}", "asr_nt", FIGURE1)
-            caption = (
-                "Pruning alone, mean and range over seeds, and where the defender's clean images "
-                "say stop. Fine-tuning then "
-            )
-            caption += f"leaves an ASR of {after:.1%}."
-            picture = plots.pruning(np.arange(acc.shape[1]), acc, asr, round(stop))
-            yield f"figure1-pruning-{row}", f"Figure 1, right: {row} recipe", caption, picture
-
+def pitfall1_drawn(rows: Rows) -> Iterator[tuple]:
+    """What defenses leave over the grid."""
     outcomes = {column: list(swept_outcomes(rows, column)) for column in TICKS}
-    if any(outcomes.values()):
-        shares = {
-            column: [value for _, value in found] for column, found in outcomes.items() if found
-        }
+    if shares := {column: [v for _, v in found] for column, found in outcomes.items() if found}:
         caption = (
             f"One point a victim of ASR {WORKS:.0%} or more: the ASR that the defense leaves, over "
-            "the attacker's learning "
+            "the attacker's learning rates, batches, optimisers and seeds. ABS leaves all or "
+            "nothing."
         )
-        caption += "rates, batches, optimisers and seeds. ABS leaves all or nothing."
         picture = plots.boxes(shares, "ASR left", SUCCESS, "success below")
         yield "figure1-grid", "Pitfall 1 as a distribution", caption, picture
-    if outcomes[FP]:
-        settings: dict[str, list[float]] = {}
-        for row, value in outcomes[FP]:
-            settings.setdefault(row, []).append(value)
+    settings: dict[str, list[float]] = {}
+    for row, value in outcomes[FP]:
+        settings.setdefault(row, []).append(value)
+    if settings:
         caption = "Fine-Pruning alone, by setting: one point a seed."
         picture = plots.boxes(settings, "ASR left", SUCCESS, "success below")
         yield "figure1-settings", "Pitfall 1: by setting", caption, picture
 
-    if found := arrays(rows, store, FIGURE2, "SG"):
-        pictures = [
-            found[0]["mask"][0] * found[0]["pattern"][0],
-            *(a["mask"][1] * a["pattern"][1] for a in found),
-        ]
-        caption = (
-            "What Neural Cleanse finds for the target label of the sunglasses BadNet, told which "
-            "it is, by seed. Overlap of "
-        )
-        caption += f"the masks with the true one (intersection over union): {overlap(rows):.0%}."
-        columns = ("original", *(f"reversed\nseed {i}" for i in range(len(found))))
-        yield (
-            "figure2",
-            FIGURE2,
-            caption,
-            plots.images(np.stack(pictures)[None], (), columns, cell=1.1),
-        )
+
+def figure2(rows: Rows, found: list[Any]) -> tuple:
+    """The sunglasses, and what is reversed for them."""
+    original = found[0]["mask"][0] * found[0]["pattern"][0]
+    pictures = [original, *(a["mask"][1] * a["pattern"][1] for a in found)]
+    caption = (
+        "What Neural Cleanse finds for the target label of the sunglasses BadNet, told which it "
+        "is, by seed. Overlap of the masks with the true one (intersection over union): "
+        f"{overlap(rows):.0%}."
+    )
+    columns = ("original", *(f"reversed\nseed {i}" for i in range(len(found))))
+    picture = plots.images(np.stack(pictures)[None], (), columns, cell=1.1)
+    return "figure2", FIGURE2, caption, picture
 
 
-# --- What the paper claims ---
+# --- What a defense leaves ---
 
 
-def overlap(rows: list[dict]) -> float:
+def overlap(rows: Rows) -> float:
     """Intersection over union of the sunglasses and what is reversed for them, from their L1 norms:
     at most this, as all that lies on the sunglasses counts, however faint they are there.
     """
-    l1, original, covered = (
-        report.mean(rows, "SG", m, FIGURE2) for m in ("l1_reversed", "l1_original", "share_covered")
-    )
-    return covered * l1 / (l1 + original - covered * l1)
+    found = rows.where(table=FIGURE2, row="SG")
+    l1, original = found.mean("l1_reversed"), found.mean("l1_original")
+    covered = found.mean("share_covered") * l1
+    return covered / (l1 + original - covered)
 
 
 def outcome(metrics: dict[str, float], column: str, name: str = "") -> float:
@@ -678,145 +650,132 @@ def outcome(metrics: dict[str, float], column: str, name: str = "") -> float:
     return metrics.get("asr_worst", metrics["asr_nt"])
 
 
-def left(rows: list[dict], column: str, name: str, table: str | None = None) -> float:
+def left(rows: Rows, column: str, name: str, table: str | None = None) -> float:
     """The ASR that a defense leaves, mean over seeds; NaN where it was not run."""
-    key = table or table3(column), name if table is None else f"{column}: {name}"
-    found = [
-        outcome(r["metrics"], column, name)
-        for r in rows
-        if (r["table"], r["row"]) == key and not r.get("error")
-    ]
-    known = [value for value in found if report.measured(value)]
+    row = name if table is None else f"{column}: {name}"
+    found = rows.where(table=table or table3(column), row=row).done
+    known = [outcome(r["metrics"], column, name) for r in found]
+    known = [value for value in known if measured(value)]
     return statistics.fmean(known) if known else float("nan")
 
 
-def swept_outcomes(rows: list[dict], column: str) -> Iterator[tuple[str, float]]:
+def swept_outcomes(rows: Rows, column: str) -> Iterator[tuple[str, float]]:
     """Setting and ASR left, for each working victim of the grid."""
-    before = {
-        (r["row"], r["seed"]): r["metrics"].get("asr_nt")
-        for r in rows
-        if r["table"] == swept(BASELINE)
-    }
-    for row in rows:
-        if row["table"] == swept(column) and not row.get("error"):
-            worked = (before.get((row["row"], row["seed"])) or 0) >= WORKS
-            if worked and report.measured(value := outcome(row["metrics"], column)):
-                yield row["row"], value
+    before = rows.where(table=swept(BASELINE)).by("row", "seed")
+    for row in rows.where(table=swept(column)).done:
+        victim = before.get((row["row"], row["seed"]), Rows())
+        if victim.mean("asr_nt") >= WORKS and measured(value := outcome(row["metrics"], column)):
+            yield row["row"], value
 
 
-def pitfall1(rows: list[dict], column: str) -> tuple[bool, str]:
+# --- What the paper claims ---
+
+
+def pitfall1(rows: Rows, column: str) -> tuple[bool, str]:
     """Success hangs on the attacker's hyper-parameters."""
     found = [value for _, value in swept_outcomes(rows, column)]
     wins = sum(value < SUCCESS for value in found)
-    spread = f", ASR left {min(found):.0%} to {max(found):.0%}" if found else ""
-    return bool(found) and 0.1 <= wins / len(
-        found
-    ) <= 0.9, f"succeeds in {wins} of {len(found)} settings{spread}"
+    numbers = f"succeeds in {wins} of {len(found)} settings"
+    if found:
+        numbers += f", ASR left {min(found):.0%} to {max(found):.0%}"
+    return bool(found) and 0.1 <= wins / len(found) <= 0.9, numbers
 
 
-def pitfall2(rows: list[dict], column: str) -> tuple[bool, str]:
+def pitfall2(rows: Rows, column: str) -> tuple[bool, str]:
     """Its assumptions on the backdoor leave attacks out."""
-    names = [name for name in BADNETS if any(r["row"] == name for r in rows)]
-    found = {name: left(rows, column, name) for name in names}
-    run = {row["row"] for row in rows if row["table"] == table3(column)}
+    names, run = badnets_of(rows), rows.where(table=table3(column)).by("row")
+    small = [name for name in names if name in ("PN", "LS")]
     outside = [name for name in names if name not in run]
-    inner = [
-        left(rows, column, PLAIN, ADAPTIVE),
-        *(found[name] for name in ("PN", "LS") if name in found),
-    ]
-    outer = [value for name, value in found.items() if name not in ("PN", "LS")]
+    inner = [left(rows, column, PLAIN, ADAPTIVE), *(left(rows, column, name) for name in small)]
+    outer = [left(rows, column, name) for name in names if name not in small]
 
     def share(values: list[float]) -> tuple[int, int]:
         known = [value for value in values if not np.isnan(value)]
         return sum(value < SUCCESS for value in known), len(known)
 
     (wins, many), (others, more) = share(inner), share(outer)
-    numbers = (
-        f"succeeds for {wins} of {many} with one small patch and one target, {others} of {more} "
-        "others"
-    )
-    numbers += f"; out of scope: {', '.join(outside)}" if outside else ""
+    numbers = f"succeeds for {wins} of {many} with one small patch and one target, {others} of "
+    numbers += f"{more} others" + (f"; out of scope: {', '.join(outside)}" if outside else "")
     return bool(outside) or wins / max(many, 1) - others / max(more, 1) >= 0.25, numbers
 
 
-def pitfall3(rows: list[dict], column: str) -> tuple[bool, str]:
+def pitfall3(rows: Rows, column: str) -> tuple[bool, str]:
     """An attack against its assumption gets through where the plain one does not."""
-    plain, adaptive = (left(rows, column, name, ADAPTIVE) for name in (PLAIN, BROKEN[column][0]))
-    return (
-        plain < SUCCESS <= adaptive,
-        f"ASR left: {PLAIN} {plain:.0%}, {BROKEN[column][0]} {adaptive:.0%}",
-    )
+    broken = BROKEN[column][0]
+    plain, adaptive = (left(rows, column, name, ADAPTIVE) for name in (PLAIN, broken))
+    numbers = f"ASR left: {PLAIN} {plain:.0%}, {broken} {adaptive:.0%}"
+    return plain < SUCCESS <= adaptive, numbers
 
 
-def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
-    """What the paper claims, and what our rows say."""
-    verdict, names = (
-        report.verdict,
-        [name for name in BADNETS if any(r["row"] == name for r in rows)],
-    )
-    for column in (FP, NC, ORACLE, STRIP, MESA, TOLD):
-        won = {
-            name
-            for name, values in PAPER[column].items()
-            if max(values[column != STRIP :]) < 100 * SUCCESS
-        }
-        # What the paper gives for an oracle alone, its defense did not do by itself.
-        compared = [name for name in names if column in (NC, MESA) or name in PAPER[column]]
-        found = {
-            name: value for name in compared if not np.isnan(value := left(rows, column, name))
-        }
-        agree = [name for name, value in found.items() if (value < SUCCESS) == (name in won)]
-        numbers = f"agrees for {len(agree)} of {len(found)}; ASR left: "
-        numbers += ", ".join(f"{name} {value:.0%}" for name, value in found.items())
-        claim = f"{column} succeeds for {', '.join(sorted(won)) or 'none'} alone"
-        yield (
-            claim,
-            verdict(len(agree) == len(found) > 0, 3 * len(agree) >= 2 * len(found) > 0),
-            numbers,
-        )
+def succeeds_for_the_papers(rows: Rows, column: str) -> tuple[str, str, str]:
+    """A defense succeeds for the very BadNets that the paper has."""
+    says = PAPER[column]
+    won = {name for name in says if max(says[name][column != STRIP :]) < 100 * SUCCESS}
+    # What the paper gives for an oracle alone, its defense did not do by itself.
+    compared = [name for name in badnets_of(rows) if column in (NC, MESA) or name in says]
+    found = {name: left(rows, column, name) for name in compared}
+    found = {name: value for name, value in found.items() if not np.isnan(value)}
+    agree = sum((value < SUCCESS) == (name in won) for name, value in found.items())
+    numbers = f"agrees for {agree} of {len(found)}; ASR left: "
+    numbers += ", ".join(f"{name} {value:.0%}" for name, value in found.items())
+    claim = f"{column} succeeds for {', '.join(sorted(won)) or 'none'} alone"
+    return claim, verdict(agree == len(found) > 0, 3 * agree >= 2 * len(found) > 0), numbers
 
+
+def strip_fails(rows: Rows) -> tuple[str, str, str]:
+    """Where every label is a target."""
     far = left(rows, STRIP, "AAA")
-    yield "STRIP fails entirely on all-to-all", verdict(far >= 0.9, far >= 0.5), f"FAR {far:.1%}"
-    missed = left(rows, ABS, "TCA")
-    alarms = report.mean(rows, ABS, "infected", ALARMS)
-    numbers = (
-        f"target not flagged in {missed:.0%} of the nets (plain square: "
-        f"{left(rows, ABS, PLAIN, ADAPTIVE):.0%}; any flag "
-    )
-    numbers += f"on a clean twin: {alarms:.0%})"
-    yield "ABS fails on TCA", verdict(missed >= 0.9, missed >= 0.5), numbers
-    best = {column: [n for n in names if left(rows, column, n) < SUCCESS] for column in TICKS}
-    numbers = ", ".join(f"{column} {len(found)} of {len(names)}" for column, found in best.items())
-    whole = bool(names) and all(len(found) < len(names) for found in best.values())
-    yield "No defense works across the board", verdict(whole, False), numbers
+    claim = "STRIP fails entirely on all-to-all"
+    return claim, verdict(far >= 0.9, far >= 0.5), f"FAR {far:.1%}"
 
-    after = [
-        report.mean(rows, f"{row} recipe, {FP}", "asr_nt", FIGURE1) for row in ("first", "second")
-    ]
-    share = [
-        report.mean(rows, f"{row} recipe", "dormant_share", FIGURE1) for row in ("first", "second")
-    ]
-    numbers = (
-        f"ASR left {after[0]:.1%} and {after[1]:.1%}; of what the trigger adds, {share[0]:.0%} and "
-        f"{share[1]:.0%} lies in "
-    )
-    numbers += "the half of the channels that sleeps most"
-    crossed = min(after) < SUCCESS <= max(after)
-    yield (
-        "Sunglasses: Fine-Pruning works or fails by the recipe",
-        verdict(crossed, max(after) - min(after) > 0.2),
-        numbers,
-    )
 
-    both = overlap(rows)
-    l1 = [report.mean(rows, "SG", f"l1_{which}", FIGURE2) for which in ("reversed", "original")]
-    numbers = f"overlap {both:.0%} (intersection over union), L1 {l1[0]:.0f} pixels for {l1[1]:.0f}"
-    yield (
-        "Neural Cleanse misses size and shape of the sunglasses",
-        verdict(both < 0.5, both < 0.75),
-        numbers,
-    )
+def abs_fails(rows: Rows) -> tuple[str, str, str]:
+    """Where no neuron is enough by itself."""
+    missed, plain = left(rows, ABS, "TCA"), left(rows, ABS, PLAIN, ADAPTIVE)
+    alarms = rows.where(table=ALARMS, row=ABS).mean("infected")
+    numbers = f"target not flagged in {missed:.0%} of the nets (plain square: {plain:.0%}; any "
+    numbers += f"flag on a clean twin: {alarms:.0%})"
+    return "ABS fails on TCA", verdict(missed >= 0.9, missed >= 0.5), numbers
 
+
+def none_works(rows: Rows) -> tuple[str, str, str]:
+    """For all BadNets."""
+    names = badnets_of(rows)
+    best = {column: sum(left(rows, column, n) < SUCCESS for n in names) for column in TICKS}
+    numbers = ", ".join(f"{column} {count} of {len(names)}" for column, count in best.items())
+    whole = bool(names) and max(best.values()) < len(names)
+    return "No defense works across the board", verdict(whole, False), numbers
+
+
+def recipe_decides(rows: Rows) -> tuple[str, str, str]:
+    """Figure 1."""
+    found = rows.where(table=FIGURE1).by("row")
+    first, second = ("first recipe", "second recipe")
+    after = [found.get(f"{row}, {FP}", Rows()).mean("asr_nt") for row in (first, second)]
+    share = [found.get(row, Rows()).mean("dormant_share") for row in (first, second)]
+    numbers = f"ASR left {after[0]:.1%} and {after[1]:.1%}; of what the trigger adds, "
+    numbers += (
+        f"{share[0]:.0%} and {share[1]:.0%} lies in the half of the channels that sleeps most"
+    )
+    says = verdict(min(after) < SUCCESS <= max(after), max(after) - min(after) > 0.2)
+    return "Sunglasses: Fine-Pruning works or fails by the recipe", says, numbers
+
+
+def sunglasses_missed(rows: Rows) -> tuple[str, str, str]:
+    """Figure 2."""
+    both, found = overlap(rows), rows.where(table=FIGURE2, row="SG")
+    numbers = f"overlap {both:.0%} (intersection over union), L1 {found.mean('l1_reversed'):.0f} "
+    numbers += f"pixels for {found.mean('l1_original'):.0f}"
+    claim = "Neural Cleanse misses size and shape of the sunglasses"
+    return claim, verdict(both < 0.5, both < 0.75), numbers
+
+
+def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
+    """What the paper claims, and what our rows say."""
+    for column in (FP, NC, ORACLE, STRIP, MESA, TOLD):
+        yield succeeds_for_the_papers(rows, column)
+    for claim in (strip_fails, abs_fails, none_works, recipe_decides, sunglasses_missed):
+        yield claim(rows)
     for column, ticks in TICKS.items():
         for i, (tick, rule) in enumerate(zip(ticks, (pitfall1, pitfall2, pitfall3)), 1):
             ours, numbers = rule(rows, column)

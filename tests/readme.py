@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from bdjax import experiment, report
+from bdjax.rows import Rows
 from benchmarks.__main__ import exponents, flat
 
 ROOT = Path(__file__).parents[1]
@@ -169,7 +170,7 @@ def attacks(file: str) -> str:
         for line in table["rows"]:
             if line is twin:
                 continue
-            first = report.seeds(rows, line["row"], table["name"])[0]
+            first = Rows(rows).done.where(table=table["name"], row=line["row"])[0]
             rate = first["config"]["attack"].get("rate")
             cells = [
                 line["row"],
@@ -193,8 +194,8 @@ def defenses(file: str) -> str:
     module = experiment.load(ROOT / "experiments" / f"{rows[0]['experiment']}.py")
     tables, found = module.matrix(report.valid(rows))
     text = []
-    for data in dict.fromkeys(map(module.images, tables)):
-        here = [table for table in tables if module.images(table) == data]
+    for data in dict.fromkeys(module.IMAGES[table] for table in tables):
+        here = [table for table in tables if module.IMAGES[table] == data]
         lines = [
             [f"{name} (*oracle*)" if next(iter(line.values()))["oracle"] else name]
             + [module.short(line[table]) if table in line else "" for table in here]

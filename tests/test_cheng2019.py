@@ -15,6 +15,7 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.channels import prune
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.repair.linf_pruning import LinfPruning
+from bdjax.rows import Rows
 
 cheng = experiment.load(Path(__file__).parents[1] / "experiments" / "cheng2019.py")
 KEY, NC = jax.random.key(0), NeuralCleanse(steps=3, batches=2)
@@ -86,7 +87,7 @@ def planted(cam: float, linf: float, left: float) -> list[dict]:
         )
     for net in cheng.ATTACKS:
         table = f"{cheng.TABLE}, {net} attack"
-        add(table, cheng.row_of(None, None), **dict(zip(cheng.COLUMNS, cheng.PAPER[None])))
+        add(table, cheng.row_of(), **dict(zip(cheng.COLUMNS, cheng.PAPER[None])))
         for rule in cheng.RULES:
             for tau in (7, 6):
                 share = 1 if left == 1 else left * cheng.PAPER[tau][1] / cheng.PAPER[7][1]
@@ -99,7 +100,7 @@ def planted(cam: float, linf: float, left: float) -> list[dict]:
     ("rows", "says"), [(planted(0.1, 2.0, 0.6), "reproduced"), (planted(0.01, 0.5, 1), "not")]
 )
 def test_trends_of_planted_rows(rows, says):
-    found = {claim: verdict for claim, verdict, _ in cheng.trends(rows)}
+    found = {claim: verdict for claim, verdict, _ in cheng.trends(Rows(rows))}
     decided = [
         c
         for c in found

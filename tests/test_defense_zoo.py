@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from bdjax import experiment
+from bdjax.rows import Rows
 
 HERE = experiment.load(Path(__file__).parents[1] / "experiments" / "defense_zoo.py")
-CLEAN, ATTACKED = "MNIST: no attack", "MNIST: square"
+CLEAN, ATTACKED = "MNIST: no attack", "MNIST: Blended, noise key"
 
 
 def row(name, table=ATTACKED, **metrics):
@@ -56,14 +57,16 @@ def test_what_works(metrics, alarm, wanted):
 def test_a_false_alarm_on_the_clean_net_counts_against_all():
     judge = {"acc_test": 0.98, "infected": 1.0, "anomaly_index": 3.0}
     rows = [row(HERE.BEFORE, CLEAN, acc_test=0.98), BEFORE, row("judge", asr_nt=1.0, **judge)]
-    ((claim, verdict, numbers),) = HERE.trends(rows)
+    ((claim, verdict, numbers),) = HERE.trends(Rows(rows))
     assert (claim, verdict) == (
         "judge works",
         "reproduced",
     ) and numbers == f"1 of 1; {ATTACKED} (✓ 3.0)"
-    ((_, verdict, numbers),) = HERE.trends([*rows, row("judge", CLEAN, **judge)])
+    ((_, verdict, numbers),) = HERE.trends(Rows([*rows, row("judge", CLEAN, **judge)]))
     assert verdict == "partly" and "a false alarm on MNIST" in numbers
-    ((_, verdict, _),) = HERE.trends([*rows, row("judge", "GTSRB: no attack", **judge)])
+    ((_, verdict, _),) = HERE.trends(
+        Rows([*rows, row("judge", "GTSRB, ten classes: no attack", **judge)])
+    )
     assert verdict == "reproduced", "the clean net of other images does not count"
 
 
@@ -80,7 +83,7 @@ def test_the_maps_leave_judges_and_the_clean_net_out(tmp_path):
         row("repair", CLEAN, acc_test=0.9),
         row("judge", acc_test=0.98, asr_nt=1.0, infected=0.0),
     ]
-    asr, acc = HERE.figures(rows, None, "cpu")
+    asr, acc = HERE.figures(Rows(rows), None, "cpu")
     for (*_, picture), columns in ((asr, 1), (acc, 2)):
         assert picture.axes[0].images[0].get_array().shape == (2, columns)
     assert HERE.short(rows[3]) == "90 / –"

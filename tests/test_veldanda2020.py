@@ -13,6 +13,7 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.multi_trigger import MultiTrigger
 from bdjax.models.cla import Cla
 from bdjax.models.layers import build
+from bdjax.rows import Rows
 
 HERE = experiment.load(Path(__file__).parents[1] / "experiments" / "veldanda2020.py")
 CORNER = BadNets(shape="pixel", size=1, target=TARGET)
@@ -47,20 +48,22 @@ def table3(column, **left):
     [([0.0, 0.9, 0.5, 0.1], True), ([0.9] * 4, False), ([0.1] * 4, False), ([], False)],
 )
 def test_pitfall_1_is_success_that_depends_on_the_attackers_settings(left, tick):
-    found, numbers = HERE.pitfall1(grid_of(HERE.FP, left), HERE.FP)
+    found, numbers = HERE.pitfall1(Rows(grid_of(HERE.FP, left)), HERE.FP)
     assert found is tick and f"of {len(left)} settings" in numbers
 
 
 def test_pitfall_2_is_failure_outside_the_assumptions_or_out_of_scope():
     square = [row(HERE.ADAPTIVE, f"{HERE.NC}: {HERE.PLAIN}", asr_nt=0.0)]
-    assert HERE.pitfall2([*square, *table3(HERE.NC, PN=0.1, LS=0.1, AAA=0.9, SG=0.9)], HERE.NC)[0]
-    assert not HERE.pitfall2([*square, *table3(HERE.NC, PN=0.1, LS=0.1, AAA=0.1, SG=0.1)], HERE.NC)[
-        0
-    ]
+    assert HERE.pitfall2(
+        Rows([*square, *table3(HERE.NC, PN=0.1, LS=0.1, AAA=0.9, SG=0.9)]), HERE.NC
+    )[0]
+    assert not HERE.pitfall2(
+        Rows([*square, *table3(HERE.NC, PN=0.1, LS=0.1, AAA=0.1, SG=0.1)]), HERE.NC
+    )[0]
     # it fails everywhere
-    assert not HERE.pitfall2(table3(HERE.NC, PN=0.9, LS=0.9, AAA=0.9, SG=0.9), HERE.NC)[0]
+    assert not HERE.pitfall2(Rows(table3(HERE.NC, PN=0.9, LS=0.9, AAA=0.9, SG=0.9)), HERE.NC)[0]
     rows = [*table3(HERE.BASELINE, AAA=1.0, TCA=1.0), *table3(HERE.MESA, AAA=0.1)]
-    found, numbers = HERE.pitfall2(rows, HERE.MESA)
+    found, numbers = HERE.pitfall2(Rows(rows), HERE.MESA)
     assert found and "out of scope: TCA" in numbers
 
 
@@ -73,7 +76,7 @@ def test_pitfall_3_needs_an_attack_that_only_its_adaptive_version_survives(plain
         row(HERE.ADAPTIVE, f"{HERE.STRIP}: {name}", far=far)
         for name, far in zip(names, (plain, adaptive))
     ]
-    assert HERE.pitfall3(rows, HERE.STRIP)[0] is tick
+    assert HERE.pitfall3(Rows(rows), HERE.STRIP)[0] is tick
 
 
 def test_the_papers_own_numbers_give_its_verdicts():
@@ -85,7 +88,7 @@ def test_the_papers_own_numbers_give_its_verdicts():
     rows += table3(
         HERE.NC, **{name: 0.9 for name in HERE.BADNETS if name not in HERE.PAPER[HERE.NC]}
     )
-    claims = {claim: (verdict, numbers) for claim, verdict, numbers in HERE.trends(rows)}
+    claims = {claim: (verdict, numbers) for claim, verdict, numbers in HERE.trends(Rows(rows))}
     for claim in (
         "Fine-Pruning succeeds for CLA alone", "Neural Cleanse succeeds for PN alone",
         "Neural Cleanse, oracle succeeds for CLA, MTSTA alone", "Generative, oracle succeeds for "
@@ -179,5 +182,5 @@ def test_a_reversed_trigger_misses_the_sunglasses_where_their_masks_hardly_overl
     found = row(
         HERE.FIGURE2, "SG", l1_original=100.0, l1_reversed=float(reversed_), share_covered=covered
     )
-    claims = {claim: value for claim, value, _ in HERE.trends([found])}
+    claims = {claim: value for claim, value, _ in HERE.trends(Rows([found]))}
     assert claims["Neural Cleanse misses size and shape of the sunglasses"] == verdict
