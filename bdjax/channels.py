@@ -66,7 +66,7 @@ def masks_of(order: jax.Array) -> jax.Array:
     return jax.vmap(lambda count: mask_of(order, count))(jnp.arange(order.shape[0] + 1))
 
 
-def sweep(
+def over_points(
     model: Model,
     variables: Variables,
     site: str,
@@ -117,7 +117,7 @@ def curve(
     batch: int = 250,
 ) -> jax.Array:
     """`sweep` `[C + 1]` over the nets in which the first 0 … C channels of `order` are pruned."""
-    return sweep(model, variables, site, masked, masks_of(order), images, label, batch=batch)
+    return over_points(model, variables, site, masked, masks_of(order), images, label, batch=batch)
 
 
 def curves_on_test(

@@ -33,7 +33,7 @@ from bdjax.registry import check_given, digest, door, name_of
 from bdjax.rows import Rows
 from bdjax.store import Store, read_rows, result_files
 from bdjax.study import Cell
-from bdjax.sweep import Clock, Runner, footprint, groups, room, say
+from bdjax.sweep import Clock, Runner, at_once, footprint, groups, say
 from bdjax.types import BadInput, whole
 
 
@@ -206,7 +206,7 @@ def claims(module: ModuleType, rows: Iterable[report.Row]) -> list[report.Trend]
     return [t._replace(verdict="open") if unknown.search(t.numbers) else t for t in found]
 
 
-def there(dataset: Any) -> bool:
+def at_hand(dataset: Any) -> bool:
     """Whether a data set is at hand; where it is not, a line says so, and an experiment leaves its
     rows out.
     """
@@ -291,7 +291,7 @@ def plan(
     for row in rows:
         if "error" not in row:
             took.setdefault(tuple(row[part] for part in PARTS), []).append(row["seconds"]["run"])
-    made = groups(cells, room(devices, lanes), shard)
+    made = groups(cells, at_once(devices, lanes), shard)
     table = Table(*PARTS, "cells", "to do", "groups", "MB of a group", "expected", box=None)
     kinds = {
         tuple(name_of(getattr(cell, part)) for part in PARTS): None

@@ -204,7 +204,7 @@ def saving(folder: Path) -> Iterator[Path]:
     """A new folder within `folder` for what is being written, with `new` in it; it vanishes at the
     end. What is put into its `before` comes back where nothing has taken its place.
 
-    It is locked while its process lives: `sweep` removes what a killed one left.
+    It is locked while its process lives: `clear` removes what a killed one left.
     """
     while True:
         place = Path(tempfile.mkdtemp(prefix=SAVING, dir=folder))
@@ -234,7 +234,7 @@ def _clear(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Removes what killed processes were writing in `folder`, and puts back what they had moved
     aside. What another process is writing stays.
     """
@@ -316,12 +316,12 @@ def whole(path: Path, old: Old = never) -> Path:
         if os.path.ismount(place):
             raise BadInput(f"{path} is where a disk is mounted: give a folder in it")
         with made(place.parent) as parent:
-            sweep(parent)
-            with saving(parent) as room:
-                _probe(room)
+            clear(parent)
+            with saving(parent) as trial:
+                _probe(trial)
                 if kind(place) is None:
-                    (room / "new" / place.name).mkdir()
-                    os.rename(room / "new" / place.name, place)
+                    (trial / "new" / place.name).mkdir()
+                    os.rename(trial / "new" / place.name, place)
                     place.rmdir()
         return place
 
@@ -340,8 +340,8 @@ def beside(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = (),
         for name in folders:
             if kind(folder / name) is not None and not (folder / name).is_dir():
                 raise BadInput(f"{folder / name} is no folder: move it away, or write elsewhere")
-        with made(folder), saving(folder) as room:
-            _probe(room)
+        with made(folder), saving(folder) as trial:
+            _probe(trial)
 
 
 def _outside(path: Path, place: Path) -> None:

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bdjax import identity, metrics, plots, schema
-from bdjax.own import beside, kind, renamed, sweep
+from bdjax.own import beside, clear, kind, renamed
 from bdjax.progress import kept, shown
 from bdjax.registry import declare, declared, door
 from bdjax.rows import Row, Rows, lookup, measured, paths
@@ -604,7 +604,7 @@ def ready(folder: str | Path, *more: str) -> None:
 def _save(folder: Path, files: Mapping[str, bytes]) -> Path:
     # Everything is written before anything is renamed: a full disk leaves what was there before.
     beside(folder, files, ["figures"], _old)
-    sweep(folder)
+    clear(folder)
     with ExitStack() as stack:
         for name, content in files.items():
             stack.enter_context(renamed(folder / name, _old)).write_bytes(content)

@@ -414,7 +414,7 @@ def memory() -> int:
         return size
 
 
-def room(path: str | Path) -> int:
+def most_of(path: str | Path) -> int:
     """The most bytes that are unpacked from an archive: half of the memory, and no more than
     `RATIO` times its size once that is over `LARGE`.
     """
@@ -423,7 +423,7 @@ def room(path: str | Path) -> int:
 
 def fits(path: str | Path, size: int) -> None:
     """Raises `BadInput` where the archive at `path` declares more bytes than there is room for."""
-    if size > (most := room(path)):
+    if size > (most := most_of(path)):
         raise BadInput(
             f"{path}: declares {gigabytes(size)} in a file of "
             f"{gigabytes(os.stat(path).st_size)}; at most {gigabytes(most)} are unpacked here: "

@@ -89,16 +89,16 @@ class Store:
             with contextlib.suppress(BadInput), renamed(owner, _owner) as new:
                 # A full disk: the lock holds all the same.
                 new.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-            self.sweep()
+            self.clear()
             yield
         finally:
             self.lock.release()
 
-    def sweep(self) -> None:
+    def clear(self) -> None:
         """Removes what killed processes were writing here; what a living one writes stays."""
         for folder in (self.folder, *(self.folder / name for name in (*FOLDERS, "figures"))):
             if folder.is_dir():
-                own.sweep(folder)
+                own.clear(folder)
                 _sweep_old(folder)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -158,7 +158,7 @@ def unfinished(*decides: Any) -> Iterator[Store]:
         with kept(words), tempfile.TemporaryDirectory(prefix="bdjax-") as folder:
             yield Store(folder)
         return
-    own.sweep(store.folder.parent)
+    own.clear(store.folder.parent)
     words = f"what was finished is kept in {store.folder}; the same command goes on from there"
     with kept(words), store.locked():
         try:

@@ -153,7 +153,7 @@ def _judging(cell: Cell) -> Any:
     return compile_key(cell.defense, cell.probe)
 
 
-def room(devices: Sequence[Any], lanes: int | str | None = None) -> int:
+def at_once(devices: Sequence[Any], lanes: int | str | None = None) -> int:
     """The most runs that are held on the devices at a time."""
     return len(devices) * max(
         GROUP[devices[0].platform != "cpu"], lanes if isinstance(lanes, int) else 1
@@ -388,7 +388,7 @@ class Runner:
 
     def groups(self, cells: Iterable[Cell]) -> list[list[Cell]]:
         """This process's cells, as they are run."""
-        return groups(cells, room(self.places, self.lanes), self.store.shard)
+        return groups(cells, at_once(self.places, self.lanes), self.store.shard)
 
     def victim(self, cell: Cell) -> tuple[Model, Any, Any]:
         """The model, the attack as it is fired, and the variables of a cell's victim; trained if it
@@ -525,11 +525,11 @@ class Runner:
                     piece, model, shared, [victims[cell.victim][:2] for cell in piece], seconds
                 )
 
-            for piece in _pieces(whole, room(self.places, self.lanes)):
+            for piece in _pieces(whole, at_once(self.places, self.lanes)):
                 self.unfit += self._halved(piece, judged)
                 self.stop.check()
         for alike in _grouped((c for c in cells if c.stage == "train"), _judging):
-            for piece in _pieces(alike, room(self.places, self.lanes)):
+            for piece in _pieces(alike, at_once(self.places, self.lanes)):
                 self.unfit += self._halved(
                     piece, lambda piece: self._judged(piece, model, shared, None, none)
                 )

@@ -33,7 +33,7 @@ from bdjax import plots, registry
 from bdjax.datasets.files import Faces
 from bdjax.datasets.public import Cifar10, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
-from bdjax.experiment import there
+from bdjax.experiment import at_hand
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.cla import Cla
 from bdjax.models.deepid import DeepId
@@ -191,7 +191,7 @@ REASONS = {
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """A row an attack, and the clean twin of each net."""
-    for twin in (twin for twin in SCALES[scale] if there(twin.dataset)):
+    for twin in (twin for twin in SCALES[scale] if at_hand(twin.dataset)):
         for row, attack in {TWIN: None, **ATTACKS[twin.table]}.items():
             cell = dataclasses.replace(twin, row=row, attack=attack, reported=PAPER.get(row, {}))
             yield from grid(cell, seed=range(seeds or SEEDS[scale]))

@@ -61,7 +61,7 @@ from bdjax.datasets.sample import Sample
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.reversed import Reversed, described
 from bdjax.defenses.repair.linf_pruning import LinfPruning
-from bdjax.experiment import there
+from bdjax.experiment import at_hand
 from bdjax.models.alexnet import AlexNet
 from bdjax.models.layers import default_site
 from bdjax.registry import pytree, static
@@ -281,7 +281,7 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     serve the other.
     """
     s = SCALES[scale]
-    if not there(s.data):
+    if not at_hand(s.data):
         return
 
     def rows(table: str, row: str, rate: float, **fields: Any) -> Iterator[Cell]:

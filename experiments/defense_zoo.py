@@ -48,7 +48,7 @@ from bdjax.datasets.public import FashionMnist, Gtsrb, Mnist
 from bdjax.datasets.sample import Sample
 from bdjax.defenses.base import Judge
 from bdjax.defenses.repair.fine_pruning import FinePruning
-from bdjax.experiment import there
+from bdjax.experiment import at_hand
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.layers import build
 from bdjax.models.nc_gtsrb import NcGtsrb
@@ -182,7 +182,7 @@ def defenses(scale: str, attack: Any) -> Iterator[tuple[str, Any]]:
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """For each attack the victim, then every defense that applies."""
-    for net in (net for net in SCALES[scale] if there(net.data)):
+    for net in (net for net in SCALES[scale] if at_hand(net.data)):
         data = net.data.load()
         model = build(net.model, data.shape, data.classes)
         for name, attack in net.attacks.items():

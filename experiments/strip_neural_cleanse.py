@@ -73,7 +73,7 @@ from bdjax.defenses.inputs.strip import (
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.repair.nc_pruning import NcPruning
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning
-from bdjax.experiment import there
+from bdjax.experiment import at_hand
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.deepid import DeepId
 from bdjax.models.nc_gtsrb import NcGtsrb
@@ -388,7 +388,7 @@ def colored(shape: str, size: tuple[int, int, int]) -> np.ndarray:
 def strip_victims(scale: str) -> Iterator[Cell]:
     """The nets of STRIP's tables."""
     for row, (how, _) in STRIP.items():
-        if (name := row.split(",")[0]) not in SCALES[scale].nets or not there(
+        if (name := row.split(",")[0]) not in SCALES[scale].nets or not at_hand(
             SCALES[scale].nets[name][0]
         ):
             continue
@@ -406,7 +406,7 @@ def cleanse_victims(scale: str) -> Iterator[Cell]:
     """The nets of Neural Cleanse's figures."""
     s = SCALES[scale]
     for row, (name, attack, substitute) in CLEANSE.items():
-        if name not in s.nets or not there(s.nets[name][0]):
+        if name not in s.nets or not at_hand(s.nets[name][0]):
             continue
         dataset, net, recipe = s.nets[name]
         if isinstance(attack, TrojanNN):

@@ -71,7 +71,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.defenses.repair.mesa_retraining import MesaRetraining
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning
-from bdjax.experiment import there
+from bdjax.experiment import at_hand
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.deepid import DeepId
 from bdjax.models.layers import default_site
@@ -466,7 +466,7 @@ def of_bench(s: Scale) -> Iterator[Cell]:
     """The grid of hyper-parameters behind pitfall 1, the adaptive attacks behind pitfall 3, and
     clean twins.
     """
-    if s.bench is None or not there(s.bench.data):
+    if s.bench is None or not at_hand(s.bench.data):
         return
     data, model, recipe = s.bench
     square = registry.make("attack", "badnets", "square")
@@ -502,7 +502,7 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """Every BadNet, as it is and under each defense; then the grid and the adaptive attacks."""
     s = dataclasses.replace(SCALES[scale], seeds=seeds or SCALES[scale].seeds)
     for name in s.names:
-        if there(badnet(s, name)[0].dataset):
+        if at_hand(badnet(s, name)[0].dataset):
             yield from of_badnet(s, name)
     yield from of_bench(s)
 

@@ -71,7 +71,7 @@ from bdjax.defenses.inputs.goodnet import quarantine
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.repair.fine_pruning import FinePruning
-from bdjax.experiment import there
+from bdjax.experiment import at_hand
 from bdjax.models.deepid import DeepId
 from bdjax.models.keras_h5 import load_keras_weights
 from bdjax.models.layers import build
@@ -462,7 +462,7 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
             min(most, 4),
         )
 
-    if there(s.data):
+    if at_hand(s.data):
         for net in s.nets:
             attack, triggers = VICTIMS[net]
             put = functools.partial(rows, attack=attack, substitute=SUBSTITUTE[net])
@@ -485,7 +485,7 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     if isinstance(s.data, Faces):
         strangers = Strangers(**FACES, top_classes=s.data.top_classes)
         base = strangers, DeepId(scale=1.0), Recipe(epochs=0)
-        if there(strangers):
+        if at_hand(strangers):
             note = "LFW faces, labelled by the undefended net"
             put = functools.partial(rows, LAB3, attack=Published(), base=base, substitute=note)
             yield from put(row="Undefended", reported={"asr_all": 1.0})

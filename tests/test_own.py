@@ -302,7 +302,7 @@ def test_what_a_killed_process_moved_aside_comes_back_and_the_rest_is_swept(tmp_
         net(killed / "before" / "net")
         (tmp_path / f"{own.SAVING}mine").mkdir()
         (tmp_path / f"{own.SAVING}mine" / "letter").write_text("dear")
-        own.sweep(tmp_path)
+        own.clear(tmp_path)
         assert living.exists() and not killed.exists() and (tmp_path / f"{own.SAVING}mine").exists()
     assert checkpoints.load_model(tmp_path / "net") and not living.exists()
 

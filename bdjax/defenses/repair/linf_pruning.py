@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from bdjax.channels import largest_within, masked, prune, responses, sweep
+from bdjax.channels import largest_within, masked, over_points, prune, responses
 from bdjax.defenses.base import Repair
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.reversed import Pick, Reversed, TriggerDefense, described, fire
@@ -215,7 +215,7 @@ class LinfPruning(TriggerDefense, Repair):
             )
         else:
             edit, points = functools.partial(cap, rule=self.rule), info["thresholds"]
-        return sweep(model, variables, self._site(model), edit, points, images, label)
+        return over_points(model, variables, self._site(model), edit, points, images, label)
 
     def check(self, model: Model, clean: Split) -> None:
         validate(self)
