@@ -470,8 +470,8 @@ def check_images(
 
 
 def check_variables(variables: Any) -> None:
-    """Raises `BadInput` unless `variables` are those of a model: a mapping with `params`."""
-    if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+    """Raises `BadInput` unless `variables` can be those of a model: a mapping, `params` too."""
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("params", {}), Mapping):
         raise BadInput("variables are no mapping with params: give what the model's init made")
     for leaf in jax.tree.leaves(variables, is_leaf=lambda leaf: leaf is None):
         if not isinstance(leaf, ARRAYS):

@@ -85,7 +85,7 @@ from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.sweep import Runner
 from bdjax.train import Recipe, predict, stamped, unit
-from bdjax.types import Metric, Split, Splits, Victim
+from bdjax.types import Metric, Split, Splits, Unlabelled, Victim
 
 TITLE = "STRIP and Neural Cleanse (slides): triggers found by what they do"
 
@@ -245,7 +245,7 @@ class Needs:
     defense: Any = None
 
     def __call__(self, key, model, variables, attack, clean: Split, test: Split) -> dict[str, Any]:
-        data = Splits(clean, clean._replace(label=None), test[slice(1)])
+        data = Splits(clean, clean._replace(label=Unlabelled()), test[slice(1)])
         try:
             jax.eval_shape(lambda: self.defense.applied(key, Victim(model, variables), data))
         except (TypeError, ValueError, AttributeError):

@@ -86,7 +86,7 @@ def test_a_broken_net_has_no_accuracy_under_any_edit():
     curve = channels.curve(MODEL, BROKEN, site, order, DATA.image, DATA.label)
     np.testing.assert_array_equal(curve, 0)
     np.testing.assert_array_equal(
-        channels.sweep(
+        channels.over_points(
             MODEL, BROKEN, site, channels.masked, jnp.ones((2, 6)), DATA.image, -1 + 0 * DATA.label
         ),
         NAN,

@@ -647,7 +647,7 @@ def test_what_the_first_version_wrote_is_read(net, tmp_path, monkeypatch):
             (old / "variables").mkdir()
             np.savez(old / "variables" / "leaves.npz", **leaves)
         else:
-            with store._checkpointer() as checkpointer:
+            with checkpoints._checkpointer() as checkpointer:
                 checkpointer.save(old / "variables", leaves)
         np.savez(old / "arrays.npz")
         described = json.loads((net / "model.json").read_text())
