@@ -96,6 +96,9 @@ def whole(net, tmp_path_factory) -> Path:
     facts = dict.fromkeys(("shard", "devices", "doing"), "")
     facts |= dict.fromkeys(("total", "rows", "before", "groups", "group", "failed"), 1)
     progress.Board(results.folder / "progress.json", **facts).write()
+    poison = {"attack": {}, "dataset": {}, "fingerprint": "0" * 16, "seed": 0, "shape": [8, 8, 1]}
+    poison |= {"classes": 4, "names": [], "rows": {"train": 4}, "counts": {"rows": 4}, "notes": []}
+    (home / "poison.json").write_text(schema.dump(poison, "poison"))
     members = results.folder / "members.json"
     members.write_text(schema.dump({"victims": ["a", "b"]}, "members"))
     with pytest.MonkeyPatch.context() as patch:
@@ -134,6 +137,7 @@ def files(whole, net, tmp_path):
         "row": ("results/results.jsonl", lambda p: report.merge([p.parent], tmp_path / "page")),
         "report": ("results/report.json", lambda path: report.load(path.parent)),
         "progress": ("results/progress.json", status),
+        "poison": ("poison.json", lambda path: schema.read_json(path, "poison")),
         "members": ("results/members.json", sweep._held),
         "lanes": ("cache/lanes.json", lambda path: schema.read_json(path, "lanes")),
         "npz": ("npz.npz", lambda path: schema.read_arrays(path, "npz")),
