@@ -285,22 +285,23 @@ class Clothes(Sample):
 # --- The rows ---
 
 
-class Scale(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
     """What a scale changes. `every`: STRIP looks at every such test image; `labels`: that Neural
     Cleanse searches.
     """
 
     data: Any
     recipe: Recipe
-    nets: tuple[str, ...]
+    nets: tuple[str, ...] = ("sunglasses", "anonymous_1", "multi")
     repair: Callable[..., FinePruning]
     lrs: tuple[float, ...]
-    counts: tuple[int, ...]
+    counts: tuple[int, ...] = (0, 1, 2, 4)
     strip: Strip
     every: int
     cleanse: NeuralCleanse
     labels: int
-    seeds: int
+    seeds: int = 3
 
 
 def pruning(
@@ -319,22 +320,23 @@ def strip(n: int, inputs: int) -> Strip:
 FACES = {"path": "faces_train.npz", "test": "faces_test.npz", "holdout": 0.2}
 SCALES = {
     "smoke": Scale(
-        Clothes(train_size=200, test_size=40, holdout=0.3), Recipe(epochs=1, batch=20),
-        ("sunglasses",), functools.partial(pruning, 1), (LR, FAST), (0, 1, 2, 4), strip(2, 20), 2,
-        NeuralCleanse(steps=2), 3, 1,
+        data=Clothes(train_size=200, test_size=40, holdout=0.3), recipe=Recipe(epochs=1, batch=20),
+        nets=("sunglasses",), repair=functools.partial(pruning, 1), lrs=(LR, FAST),
+        strip=strip(2, 20), every=2, cleanse=NeuralCleanse(steps=2), labels=3, seeds=1,
     ),
     "cpu": Scale(
-        Faces(**FACES, top_classes=22), Recipe(epochs=12, batch=32),
-        ("sunglasses", "anonymous_1", "multi"), functools.partial(pruning, 2, batch=8),
-        (1e-2, FAST, LR, 1e-4), (0, 1, 2, 4), strip(20, 100), 3,
-        NeuralCleanse(steps=12, batches=5, start_at_zero=False, init_cost=1e-2, patience=2,
-                      seeds=3), 8, 3,
+        data=Faces(**FACES, top_classes=22), recipe=Recipe(epochs=12, batch=32),
+        repair=functools.partial(pruning, 2, batch=8), lrs=(1e-2, FAST, LR, 1e-4),
+        strip=strip(20, 100), every=3, labels=8,
+        cleanse=NeuralCleanse(steps=12, batches=5, start_at_zero=False, init_cost=1e-2, patience=2,
+                              seeds=3),
     ),
     "paper": Scale(
-        Faces(**FACES), Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta"),
-        ("sunglasses", "anonymous_1", "multi"), functools.partial(pruning, 10, channels=48),
-        (1e-2, FAST, LR, 1e-4, 1e-5, 1e-6), (0, 1, 2, 3, 4, 6, 12, 30, 48), strip(100, 500), 1,
-        NeuralCleanse(screen=100, seeds=3), 1283, 3,
+        data=Faces(**FACES),
+        recipe=Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta"),
+        repair=functools.partial(pruning, 10, channels=48),
+        lrs=(1e-2, FAST, LR, 1e-4, 1e-5, 1e-6), counts=(0, 1, 2, 3, 4, 6, 12, 30, 48),
+        strip=strip(100, 500), every=1, cleanse=NeuralCleanse(screen=100, seeds=3), labels=1283,
     ),
 }  # fmt: skip
 
