@@ -406,7 +406,7 @@ def strip_victims(scale: str) -> Iterator[Cell]:
             continue
         data = s.nets[name][0].load()
         shared: dict[str, Any] = {"rate": min(0.1, 600 / len(data.train.label)), "target": 7}
-        if how.startswith("strip"):
+        if how in ("strip-square", "strip-heart"):
             attack: Any = BadNets(**{**BadNets.presets[how], **shared})
         else:
             attack = Accessory(alpha=1.0, worn="image", image=colored(how, data.shape), **shared)

@@ -51,7 +51,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -411,27 +411,28 @@ GRID_SAYS = {  # At 1e-2 all are .08/0.
 }
 
 
-def said(text: str, nets: Sequence[str], trigger: str) -> dict[str, float]:
-    """The paper's pairs CCA/ASR as our metrics of `nets`."""
+def said(
+    text: str, nets: Sequence[str], trigger: str, shown: Container[str] = NETS
+) -> dict[str, float]:
+    """The paper's pairs CCA/ASR of `nets` as our metrics, of those that are `shown`."""
     pairs = [[float(number) / 100 for number in pair.split("/")] for pair in text.split()]
     return {
         f"{net}.{m}": v
         for net, pair in zip(nets, pairs)
         for m, v in zip(("acc", f"asr_{trigger}"), pair)
+        if net in shown
     }
 
 
 def says(net: str, probe: FinePruned) -> dict[str, float]:
     """What the paper has of a line of Table I and, at its own learning rate, of Figure 1b, c."""
     found, lr = {}, float(probe.repair.recipe.lr)
+    shown = {probe.named(k) for k in probe.counts} | set(NETS)
     for trigger, name in VICTIMS[net][1].items():
         line = " ".join([".08/0"] * len(GRID_COUNTS)) if lr == 1e-2 else GRID_SAYS[name].get(lr, "")
-        found |= said(line, [probe.named(k) for k in GRID_COUNTS], trigger) | said(
-            NETS_SAY[name], ("B",), trigger
-        )
-        found |= said(NETS_SAY[name], NETS, trigger) if lr == LR else {}
-    shown = {probe.named(k) for k in probe.counts} | set(NETS)
-    return {metric: value for metric, value in found.items() if metric.split(".")[0] in shown}
+        found |= said(line, [probe.named(k) for k in GRID_COUNTS], trigger, shown)
+        found |= said(NETS_SAY[name], NETS if lr == LR else ("B",), trigger)
+    return found
 
 
 def titled(table: str, scale: float) -> str:
