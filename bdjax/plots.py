@@ -261,7 +261,7 @@ def curves(
         if np.ptp(axes.get_ylim()) > 0.3:
             axes.set_ylim(-0.02, 1.02)
         _percent(axes.yaxis, whole=bool(np.ptp(axes.get_ylim()) > 0.1))
-    axes.set(xlabel=xlabel, ylabel=ylabel.removesuffix(" %"))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     _legend(axes)
     return figure
 
@@ -574,7 +574,7 @@ def heat_map(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(False)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(picture, ax=axes, pad=0.02, label=label.removesuffix(" %"))
+    bar = figure.colorbar(picture, ax=axes, pad=0.02, label=label)
     if percent:
         _percent(bar.ax.yaxis)
     return figure

@@ -289,28 +289,6 @@ def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
 
 
 @door
-def seeds(rows: Iterable[Row], row: str, table: str | None = None) -> Rows:
-    """The finished seeds of a row."""
-    found = Rows(r for r in rows if r["row"] == row and table in (None, r["table"]))
-    return found.done
-
-
-@door
-def arrays(
-    rows: Iterable[Row], store: Store, row: str, table: str | None = None
-) -> list[tuple[Row, dict[str, Any]]]:
-    """The finished seeds of a row, each with its arrays; without those whose arrays were not kept
-    with the rows.
-    """
-    return seeds(rows, row, table).arrays(store)
-
-
-@door
-def mean(rows: Iterable[Row], row: str, metric: str, table: str | None = None) -> float:
-    """The mean of a metric over the seeds of a row; NaN where there is none."""
-    return seeds(rows, row, table).mean(metric)
-
-
 def verdict(whole: bool, part: bool) -> str:
     """The verdict of a `Trend`: `whole`, the claim holds as it was made; `part`, in part."""
     return "reproduced" if whole else "partly" if part else "not"
@@ -331,10 +309,13 @@ def is_percent(metric: str) -> bool:
 
 def label_of(metric: str) -> str:
     """`asr_nt` as a heading: `ASR nt %`."""
-    found = _about_metric(metric)
-    label = found.label or re.sub(r"_|\.(?!\d)", " ", metric)  # 0.05 is a number
-    unit = " %" if found.unit == "share" else f", {found.unit}" if found.unit else ""
-    return label + unit
+    unit = _about_metric(metric).unit
+    return _plain_label(metric) + (" %" if unit == "share" else f", {unit}" if unit else "")
+
+
+def _plain_label(metric: str) -> str:
+    """`asr_nt` as `ASR nt`."""
+    return _about_metric(metric).label or re.sub(r"_|\.(?!\d)", " ", metric)  # 0.05 is a number
 
 
 def _about_metric(name: str) -> Metric:
@@ -1050,9 +1031,10 @@ def _explain(rows: Sequence[Row], asked: Sequence[str], metric: str) -> None:
 def pivot_figures(rows: Iterable[Row], x: str, y: str | None, metric: str) -> list[Figure]:
     """The pivot as a line with its spread and, over two axes, as a heat-map."""
     table = pivot(rows, x, y, metric)
-    percent, label = is_percent(metric), label_of(metric)
+    percent = is_percent(metric)
+    label = _plain_label(metric) if percent else label_of(metric)  # an axis has the %
     name = re.sub(r"[^\w-]+", "-", f"{metric}-{x}-{y}" if y else f"{metric}-{x}")
-    title = f"{label.removesuffix(' %')} over {x}" + (f" and {y}" if y else "")
+    title = f"{_plain_label(metric)} over {x}" + (f" and {y}" if y else "")
     n = sorted(set(table.n[table.n > 0].tolist()))
     counts = f"n = {n[0]}" if len(n) == 1 else f"n = {n[0]} to {n[-1]}"
     lines = {f"{y} = {value}" if y else label: table.mean[i] for i, value in enumerate(table.y)}

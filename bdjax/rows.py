@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from bdjax.registry import near
 from bdjax.types import BadInput
 
@@ -106,6 +108,11 @@ class Rows(Sequence[Row]):
             raise BadInput("a frame needs pandas: pip install 'bdjax[frame]'") from None
         named = [{path: _word(lookup(row, path)) for path in paths(row)} for row in self._rows]
         return pandas.DataFrame([row["metrics"] | of for of, row in zip(named, self._rows)])
+
+
+def stacked(found: Iterable[tuple[Row, Mapping[str, Any]]], *names: str) -> list[np.ndarray]:
+    """The arrays of these names that `Rows.arrays` gave, of all rows: `[R, ...]` each."""
+    return [np.stack(some) for some in zip(*([arrays[n] for n in names] for _, arrays in found))]
 
 
 def lookup(row: Row, path: str) -> Any:

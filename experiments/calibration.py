@@ -77,21 +77,18 @@ def share(hits: Any) -> tuple[float, str]:
     return float(low), f"{hits.sum():.0f} of {hits.size} ({100 * low:.0f}–{100 * high:.0f} %)"
 
 
-def judged(rows: list[dict]) -> Iterator[tuple[str, str, Rows]]:
-    """Each kind of net and judge, with its rows."""
-    for table, row in dict.fromkeys((r["table"], r["row"]) for r in rows if r["defense"]):
-        if found := report.seeds(rows, row, table):
-            yield table, row, found
+def judged(rows: Rows) -> dict[tuple[str, str], Rows]:
+    """By kind of net and judge, its rows."""
+    return Rows(row for row in rows.done if row["defense"]).by("table", "row")
 
 
-def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
+def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
     """How many p-values lie below each level: on the diagonal where the null holds."""
     from bdjax import plots
 
     level = np.linspace(0, 1, 101)
-    for table, row, _ in judged(rows):
-        kept = report.arrays(rows, store, row, table)
-        if not kept:
+    for (table, row), found in judged(rows).items():
+        if not (kept := found.arrays(store)):
             continue
         p_value, infected = (
             np.array([np.ravel(a.get(f"seeds.{n}", r["metrics"][n]))[0] for r, a in kept], float)
@@ -107,9 +104,9 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         )
 
 
-def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
     """What each rule accuses, over the seeds of the search."""
-    for table, row, found in judged(rows):
+    for (table, row), found in judged(rows).items():
         infected, undecided, p_value = (
             np.array([r["metrics"].get(name, 0) for r in found], float)
             for name in ("infected", "undecided", "p_value")

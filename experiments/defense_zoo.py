@@ -137,13 +137,13 @@ SCALES = {
         Net("GTSRB", Gtsrb(), NcGtsrb(), Recipe(epochs=15, batch=32), COLOR | SIGNS),
     ),
 }  # fmt: skip
-IMAGES = {
-    net.table(attack): net.images
+VICTIMS = {
+    net.table(attack): (net.images, attack)
     for nets in SCALES.values()
     for net in nets
     for attack in net.attacks
 }
-"""The data set of a table."""
+"""The data set of a table, and the attack."""
 # Victims of one paper: the defenses that are run on them; every one on all others.
 ONLY = {
     "MNIST: BadNets, 5×5 square, rate 1 %": (
@@ -289,12 +289,12 @@ def it_works(
 ) -> tuple[str, str, str]:
     """Against how many of the attacks, and with which false alarms."""
     alarms = {
-        IMAGES[table]
+        VICTIMS[table][0]
         for table in line
         if table not in attacked and line[table]["metrics"].get("infected")
     }
     did = {
-        table: works(line[table], before[table], IMAGES[table] in alarms)
+        table: works(line[table], before[table], VICTIMS[table][0] in alarms)
         for table in attacked
         if table in line
     }

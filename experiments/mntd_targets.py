@@ -30,6 +30,7 @@ from bdjax.attacks.blended import Blended
 from bdjax.datasets.sample import Sample
 from bdjax.defenses.models.mntd import Mntd
 from bdjax.models.shamshiri import Cnn, Ffnn
+from bdjax.rows import Rows
 from bdjax.store import Store
 from bdjax.study import Cell, zipped
 from bdjax.train import Recipe
@@ -89,13 +90,13 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
                 yield from zipped(cell, **varied)
 
 
-def scores(rows: list[dict]) -> Iterator[tuple[str, str, dict[str, np.ndarray], list]]:
+def scores(rows: Rows) -> Iterator[tuple[str, str, dict[str, np.ndarray], list]]:
     """Each kind of net and judge: how far above the threshold its nets score, by attack."""
-    nets = dict.fromkeys(row["table"].split(", ")[0] for row in rows)
-    judges = dict.fromkeys(row["row"] for row in rows if row["defense"])
+    nets = dict.fromkeys(net for scale in SCALES.values() for net in scale.nets)
+    judges, seeds = dict.fromkeys(row["row"] for row in rows if row["defense"]), rows.done
     for net in nets:
         for judge in judges:
-            found = {title: report.seeds(rows, judge, f"{net}, {title}") for title in ATTACKS}
+            found = {title: seeds.where(table=f"{net}, {title}", row=judge) for title in ATTACKS}
             if all(found.values()):
                 above = {
                     title: np.array(
@@ -124,7 +125,7 @@ def rate(hit: np.ndarray) -> str:
     return f"{hit.sum()} of {hit.size} ({100 * float(low):.0f}–{100 * float(high):.0f} %)"
 
 
-def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
+def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
     """ROC of each way to read answers."""
     from bdjax import plots
 
@@ -144,7 +145,7 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         )  # fmt: skip
 
 
-def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
     """Whether clean nets are told from infected ones, at any threshold and at the default one."""
     for net, judge, above, found in scores(rows):
         clean = above[CLEAN]

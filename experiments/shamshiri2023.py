@@ -50,7 +50,7 @@ from bdjax.defenses.train.db_covidnet import DbCovidNet
 from bdjax.defenses.train.lpsf import Lpsf
 from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.report import percent, verdict
-from bdjax.rows import Rows
+from bdjax.rows import Rows, stacked
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe, stamped
@@ -164,7 +164,7 @@ def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
         yield "fine-pruning-rates", RATES, "First run. Table II has the one at 0.001.", drawn
     for net in ("CNN", "FFNN"):
         if found := rows.where(row=f"Fine-Pruning, {net}").arrays(store):
-            acc, asr = (np.stack([a[key] for _, a in found]) for key in ("acc_curve", "asr_curve"))
+            acc, asr = stacked(found, "acc_curve", "asr_curve")
             chosen = Rows(row for row, _ in found).mean("pruned")
             caption = (
                 "Pruning alone, before fine-tuning: test accuracy and ASR_nt, mean and range over "

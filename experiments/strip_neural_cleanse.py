@@ -41,21 +41,18 @@ Where we differ, and why:
 
 import dataclasses
 import math
-import statistics
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import metrics, registry
+from bdjax import metrics, plots, registry
 from bdjax.analysis.sizes import Sizes
 from bdjax.attacks.accessory import Accessory
 from bdjax.attacks.badnets import BadNets
-from bdjax.attacks.base import Attack
 from bdjax.attacks.trojannn import TrojanNN
 from bdjax.augment import Augmentation
 from bdjax.datasets.files import Faces
@@ -81,6 +78,8 @@ from bdjax.models.resnet20 import ResNet20
 from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.models.strip import StripCifar10, StripMnist
 from bdjax.registry import static
+from bdjax.report import percent, verdict
+from bdjax.rows import Row, Rows, measured, stacked
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.sweep import Runner
@@ -256,9 +255,11 @@ class Needs:
 # --- Victims ---
 
 
-class Scale(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
     """What a scale changes. `nets`: data, net and recipe by name; `quick`: the search of the
-    repairs; `ranks`: the steps that are watched; `times`: the replicas of Figure 10.
+    repairs; `ranks`: the steps that are watched; `times`: the replicas of Figure 10; `trojan`: how
+    the trojaning attack is made.
     """
 
     nets: dict[str, tuple[Any, Any, Recipe]]
@@ -266,7 +267,7 @@ class Scale(NamedTuple):
     nc: NeuralCleanse
     quick: NeuralCleanse
     ranks: int
-    times: tuple[int, ...]
+    times: tuple[int, ...] = (2, 5, 10, 20, 50, 100)
     trojan: dict[str, Any]
     seeds: int = 3
 
@@ -283,13 +284,13 @@ DIGITS = Mnist(train_size=10_000, test_size=500)
 SIGNS = Gtsrb(train_size=8_000, test_size=300, top_classes=16)
 SCALES = {
     "smoke": Scale(
-        dict.fromkeys(("MNIST", "NC GTSRB"), TINY),
-        Strip(n=5, inputs=20), NeuralCleanse(steps=2, batches=2),
-        NeuralCleanse(steps=2, batches=2, screen=2, screen_patience=1), 3, (1, 2),
-        {"steps": 3, "images": 4, "reverse_steps": 3}, 1,
+        nets=dict.fromkeys(("MNIST", "NC GTSRB"), TINY), strip=Strip(n=5, inputs=20),
+        nc=NeuralCleanse(steps=2, batches=2),
+        quick=NeuralCleanse(steps=2, batches=2, screen=2, screen_patience=1),
+        ranks=3, times=(1, 2), trojan={"steps": 3, "images": 4, "reverse_steps": 3}, seeds=1,
     ),
     "cpu": Scale(
-        {
+        nets={
             "MNIST": (DIGITS, StripMnist(), Recipe(epochs=8, batch=64)),
             "CIFAR-10": (Cifar10(train_size=10_000, test_size=300), COLOR,
                          Recipe(epochs=6, batch=64)),
@@ -298,12 +299,12 @@ SCALES = {
             "NC GTSRB": (SIGNS, COLOR, Recipe(epochs=8, batch=64, drops=((6, 0.1),))),
             "Trojan square": (DIGITS, StripMnist(), Recipe(epochs=8, batch=64)),
         },
-        Strip(n=50, inputs=300), NeuralCleanse(**SEARCH),
-        NeuralCleanse(**SEARCH, screen=5, screen_patience=3), 15, (2, 5, 10, 20, 50, 100),
-        {"steps": 100, "images": 60, "reverse_steps": 40},
+        strip=Strip(n=50, inputs=300), nc=NeuralCleanse(**SEARCH),
+        quick=NeuralCleanse(**SEARCH, screen=5, screen_patience=3), ranks=15,
+        trojan={"steps": 100, "images": 60, "reverse_steps": 40},
     ),
     "paper": Scale(
-        {
+        nets={
             "MNIST": (Mnist(), StripMnist(), Recipe(epochs=20, batch=128)),
             "CIFAR-10": (
                 Cifar10(), StripCifar10(),
@@ -323,20 +324,21 @@ SCALES = {
             "Trojan square": (Mnist(), BadNetsCnn(pool="max"), Recipe(epochs=20, batch=64)),
             "Trojan watermark": (Mnist(), BadNetsCnn(pool="max"), Recipe(epochs=20, batch=64)),
         },
-        Strip(inputs=2000), NeuralCleanse(), NeuralCleanse(screen=10, screen_patience=10),
-        100, (2, 5, 10, 20, 50, 100), {"steps": 970, "images": 100, "reverse_steps": 200},
+        strip=Strip(inputs=2000), nc=NeuralCleanse(),
+        quick=NeuralCleanse(screen=10, screen_patience=10), ranks=100,
+        trojan={"steps": 970, "images": 100, "reverse_steps": 200},
     ),
 }  # fmt: skip
 
 STRIP = {
-    "MNIST, square": ("strip-square", (0.9886, 0.9986, 0.9862)),
-    "MNIST, heart": ("strip-heart", (0.9886, 1.0, 0.9862)),
-    "CIFAR-10, b": ("square", (0.8723, 1.0, 0.8827)),
-    "CIFAR-10, c": ("watermark", (0.8734, 1.0, 0.8827)),
-    "GTSRB, b": ("square", (0.9622, 1.0, 0.9638)),
+    "MNIST, square": ("MNIST", "strip-square", (0.9886, 0.9986, 0.9862)),
+    "MNIST, heart": ("MNIST", "strip-heart", (0.9886, 1.0, 0.9862)),
+    "CIFAR-10, b": ("CIFAR-10", "square", (0.8723, 1.0, 0.8827)),
+    "CIFAR-10, c": ("CIFAR-10", "watermark", (0.8734, 1.0, 0.8827)),
+    "GTSRB, b": ("GTSRB", "square", (0.9622, 1.0, 0.9638)),
 }
-"""A preset of BadNets or a shape, and Table II: accuracy and success of the trojaned net, accuracy
-of the clean one.
+"""The net, a preset of BadNets or a shape, and Table II: accuracy and success of the trojaned net,
+accuracy of the clean one.
 """
 ENTROPY = {
     "MNIST, square": (
@@ -352,7 +354,7 @@ ENTROPY = {
     "GTSRB, b": ((0.53, 0.19), {0.02: (0.133, 0.0), 0.01: (0.081, 0.0), 0.005: (0.034, 0.0)}),
 }
 """Table III: mean and standard deviation, then FRR: boundary and FAR."""
-CLEANSE: dict[str, tuple[str, Attack, str | None]] = {
+CLEANSE: dict[str, tuple[str, Any, str | None]] = {
     "MNIST": ("NC MNIST", BadNets(**BadNets.presets["nc"], target=7), None),
     "GTSRB": ("NC GTSRB", BadNets(**BadNets.presets["nc"], target=33), None),
     "Faces": (
@@ -367,6 +369,8 @@ CLEANSE: dict[str, tuple[str, Attack, str | None]] = {
         "MNIST instead of VGG-Face",
     ),
 }
+TROJANED = ("Trojan square", "Trojan watermark")
+PATCHED = tuple(name for name in CLEANSE if name not in TROJANED)
 ACTIVATION = {
     "MNIST": (1.19, 4.20, 4.74, 0.0163),
     "GTSRB": (42.86, 270.11, 304.05, 0.0163),
@@ -377,6 +381,10 @@ ACTIVATION = {
 """Neural Cleanse's Table III: clean, reversed and original; and the FNR at an FPR of 5 %."""
 
 
+LEFT = {"GTSRB": 0.0, "Faces": 0.01, "MNIST": 0.01, "Trojan square": 0.873}
+"""ASR after pruning."""
+
+
 def colored(shape: str, size: tuple[int, int, int]) -> np.ndarray:
     """STRIP's triggers b and c: random colours in the trojaning attack's mask, and its opacity,
     `[H, W, C + 1]`.
@@ -385,35 +393,38 @@ def colored(shape: str, size: tuple[int, int, int]) -> np.ndarray:
     return np.concatenate([jax.random.uniform(jax.random.key(0), size), mask], -1)
 
 
+def has(s: Scale, name: str) -> bool:
+    """Whether a net is of this scale, and its data are there."""
+    return name in s.nets and at_hand(s.nets[name][0])
+
+
 def strip_victims(scale: str) -> Iterator[Cell]:
     """The nets of STRIP's tables."""
-    for row, (how, _) in STRIP.items():
-        if (name := row.split(",")[0]) not in SCALES[scale].nets or not at_hand(
-            SCALES[scale].nets[name][0]
-        ):
+    s = SCALES[scale]
+    for row, (name, how, _) in STRIP.items():
+        if not has(s, name):
             continue
-        dataset, net, recipe = SCALES[scale].nets[name]
-        data = dataset.load()
+        data = s.nets[name][0].load()
         shared: dict[str, Any] = {"rate": min(0.1, 600 / len(data.train.label)), "target": 7}
-        if how.startswith("strip"):
-            attack: Attack = BadNets(**{**BadNets.presets[how], **shared})
+        if how in ("strip-square", "strip-heart"):
+            attack: Any = BadNets(**{**BadNets.presets[how], **shared})
         else:
             attack = Accessory(alpha=1.0, worn="image", image=colored(how, data.shape), **shared)
-        yield Cell(TWO, row, dataset, net, recipe, attack)
+        yield Cell(TWO, row, *s.nets[name], attack, tags={"net": row})
 
 
 def cleanse_victims(scale: str) -> Iterator[Cell]:
     """The nets of Neural Cleanse's figures."""
     s = SCALES[scale]
     for row, (name, attack, substitute) in CLEANSE.items():
-        if name not in s.nets or not at_hand(s.nets[name][0]):
+        if not has(s, name):
             continue
-        dataset, net, recipe = s.nets[name]
-        if isinstance(attack, TrojanNN):
+        if row in TROJANED:
             attack = dataclasses.replace(attack, **s.trojan)
-        if attack.target >= (classes := dataset.load().classes):
+        if attack.target >= (classes := s.nets[name][0].load().classes):
             attack = dataclasses.replace(attack, target=classes - 1)
-        yield Cell(INDEX, row, dataset, net, recipe, attack, substitute=substitute)
+        tags = {"net": row}
+        yield Cell(INDEX, row, *s.nets[name], attack, substitute=substitute, tags=tags)
 
 
 def twin(cell: Cell) -> Cell:
@@ -433,112 +444,79 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
 
     clean: set[str] = set()
     for cell in strip_victims(scale):
-        acc, asr, before = STRIP[cell.row][1]
+        name, _, (acc, asr, before) = STRIP[cell.row]
         yield from rows(cell, reported={"acc_test": acc, "asr_all": asr})
-        if (name := cell.row.split(",")[0]) not in clean:
+        if name not in clean:
             clean.add(name)
             yield from rows(twin(cell), row=f"{name}, clean", reported={"acc_test": before})
         (mean, std), points = ENTROPY[cell.row]
         paper = {"mean": mean, "std": std}
-        for frr, (boundary, far) in points.items():
-            paper |= {
-                f"boundary_at_{AT[frr]}": boundary,
-                f"far_at_{AT[frr]}": far,
-                f"frr_at_{AT[frr]}": frr,
-            }
+        for frr, values in points.items():
+            names = ("boundary", "far", "frr")
+            paper |= {f"{m}_at_{AT[frr]}": v for m, v in zip(names, (*values, frr))}
         for blend in ("sum", "average"):
             probe = Rates(dataclasses.replace(s.strip, blend=blend), tuple(points))
-            yield from rows(
-                cell, table=THREE, row=f"{cell.row}, {blend}", probe=probe, reported=paper
-            )
+            row = f"{cell.row}, {blend}"
+            yield from rows(cell, table=THREE, row=row, probe=probe, reported=paper)
         if cell.row == "MNIST, square":
             yield from rows(cell, table=SPREAD, probe=Blends())
             yield from both(cell, rows, s)
 
     for cell in cleanse_victims(scale):
+        patched, found = cell.row in PATCHED, {"nc": s.quick, "pick": "smallest"}
         yield from rows(cell, defense=s.judge)
-        if not isinstance(cell.attack, TrojanNN):
+        if patched:
             yield from rows(twin(cell), defense=s.judge)
         if cell.row == "GTSRB":
             yield from rows(cell, table=RANKS, probe=Ranks(s.quick, s.ranks))
         yield from rows(cell, table=SIZES, probe=Sizes(s.nc))
-        found: dict[str, Any] = {"nc": s.quick, "pick": "smallest"}
-        *acts, fnr = ACTIVATION[cell.row]
-        paper = dict(zip(("clean", "reversed", "original", "far"), (*acts, fnr)))
+        paper = dict(zip(("clean", "reversed", "original", "far"), ACTIVATION[cell.row]))
         yield from rows(cell, table=NEURONS, defense=NcFilter(**found), reported=paper)
-        left = {"GTSRB": 0.0, "Faces": 0.01, "MNIST": 0.01, "Trojan square": 0.873}.get(cell.row)
-        yield from rows(
-            cell,
-            table=PRUNED,
-            reported={} if left is None else {"asr_all": left},
-            defense=NcPruning(**found),
-        )
+        paper = {"asr_all": LEFT[cell.row]} if cell.row in LEFT else {}
+        yield from rows(cell, table=PRUNED, defense=NcPruning(**found), reported=paper)
         ways = {"reversed": NcUnlearning(**found), "clean images": NcUnlearning(clean_only=True)}
-        if not isinstance(cell.attack, TrojanNN):
+        if patched:
             ways["original"] = NcUnlearning(original=cell.attack)
         for way, defense in ways.items():
-            paper = {"asr_all": 0.067} if way == "reversed" else {}
-            yield from rows(
-                cell, table=UNLEARNED, row=f"{cell.row}, {way}", defense=defense, reported=paper
-            )
+            paper, row = {"asr_all": 0.067} if way == "reversed" else {}, f"{cell.row}, {way}"
+            yield from rows(cell, table=UNLEARNED, row=row, defense=defense, reported=paper)
 
 
 def both(cell: Cell, rows: Any, s: Scale) -> Iterator[Cell]:
     """The comparison of the two methods, on STRIP's MNIST net."""
-    attacks: dict[str, Attack] = {
-        "one label": cell.attack or BadNets(),
+    attacks = {
+        "one label": cell.attack,
         "large trigger": BadNets(**BadNets.presets["large-trigger"], target=7),
         "all-to-all": BadNets(**BadNets.presets["pattern"], labels="all-to-all", rate=0.5),
     }
-    for name, attack in attacks.items():
-        for method, defense in (("STRIP", s.strip), ("Neural Cleanse", s.judge)):
-            fields = {"table": BOTH, "attack": attack, "defense": defense, "probe": Needs(defense)}
-            yield from rows(cell, row=f"{method}, {name}", **fields)
+    found: list[tuple[str, str, Any]] = [
+        (method, name, defense)
+        for name in attacks
+        for method, defense in (("STRIP", s.strip), ("Neural Cleanse", s.judge))
+    ]
     unlearning = NcUnlearning(nc=s.quick, pick="smallest")
-    fields = {"table": BOTH, "defense": unlearning, "probe": Needs(unlearning)}
-    yield from rows(cell, row="Neural Cleanse's unlearning, one label", **fields)
+    found.append(("Neural Cleanse's unlearning", "one label", unlearning))
+    for method, name, defense in found:
+        fields = {"attack": attacks[name], "defense": defense, "probe": Needs(defense)}
+        yield from rows(cell, table=BOTH, row=f"{method}, {name}", **fields)
 
 
 # --- Figures ---
 
 
-def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
+def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
     """Those of the slides, in their order."""
-    from bdjax import plots, report
+    by_place = rows.by("table", "row")
 
-    def arrays(table: str, row: str) -> list[tuple[Any, dict]]:
-        return report.arrays(rows, store, row, table)
-
-    def stacked(found: list[tuple[Any, dict]], *names: str) -> list[np.ndarray]:
-        return [np.stack([one[name] for _, one in found]) for name in names]
+    def arrays(table: str, row: str) -> list[tuple[Row, dict]]:
+        return by_place.get((table, row), Rows()).arrays(store)
 
     victims = [cell for cell in strip_victims(scale) if arrays(THREE, f"{cell.row}, sum")]
     if victims and (found := arrays(SPREAD, victims[0].row)):
         yield from example(*found[0])
-    for channels, kind in ((1, "grey"), (3, "colour")):
-        if mine := [cell for cell in victims if cell.dataset.load().shape[-1] == channels]:
-            firsts = [cell.dataset.load().test.image[:1] for cell in mine]
-            clean = np.concatenate([unit(image) for image in firsts])
-            attacks = [cell.attack for cell in mine if cell.attack is not None]
-            fired = np.concatenate(
-                [stamped(a, 1, x, jax.random.key(0)) for a, x in zip(attacks, firsts, strict=True)]
-            )
-            picture = plots.stamped(clean, fired, [cell.row.replace(", ", "\n") for cell in mine])
-            yield (
-                f"strip-{kind}",
-                f"STRIP, Figure 7: {kind} triggers",
-                "On the first test image.",
-                picture,
-            )
+    yield from stamped_images(victims)
     for cell in victims:
-        row, scores = arrays(THREE, f"{cell.row}, sum")[0]
-        boundary, far = row["metrics"]["boundary_at_1"], row["metrics"]["far_at_1"]
-        caption = "First run. The boundary is that of an FRR of 1 %"
-        caption += f"; FAR there: {100 * far:.2f} %." if report.measured(far) else "."
-        picture = plots.entropies(
-            scores["score_clean"], scores["score_trojan"], boundary, "entropy of the blends, bits"
-        )
-        yield f"entropy-{slug(cell.row)}", f"STRIP, Figures 8 and 9: {cell.row}", caption, picture
+        yield separated(cell.row, *arrays(THREE, f"{cell.row}, sum")[0])
     for cell in victims[:1]:
         yield timed(cell, store, scale)
     if victims:
@@ -554,92 +532,110 @@ def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
         picture = plots.curves(count, sigma, None, "replicas N", "σ of the entropy, bits")
         yield "sigma", "STRIP, Figure 11", caption, picture
 
-    nets = [cell for cell in cleanse_victims(scale) if arrays(INDEX, cell.row)]
-    kinds = [kind for cell in nets for kind in (cell.row, f"{cell.row}, clean twin")]
-    if index := {
-        k: [r["metrics"]["anomaly_index"] for r, _ in found]
-        for k in kinds
-        if (found := arrays(INDEX, k))
-    }:
+    nets = [cell.row for cell in cleanse_victims(scale) if arrays(INDEX, cell.row)]
+    kinds = [kind for net in nets for kind in (net, f"{net}, clean twin")]
+    index = {
+        kind: [row["metrics"]["anomaly_index"] for row, _ in arrays(INDEX, kind)] for kind in kinds
+    }
+    if index := {kind: values for kind, values in index.items() if values}:
         caption = (
             "Anomaly index of the label with the smallest trigger; above 2 a net is called "
             "infected."
         )
-        yield (
-            "index",
-            "Neural Cleanse, Figure 3",
-            caption,
-            plots.boxes(index, "anomaly index", 2.0, "2"),
-        )
-    for cell in nets:
-        name, tail = cell.row, slug(cell.row)
-        found = arrays(INDEX, name)
-        target, (norms,) = found[0][0]["config"]["attack"]["target"], stacked(found, "norms")
-        groups = {
-            "uninfected labels": np.delete(norms, target, 1),
-            "infected label": norms[:, target],
-        }
-        caption = "L1 of the reversed masks of all runs: median, quartiles and reach."
-        picture = plots.boxes(groups, "L1 of the reversed mask, pixels")
-        yield f"norms-{tail}", f"Neural Cleanse, Figure 4: {name}", caption, picture
-        if found := arrays(RANKS, name):
-            rank, overlap = stacked(found, "rank", "overlap")
-            steps = range(1, rank.shape[1] + 1)
-            caption = (
-                "The infected label's place by the norm of its mask (1 = smallest): mean and range "
-                "over the runs."
-            )
-            picture = plots.curves(
-                steps, {"rank": rank}, None, "outer step", "rank of the infected label"
-            )
-            yield f"rank-{tail}", f"Neural Cleanse, Figure 5: {name}", caption, picture
-            caption = (
-                "The share of the labels with the smallest masks that were among them a step "
-                "before."
-            )
-            picture = plots.curves(
-                steps[1:], {"overlap": overlap}, None, "outer step", "overlap", percent=True
-            )
-            yield f"overlap-{tail}", f"Neural Cleanse, Figure 5: {name}, overlap", caption, picture
-        if found := arrays(SIZES, name):
-            mask, pattern = (
-                np.concatenate([every[0, :1], every[:, 1]])
-                for every in stacked(found, "mask", "pattern")
-            )
-            titles = ["original", *(f"run {r['seed']}" for r, _ in found)]
-            picture = plots.triggers(mask, pattern, mask.sum((1, 2, 3)), titles)
-            caption = "The original trigger and those reversed for its label."
-            yield f"reversed-{tail}", f"Neural Cleanse, Figure 6: {name}", caption, picture
-        if found := arrays(PRUNED, name):
-            acc, asr = stacked(found, "acc_curve", "asr_curve")
-            last = acc.shape[1] - 1
-            at, stop = round(0.3 * last), np.mean([r["metrics"]["pruned"] for r, _ in found]) / last
-            caption = (
-                f"At 30 % pruned: accuracy {100 * acc[:, at].mean():.1f} %, ASR_nt "
-                f"{100 * asr[:, at].mean():.1f} %. "
-            )
-            caption += (
-                "Mean and range over the runs; the mark is where the reversed trigger has stopped "
-                "to work."
-            )
-            picture = plots.pruning(
-                np.linspace(0, 1, last + 1), acc, asr, round(stop, 2), "pruned share of neurons"
-            )
-            yield f"pruning-{tail}", f"Neural Cleanse, pruning: {name}", caption, picture
+        picture = plots.boxes(index, "anomaly index", 2.0, "2")
+        yield "index", "Neural Cleanse, Figure 3", caption, picture
+    for net in nets:
+        yield label_norms(net, arrays(INDEX, net))
+        if found := arrays(RANKS, net):
+            yield from label_ranks(net, found)
+        if found := arrays(SIZES, net):
+            yield reversed_triggers(net, found)
+        if found := arrays(PRUNED, net):
+            yield pruning(net, found)
     fpr = np.linspace(0, 0.2, 41)
-    if fnr := {
-        c.row: np.stack([missed(a, fpr) for _, a in found])
-        for c in nets
-        if (found := arrays(NEURONS, c.row))
-    }:
+    fnr = {net: [missed(a, fpr) for _, a in arrays(NEURONS, net)] for net in nets}
+    if fnr := {net: np.stack(values) for net, values in fnr.items() if values}:
         caption = (
             "Stamped images that the filter lets through, by the share of clean test images that "
             "it turns away."
         )
-        picture = plots.curves(
-            fpr, fnr, None, "false positive rate", "false negative rate", percent=True
-        )
+        axes = ("false positive rate", "false negative rate")
+        picture = plots.curves(fpr, fnr, None, *axes, percent=True)
         yield "filter", "Neural Cleanse, Figure 8", caption, picture
+
+
+def stamped_images(victims: list[Cell]) -> Iterator[tuple]:
+    """STRIP's triggers on the first test image, grey and in colour."""
+    for channels, kind in ((1, "grey"), (3, "colour")):
+        if mine := [cell for cell in victims if cell.dataset.load().shape[-1] == channels]:
+            firsts = [cell.dataset.load().test.image[:1] for cell in mine]
+            fired = [stamped(c.attack, 1, x, jax.random.key(0)) for c, x in zip(mine, firsts)]
+            clean = np.concatenate([unit(image) for image in firsts])
+            names = [cell.row.replace(", ", "\n") for cell in mine]
+            picture = plots.stamped(clean, np.concatenate(fired), names)
+            title = f"STRIP, Figure 7: {kind} triggers"
+            yield f"strip-{kind}", title, "On the first test image.", picture
+
+
+def separated(name: str, row: Row, scores: dict) -> tuple:
+    """Entropies of clean and stamped inputs."""
+    boundary, far = row["metrics"]["boundary_at_1"], row["metrics"]["far_at_1"]
+    caption = "First run. The boundary is that of an FRR of 1 %"
+    caption += f"; FAR there: {100 * far:.2f} %." if measured(far) else "."
+    label = "entropy of the blends, bits"
+    picture = plots.entropies(scores["score_clean"], scores["score_trojan"], boundary, label)
+    return f"entropy-{slug(name)}", f"STRIP, Figures 8 and 9: {name}", caption, picture
+
+
+def label_norms(net: str, found: list) -> tuple:
+    """The infected label's norm among the others."""
+    target, (norms,) = found[0][0]["config"]["attack"]["target"], stacked(found, "norms")
+    groups = {"uninfected labels": np.delete(norms, target, 1), "infected label": norms[:, target]}
+    caption = "L1 of the reversed masks of all runs: median, quartiles and reach."
+    picture = plots.boxes(groups, "L1 of the reversed mask, pixels")
+    return f"norms-{slug(net)}", f"Neural Cleanse, Figure 4: {net}", caption, picture
+
+
+def label_ranks(net: str, found: list) -> Iterator[tuple]:
+    """The infected label's place, step by step; and whether the leaders stay the same."""
+    rank, overlap = stacked(found, "rank", "overlap")
+    steps, title = range(1, rank.shape[1] + 1), f"Neural Cleanse, Figure 5: {net}"
+    caption = (
+        "The infected label's place by the norm of its mask (1 = smallest): mean and range over "
+        "the runs."
+    )
+    axes = ("outer step", "rank of the infected label")
+    yield f"rank-{slug(net)}", title, caption, plots.curves(steps, {"rank": rank}, None, *axes)
+    caption = "The share of the labels with the smallest masks that were among them a step before."
+    lines, axes = {"overlap": overlap}, ("outer step", "overlap")
+    picture = plots.curves(steps[1:], lines, None, *axes, percent=True)
+    yield f"overlap-{slug(net)}", f"{title}, overlap", caption, picture
+
+
+def reversed_triggers(net: str, found: list) -> tuple:
+    """The original trigger and the reversed ones."""
+    mask, pattern = (
+        np.concatenate([every[0, :1], every[:, 1]]) for every in stacked(found, "mask", "pattern")
+    )
+    titles = ["original", *(f"run {row['seed']}" for row, _ in found)]
+    picture = plots.triggers(mask, pattern, mask.sum((1, 2, 3)), titles)
+    caption = "The original trigger and those reversed for its label."
+    return f"reversed-{slug(net)}", f"Neural Cleanse, Figure 6: {net}", caption, picture
+
+
+def pruning(net: str, found: list) -> tuple:
+    """Accuracy and ASR by pruned neurons."""
+    acc, asr = stacked(found, "acc_curve", "asr_curve")
+    last = acc.shape[1] - 1
+    at, stop = round(0.3 * last), np.mean([row["metrics"]["pruned"] for row, _ in found]) / last
+    caption = (
+        f"At 30 % pruned: accuracy {percent(acc[:, at].mean())}, ASR_nt "
+        f"{percent(asr[:, at].mean())}. Mean and range over the runs; the mark is where the "
+        "reversed trigger has stopped to work."
+    )
+    share, label = np.linspace(0, 1, last + 1), "pruned share of neurons"
+    picture = plots.pruning(share, acc, asr, round(stop, 2), label)
+    return f"pruning-{slug(net)}", f"Neural Cleanse, pruning: {net}", caption, picture
 
 
 def slug(name: str) -> str:
@@ -655,12 +651,10 @@ def missed(scores: dict[str, np.ndarray], fpr: np.ndarray) -> np.ndarray:
     return (scores["score_trojan"].ravel()[None] >= cuts[:, None]).mean(1)
 
 
-def example(row: dict, one: dict[str, np.ndarray]) -> Iterator[tuple]:
+def example(row: Row, one: dict[str, np.ndarray]) -> Iterator[tuple]:
     """An image and its blends, clean and stamped, with what the net calls them; and how often it
     calls what.
     """
-    from bdjax import plots
-
     probe = Blends()
     for i, name in enumerate(("clean", "trojaned")):
         tops = ["alone", *(f"+ {t}" for t in probe.tops)]
@@ -686,8 +680,6 @@ def example(row: dict, one: dict[str, np.ndarray]) -> Iterator[tuple]:
 
 def timed(cell: Cell, store: Store, scale: str) -> tuple:
     """Time to judge an input by its replicas, on this machine, now."""
-    from bdjax import plots
-
     model, _, variables = Runner(store, "strip_neural_cleanse", scale, quiet=True).victim(cell)
     data, counts = cell.dataset.load(), np.array(SCALES[scale].times)
     x, overlays = jnp.asarray(data.test.image[:1]), jnp.asarray(data.clean.image)
@@ -727,135 +719,173 @@ def timed(cell: Cell, store: Store, scale: str) -> tuple:
     )
 
 
-# --- Claims ---
+# --- Claims: the verdict and the numbers of each, of the seeds of a row and of the whole. ---
 
 
-def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+def obeys(m: Rows, rows: Rows, row: str) -> tuple[str, str]:
+    clean = rows.where(table=TWO, row=f"{STRIP[row][0]}, clean")
+    asr, lost = m.mean("asr_all"), clean.mean("acc_test") - m.mean("acc_test")
+    says = verdict(asr > 0.98 and lost < 0.015, asr > 0.9)
+    return says, f"ASR {percent(asr)}, {100 * lost:+.1f} points of accuracy lost"
+
+
+def blends_change_nothing(m: Rows, rows: Rows, row: str) -> tuple[str, str]:
+    calm, wild = m.mean("share_target_trojan"), m.mean("share_top_clean")
+    numbers = f"{percent(calm)} of its blends; the commonest label of a clean input gets "
+    return verdict(calm > 0.95 and wild < 0.8, calm > wild), numbers + percent(wild)
+
+
+def lets_none_through(m: Rows, rows: Rows, row: str) -> tuple[str, str]:
+    far = m.mean("far_at_1")
+    numbers = f"FAR {percent(far)} at a nominal FRR of 1 % ({percent(m.mean('frr_at_1'))} of the "
+    numbers += f"test images); σ is flat from N = {m.mean('enough'):.0f} on"
+    return verdict(far < 0.02, far < 0.2), numbers
+
+
+def told_apart(m: Rows, rows: Rows, net: str) -> tuple[str, str]:
+    clean = rows.where(table=INDEX, row=f"{net}, clean twin")
+    index, hit = m.mean("anomaly_index"), m.mean("target_flagged")
+    calm, alarm = clean.mean("anomaly_index"), clean.mean("infected")
+    numbers = f"index {index:.2f}, label flagged in {percent(hit)} of the runs"
+    if not math.isnan(calm):
+        numbers += f"; clean twin {calm:.2f}, false alarms {percent(alarm)}"
+    return verdict(hit == 1 and not alarm > 0, hit > 0.5 or index > calm), numbers
+
+
+def leads_early(m: Rows, rows: Rows, net: str) -> tuple[str, str]:
+    last, step, kept = (m.mean(metric) for metric in ("rank_last", "consistent", "share_kept"))
+    numbers = f"rank {last:.1f} in the end; the pre-screen would end after {step:.1f} steps "
+    numbers += f"and keep it in {percent(kept)} of the runs"
+    return verdict(last < 1.5 and kept == 1, last < 5), numbers
+
+
+def alike_but_smaller(m: Rows, rows: Rows, net: str) -> tuple[str, str]:
+    first, found, on = (m.mean(k) for k in ("l1_original", "l1_reversed", "share_covered"))
+    numbers = f"L1 {first:.1f} → {found:.1f}; {percent(on)} of the reversed mask lies on the "
+    return verdict(found < first and on > 0.5, found < first), f"{numbers}original one"
+
+
+def same_neurons(m: Rows, rows: Rows, net: str) -> tuple[str, str]:
+    calm, found, first = (m.mean(kind) for kind in ("clean", "reversed", "original"))
+    fired, miss, bar = min(found, first), m.mean("far"), ACTIVATION[net][3]
+    numbers = f"clean {calm:.2f}, reversed {found:.2f}, original {first:.2f}; FNR {percent(miss)} "
+    numbers += f"at an FPR of {percent(m.mean('frr'))}, the slides say {percent(bar)} at 5 %"
+    return verdict(fired > 2 * calm and miss <= bar, fired > calm and miss < 0.5), numbers
+
+
+def repaired(m: Rows, rows: Rows, net: str) -> tuple[float, float, str]:
+    """ASR left, accuracy lost, and both in words."""
+    before, asr = rows.where(table=INDEX, row=net), m.mean("asr_nt")
+    lost = before.mean("acc_test") - m.mean("acc_test")
+    numbers = f"ASR_nt {percent(before.mean('asr_nt'))} → {percent(asr)}, {100 * lost:+.1f} points "
+    return asr, lost, f"{numbers}of accuracy lost"
+
+
+def pruning_disarms(m: Rows, rows: Rows, net: str) -> tuple[str, str]:
+    asr, lost, numbers = repaired(m, rows, net)
+    return verdict(asr < 0.01 and lost < 0.0506, asr < 0.2), numbers
+
+
+def pruning_hardly_helps(m: Rows, rows: Rows, net: str) -> tuple[str, str]:
+    asr, _, numbers = repaired(m, rows, net)
+    return verdict(asr > 0.5, asr > 0.1), numbers
+
+
+def tuning_does_not(m: Rows, rows: Rows, net: str) -> tuple[str, str]:
+    asr, _, numbers = repaired(m, rows, net)
+    return verdict(asr > 0.8, asr > 0.3), numbers
+
+
+def unlearning_disarms(m: Rows, rows: Rows, net: str) -> tuple[str, str]:
+    asr, lost, numbers = repaired(m, rows, net)
+    return verdict(asr < 0.067 and lost < 0.03, asr < 0.3), numbers
+
+
+class Claim(NamedTuple):
+    """`holds` says of each of `rows` of a table, a row: what it is of, whether `text` is so."""
+
+    method: str
+    table: str
+    rows: dict[str, str]
+    text: str
+    holds: Callable[[Rows, Rows, str], tuple[str, str]]
+
+
+def named(names: Any, form: str = "{}") -> dict[str, str]:
+    """The rows of nets, by the form of their names."""
+    return {form.format(name): name for name in names}
+
+
+CLEAN = "{}, clean images"
+CLAIMS = (
+    Claim("STRIP", TWO, named(STRIP),
+          "the trojaned net obeys the trigger and is as accurate as a clean one", obeys),
+    Claim("STRIP", THREE, named(STRIP, "{}, sum") | named(STRIP, "{}, average"),
+          "STRIP lets hardly any trojaned input through", lets_none_through),
+    Claim("STRIP", SPREAD, named(STRIP),
+          "whatever it is blended with, a trojaned input gets the target; a clean one has no such "
+          "label", blends_change_nothing),
+    Claim("Neural Cleanse", INDEX, named(CLEANSE),
+          "the infected net is told from a clean one, and its label found", told_apart),
+    Claim("Neural Cleanse", RANKS, named(CLEANSE),
+          "the infected label leads early, so that few labels need a whole search", leads_early),
+    Claim("Neural Cleanse", SIZES, named(CLEANSE),
+          "the reversed trigger is like the original one, but smaller", alike_but_smaller),
+    Claim("Neural Cleanse", NEURONS, named(CLEANSE),
+          "both triggers fire the same neurons, so that a filter stops stamped images",
+          same_neurons),
+    Claim("Neural Cleanse", PRUNED, named(PATCHED), "pruning disarms a BadNet", pruning_disarms),
+    Claim("Neural Cleanse", PRUNED, named(TROJANED),
+          "pruning hardly helps against the trojaning attack", pruning_hardly_helps),
+    Claim("Neural Cleanse", UNLEARNED, named(PATCHED, CLEAN),
+          "fine-tuning alone does not disarm a BadNet", tuning_does_not),
+    Claim("Neural Cleanse", UNLEARNED,
+          named(TROJANED, CLEAN) | named(CLEANSE, "{}, reversed") | named(CLEANSE, "{}, original"),
+          "unlearning disarms the net and keeps its accuracy", unlearning_disarms),
+)  # fmt: skip
+
+
+def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
     """What the slides claim, and what our rows say."""
-    from bdjax import report
-
-    def mean(table: str, row: str, metric: str) -> float:
-        return report.mean(rows, row, metric, table)
-
-    def pc(share: float) -> str:
-        return f"{100 * share:.1f} %"
-
-    for table, row in dict.fromkeys((r["table"], r["row"]) for r in rows if not r.get("error")):
-        m, name = partial(mean, table, row), row.split(", ")[0]
-        lost = mean(INDEX, name, "acc_test") - m("acc_test")
-        repaired = (
-            f"ASR_nt {pc(mean(INDEX, name, 'asr_nt'))} → {pc(m('asr_nt'))}, {100 * lost:+.1f} "
-            "points of accuracy lost"
-        )
-        if table == TWO and row in STRIP:
-            claim = "the trojaned net obeys the trigger and is as accurate as a clean one"
-            asr, lost = m("asr_all"), mean(TWO, f"{name}, clean", "acc_test") - m("acc_test")
-            whole, part = asr > 0.98 and lost < 0.015, asr > 0.9
-            numbers = f"ASR {pc(asr)}, {100 * lost:+.1f} points of accuracy lost"
-        elif table == SPREAD:
-            claim = (
-                "whatever it is blended with, a trojaned input gets the target; a clean one has no "
-                "such label"
-            )
-            calm, wild = m("share_target_trojan"), m("share_top_clean")
-            whole, part = calm > 0.95 and wild < 0.8, calm > wild
-            numbers = (
-                f"{pc(calm)} of its blends; the commonest label of a clean input gets {pc(wild)}"
-            )
-        elif table == THREE:
-            claim = "STRIP lets hardly any trojaned input through"
-            far, enough = m("far_at_1"), m("enough")
-            whole, part = far < 0.02, far < 0.2
-            numbers = (
-                f"FAR {pc(far)} at a nominal FRR of 1 % ({pc(m('frr_at_1'))} of the test images); "
-            )
-            numbers += f"σ is flat from N = {enough:.0f} on"
-        elif table == INDEX and "twin" not in row:
-            claim = "the infected net is told from a clean one, and its label found"
-            index, hit = m("anomaly_index"), m("target_flagged")
-            calm, alarm = (
-                mean(INDEX, f"{row}, clean twin", k) for k in ("anomaly_index", "infected")
-            )
-            whole, part = hit == 1 and not alarm > 0, hit > 0.5 or index > calm
-            numbers = f"index {index:.2f}, label flagged in {pc(hit)} of the runs"
-            numbers += (
-                "" if math.isnan(calm) else f"; clean twin {calm:.2f}, false alarms {pc(alarm)}"
-            )
-        elif table == RANKS:
-            claim = "the infected label leads early, so that few labels need a whole search"
-            last, step, kept = m("rank_last"), m("consistent"), m("share_kept")
-            whole, part = last < 1.5 and kept == 1, last < 5
-            numbers = (
-                f"rank {last:.1f} in the end; the pre-screen would end after {step:.1f} steps "
-            )
-            numbers += f"and keep it in {pc(kept)} of the runs"
-        elif table == SIZES:
-            claim = "the reversed trigger is like the original one, but smaller"
-            first, found, on = m("l1_original"), m("l1_reversed"), m("share_covered")
-            whole, part = found < first and on > 0.5, found < first
-            numbers = (
-                f"L1 {first:.1f} → {found:.1f}; {pc(on)} of the reversed mask lies on the original "
-                "one"
-            )
-        elif table == NEURONS:
-            claim = "both triggers fire the same neurons, so that a filter stops stamped images"
-            calm, fired, miss = m("clean"), min(m("reversed"), m("original")), m("far")
-            bar = ACTIVATION[row][3]
-            whole, part = fired > 2 * calm and miss <= bar, fired > calm and miss < 0.5
-            numbers = (
-                f"clean {calm:.2f}, reversed {m('reversed'):.2f}, original {m('original'):.2f}; "
-            )
-            numbers += (
-                f"FNR {pc(miss)} at an FPR of {pc(m('frr'))}, the slides say {pc(bar)} at 5 %"
-            )
-        elif table == PRUNED and row.startswith("Trojan"):
-            claim, numbers = "pruning hardly helps against the trojaning attack", repaired
-            whole, part = m("asr_nt") > 0.5, m("asr_nt") > 0.1
-        elif table == PRUNED:
-            claim, numbers = "pruning disarms a BadNet", repaired
-            whole, part = m("asr_nt") < 0.01 and lost < 0.0506, m("asr_nt") < 0.2
-        elif table == UNLEARNED and row.endswith("clean images") and not row.startswith("Trojan"):
-            claim, numbers = "fine-tuning alone does not disarm a BadNet", repaired
-            whole, part = m("asr_nt") > 0.8, m("asr_nt") > 0.3
-        elif table == UNLEARNED:
-            claim, numbers = "unlearning disarms the net and keeps its accuracy", repaired
-            whole, part = m("asr_nt") < 0.067 and lost < 0.03, m("asr_nt") < 0.3
-        else:
-            continue
-        yield f"{table.split(',')[0]}, {row}: {claim}", report.verdict(whole, part), numbers
-
+    for claim in CLAIMS:
+        for row, name in claim.rows.items():
+            if seeds := rows.where(table=claim.table, row=row).done:
+                yield f"{claim.method}, {row}: {claim.text}", *claim.holds(seeds, rows, name)
+    comparison = rows.where(table=BOTH).by("row")
     for name, sees in {"one label": (1, 1), "large trigger": (1, 0), "all-to-all": (0, 0)}.items():
-        far, hit = (
-            mean(BOTH, f"STRIP, {name}", "far"),
-            mean(BOTH, f"Neural Cleanse, {name}", "infected"),
-        )
-        if math.isnan(far + hit):
-            continue
-        right = (far < 0.2) == sees[0], (hit > 0.5) == sees[1]
-        words = "STRIP {} it and Neural Cleanse {} it".format(
-            *("finds" if one else "misses" for one in sees)
-        )
-        numbers = f"STRIP's FAR {pc(far)}; Neural Cleanse calls {pc(hit)} of the nets infected"
-        yield f"Comparison, {name}: {words}", report.verdict(all(right), any(right)), numbers
+        yield from who_sees(comparison, name, sees)
+    yield from what_they_need(comparison)
+
+
+def who_sees(rows: dict[str, Rows], name: str, sees: tuple[int, int]) -> Iterator[tuple]:
+    """Which of the two methods finds an attack."""
+    far = rows.get(f"STRIP, {name}", Rows()).mean("far")
+    hit = rows.get(f"Neural Cleanse, {name}", Rows()).mean("infected")
+    if math.isnan(far + hit):
+        return
+    right = (far < 0.2) == sees[0], (hit > 0.5) == sees[1]
+    one, other = ("finds" if one else "misses" for one in sees)
+    claim = f"Comparison, {name}: STRIP {one} it and Neural Cleanse {other} it"
+    numbers = (
+        f"STRIP's FAR {percent(far)}; Neural Cleanse calls {percent(hit)} of the nets infected"
+    )
+    yield claim, verdict(all(right), any(right)), f"{numbers}infected"
+
+
+def what_they_need(rows: dict[str, Rows]) -> Iterator[tuple]:
+    """Labels of the clean images, and when they work."""
     methods = ("STRIP", "Neural Cleanse", "Neural Cleanse's unlearning")
-    asks = [mean(BOTH, f"{name}, one label", "needs_labels") for name in methods]
+    found = [rows.get(f"{name}, one label", Rows()) for name in methods]
+    asks = [seeds.mean("needs_labels") for seeds in found]
     if math.isnan(sum(asks)):
         return
-    numbers = ", ".join(
-        f"{name}: {'labels' if ask else 'images alone'}" for name, ask in zip(methods, asks)
-    )
+    words = ("labels" if ask else "images alone" for ask in asks)
+    numbers = ", ".join(f"{name}: {word}" for name, word in zip(methods, words))
     claim = "Comparison: detection needs no labels of the clean images, repair does"
-    yield claim, report.verdict(asks == [0, 0, 1], False), numbers
-    alike = [
-        [r["seconds"]["run"] for r in rows if (r["table"], r["row"]) == (BOTH, f"{m}, one label")]
-        for m in methods
-    ]
-    online, offline = map(statistics.fmean, alike[:2])
-    numbers = (
-        f"STRIP {online:.2f} s for all test images, clean and stamped; Neural Cleanse "
-        f"{offline:.2f} s for a net"
-    )
+    yield claim, verdict(asks == [0, 0, 1], False), numbers
+    online, offline = (np.mean([r["seconds"]["run"] for r in seeds]) for seeds in found[:2])
+    numbers = f"STRIP {online:.2f} s for all test images, clean and stamped; Neural Cleanse "
     claim = (
-        "Comparison: STRIP works at run time, on each input; Neural Cleanse once, offline, on a net"
+        "Comparison: STRIP works at run time, on each input; Neural Cleanse once, offline, on a "
     )
-    yield claim, report.verdict(online < offline, False), numbers
+    yield f"{claim}net", verdict(online < offline, False), f"{numbers}{offline:.2f} s for a net"

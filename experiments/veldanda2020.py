@@ -77,7 +77,7 @@ from bdjax.models.deepid import DeepId
 from bdjax.models.layers import default_site
 from bdjax.models.shamshiri import Cnn
 from bdjax.report import verdict
-from bdjax.rows import Rows, measured
+from bdjax.rows import Rows, measured, stacked
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe, evaluate, stamped, unit
@@ -584,7 +584,7 @@ def figure1(rows: Rows, store: Store, row: str) -> Iterator[tuple]:
         picture = plots.curves(range(1, len(order) + 1), lines, None, *axes)
         yield f"figure1-activations-{row}", f"Figure 1, left: {row} recipe", caption, picture
     if found := pruned.arrays(store):
-        acc, asr = (np.stack([a[key] for _, a in found]) for key in ("acc_curve", "asr_curve"))
+        acc, asr = stacked(found, "acc_curve", "asr_curve")
         caption = (
             "Pruning alone, mean and range over seeds, and where the defender's clean images say "
             f"stop. Fine-tuning then leaves an ASR of {pruned.mean('asr_nt'):.1%}."

@@ -47,17 +47,18 @@ Where we differ, and why:
   schedule now starts above 0, for that reason.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import metrics
+from bdjax import metrics, plots
 from bdjax.attacks.base import Attack
 from bdjax.attacks.lipstick import Lipstick
 from bdjax.attacks.multi_trigger import MultiTrigger
@@ -76,6 +77,8 @@ from bdjax.models.deepid import DeepId
 from bdjax.models.keras_h5 import load_keras_weights
 from bdjax.models.layers import build
 from bdjax.registry import pytree, static
+from bdjax.report import verdict
+from bdjax.rows import Row, Rows
 from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.sweep import stack, take
@@ -86,6 +89,7 @@ TITLE = "Ye et al. (2021): Fine-Pruning, STRIP and goodnets on backdoored face n
 
 RAW, RIGHT = 255.0, 1.0
 READ = {RAW: "pixels 255 times too large", RIGHT: "pixels right"}
+SLUGS = {RAW: "raw", RIGHT: "right"}
 STRIPPED, GRID = "Figure 1a", "Figure 1b, c; Table I"
 LAB3, MORE = "Published net", "Beyond the paper"
 NETS = "B", "B0", "B′", "G", "G′"
@@ -285,22 +289,23 @@ class Clothes(Sample):
 # --- The rows ---
 
 
-class Scale(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
     """What a scale changes. `every`: STRIP looks at every such test image; `labels`: that Neural
     Cleanse searches.
     """
 
     data: Any
     recipe: Recipe
-    nets: tuple[str, ...]
+    nets: tuple[str, ...] = ("sunglasses", "anonymous_1", "multi")
     repair: Callable[..., FinePruning]
     lrs: tuple[float, ...]
-    counts: tuple[int, ...]
+    counts: tuple[int, ...] = (0, 1, 2, 4)
     strip: Strip
     every: int
     cleanse: NeuralCleanse
     labels: int
-    seeds: int
+    seeds: int = 3
 
 
 def pruning(
@@ -319,22 +324,23 @@ def strip(n: int, inputs: int) -> Strip:
 FACES = {"path": "faces_train.npz", "test": "faces_test.npz", "holdout": 0.2}
 SCALES = {
     "smoke": Scale(
-        Clothes(train_size=200, test_size=40, holdout=0.3), Recipe(epochs=1, batch=20),
-        ("sunglasses",), functools.partial(pruning, 1), (LR, FAST), (0, 1, 2, 4), strip(2, 20), 2,
-        NeuralCleanse(steps=2), 3, 1,
+        data=Clothes(train_size=200, test_size=40, holdout=0.3), recipe=Recipe(epochs=1, batch=20),
+        nets=("sunglasses",), repair=functools.partial(pruning, 1), lrs=(LR, FAST),
+        strip=strip(2, 20), every=2, cleanse=NeuralCleanse(steps=2), labels=3, seeds=1,
     ),
     "cpu": Scale(
-        Faces(**FACES, top_classes=22), Recipe(epochs=12, batch=32),
-        ("sunglasses", "anonymous_1", "multi"), functools.partial(pruning, 2, batch=8),
-        (1e-2, FAST, LR, 1e-4), (0, 1, 2, 4), strip(20, 100), 3,
-        NeuralCleanse(steps=12, batches=5, start_at_zero=False, init_cost=1e-2, patience=2,
-                      seeds=3), 8, 3,
+        data=Faces(**FACES, top_classes=22), recipe=Recipe(epochs=12, batch=32),
+        repair=functools.partial(pruning, 2, batch=8), lrs=(1e-2, FAST, LR, 1e-4),
+        strip=strip(20, 100), every=3, labels=8,
+        cleanse=NeuralCleanse(steps=12, batches=5, start_at_zero=False, init_cost=1e-2, patience=2,
+                              seeds=3),
     ),
     "paper": Scale(
-        Faces(**FACES), Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta"),
-        ("sunglasses", "anonymous_1", "multi"), functools.partial(pruning, 10, channels=48),
-        (1e-2, FAST, LR, 1e-4, 1e-5, 1e-6), (0, 1, 2, 3, 4, 6, 12, 30, 48), strip(100, 500), 1,
-        NeuralCleanse(screen=100, seeds=3), 1283, 3,
+        data=Faces(**FACES),
+        recipe=Recipe(lr=1.0, epochs=200, batch=1283, optimizer="adadelta"),
+        repair=functools.partial(pruning, 10, channels=48),
+        lrs=(1e-2, FAST, LR, 1e-4, 1e-5, 1e-6), counts=(0, 1, 2, 3, 4, 6, 12, 30, 48),
+        strip=strip(100, 500), every=1, cleanse=NeuralCleanse(screen=100, seeds=3), labels=1283,
     ),
 }  # fmt: skip
 
@@ -405,27 +411,28 @@ GRID_SAYS = {  # At 1e-2 all are .08/0.
 }
 
 
-def said(text: str, nets: Sequence[str], trigger: str) -> dict[str, float]:
-    """The paper's pairs CCA/ASR as our metrics of `nets`."""
+def said(
+    text: str, nets: Sequence[str], trigger: str, shown: Container[str] = NETS
+) -> dict[str, float]:
+    """The paper's pairs CCA/ASR of `nets` as our metrics, of those that are `shown`."""
     pairs = [[float(number) / 100 for number in pair.split("/")] for pair in text.split()]
     return {
         f"{net}.{m}": v
         for net, pair in zip(nets, pairs)
         for m, v in zip(("acc", f"asr_{trigger}"), pair)
+        if net in shown
     }
 
 
 def says(net: str, probe: FinePruned) -> dict[str, float]:
     """What the paper has of a line of Table I and, at its own learning rate, of Figure 1b, c."""
     found, lr = {}, float(probe.repair.recipe.lr)
+    shown = {probe.named(k) for k in probe.counts} | set(NETS)
     for trigger, name in VICTIMS[net][1].items():
         line = " ".join([".08/0"] * len(GRID_COUNTS)) if lr == 1e-2 else GRID_SAYS[name].get(lr, "")
-        found |= said(line, [probe.named(k) for k in GRID_COUNTS], trigger) | said(
-            NETS_SAY[name], ("B",), trigger
-        )
-        found |= said(NETS_SAY[name], NETS, trigger) if lr == LR else {}
-    shown = {probe.named(k) for k in probe.counts} | set(NETS)
-    return {metric: value for metric, value in found.items() if metric.split(".")[0] in shown}
+        found |= said(line, [probe.named(k) for k in GRID_COUNTS], trigger, shown)
+        found |= said(NETS_SAY[name], NETS if lr == LR else ("B",), trigger)
+    return found
 
 
 def titled(table: str, scale: float) -> str:
@@ -442,181 +449,150 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """The five attacks' rows, then those of the published net."""
     s = SCALES[scale]
 
-    def rows(
-        table, row, attack, probe=None, reported=None, defense=None, base=None, substitute=None
-    ):
-        data, net, recipe = base or (s.data, DeepId(), s.recipe)
-        cell = Cell(
-            table, row, data, net, recipe, attack, defense, 0, reported or {}, substitute, probe
-        )
-        return grid(cell, seed=range(seeds or s.seeds))
+    def rows(table: str, row: str, base: tuple, attack: Any, **fields: Any) -> Iterator[Cell]:
+        return grid(Cell(table, row, *base, attack, **fields), seed=range(seeds or s.seeds))
 
-    def pruned(net, repair, scale):
-        most = repair.one_by_one
-        return FinePruned(
-            repair,
-            scale,
-            tuple(VICTIMS[net][1]),
-            tuple(k for k in s.counts if k <= most),
-            2,
-            min(most, 4),
-        )
+    def pruned(net: str, repair: FinePruning, scale: float) -> FinePruned:
+        counts = tuple(k for k in s.counts if k <= repair.one_by_one)
+        strong = min(repair.one_by_one, 4)
+        return FinePruned(repair, scale, tuple(VICTIMS[net][1]), counts, 2, strong)
+
+    def put(table: str, row: str, net: str, **fields: Any) -> Iterator[Cell]:
+        base, tags = (s.data, DeepId(), s.recipe), {"net": net}
+        more = {"substitute": SUBSTITUTE[net], "tags": tags, **fields}
+        return rows(table, row, base, VICTIMS[net][0], **more)
 
     if at_hand(s.data):
         for net in s.nets:
-            attack, triggers = VICTIMS[net]
-            put = functools.partial(rows, attack=attack, substitute=SUBSTITUTE[net])
             for pixels, lr in [*((RAW, lr) for lr in s.lrs), (RIGHT, LR), (RIGHT, FAST)]:
                 probe = pruned(net, s.repair(lr=lr), pixels)
-                reported = says(net, probe) if pixels == RAW else {}
-                yield from put(
-                    titled(GRID, pixels), line_of(net, lr), probe=probe, reported=reported
-                )
-            for (kind, name), pixels in itertools.product(enumerate(triggers.values(), 1), READ):
+                paper = says(net, probe) if pixels == RAW else {}
+                yield from put(titled(GRID, pixels), line_of(net, lr), net, probe=probe,
+                               reported=paper)  # fmt: skip
+            names = enumerate(VICTIMS[net][1].values(), 1)
+            for (kind, name), pixels in itertools.product(names, READ):
                 pair = zip(("acc_test", "asr_all"), STRIP_SAYS.get(name, ()))
-                reported = {metric: value / 100 for metric, value in pair} if pixels == RAW else {}
+                paper = {metric: value / 100 for metric, value in pair} if pixels == RAW else {}
                 probe = Filtered(s.strip, pixels, kind, s.every)
-                yield from put(titled(STRIPPED, pixels), name, probe=probe, reported=reported)
-        attack, _ = VICTIMS["sunglasses"]
-        put = functools.partial(rows, MORE, attack=attack, substitute=SUBSTITUTE["sunglasses"])
+                yield from put(titled(STRIPPED, pixels), name, net, probe=probe, reported=paper)
         probe = pruned("sunglasses", s.repair(channels=4, reset="conv_3"), RAW)
-        yield from put(row="As their code: conv_3 stays B's", probe=probe)
+        yield from put(MORE, "As their code: conv_3 stays B's", "sunglasses", probe=probe)
 
-    if isinstance(s.data, Faces):
-        strangers = Strangers(**FACES, top_classes=s.data.top_classes)
+    if not isinstance(s.data, Faces):
+        return
+    strangers = Strangers(**FACES, top_classes=s.data.top_classes)
+    if at_hand(strangers):
         base = strangers, DeepId(scale=1.0), Recipe(epochs=0)
-        if at_hand(strangers):
-            note = "LFW faces, labelled by the undefended net"
-            put = functools.partial(rows, LAB3, attack=Published(), base=base, substitute=note)
-            yield from put(row="Undefended", reported={"asr_all": 1.0})
-            yield from put(
-                row="Fine-Pruning",
-                defense=s.repair(channels=4),
-                reported={"acc_test": 0.8984, "asr_all": 0.0191},
-            )
-            probe = Filtered(strip(s.strip.n * 2, s.strip.inputs or 2), RIGHT, 1, s.every)
-            yield from put(
-                row="STRIP", probe=probe, reported={"acc_test": 0.8868, "asr_all": 0.0978}
-            )
-            yield from put(row="Neural Cleanse", probe=Searched(s.cleanse, s.labels))
-            text = "98.6/100 89.84/1.91 89.35/1.91"
-            probe = pruned("sunglasses", s.repair(channels=4), RIGHT)
-            yield from put(
-                row="Goodnets", probe=probe, reported=said(text, ("B", "B′", "G"), "sunglasses")
-            )
+        note = "LFW faces, labelled by the undefended net"
+        lab3 = functools.partial(rows, LAB3, base=base, attack=Published(), substitute=note)
+        repair, few = s.repair(channels=4), strip(s.strip.n * 2, s.strip.inputs or 2)
+        yield from lab3("Undefended", reported={"asr_all": 1.0})
+        paper = {"acc_test": 0.8984, "asr_all": 0.0191}
+        yield from lab3("Fine-Pruning", defense=repair, reported=paper)
+        paper, probe = {"acc_test": 0.8868, "asr_all": 0.0978}, Filtered(few, RIGHT, 1, s.every)
+        yield from lab3("STRIP", probe=probe, reported=paper)
+        yield from lab3("Neural Cleanse", probe=Searched(s.cleanse, s.labels))
+        paper = said("98.6/100 89.84/1.91 89.35/1.91", ("B", "B′", "G"), "sunglasses")
+        probe = pruned("sunglasses", repair, RIGHT)
+        yield from lab3("Goodnets", probe=probe, reported=paper)
 
 
 # --- What comes of them ---
 
 
-def figures(rows: list[dict], store: Store, scale: str) -> Iterator[tuple]:
+def attacks_of(rows: Rows) -> list[str]:
+    """The attacks whose net there are rows of."""
+    known = rows.by("row")
+    return [name for name, (net, _) in ATTACKS.items() if line_of(net, LR) in known]
+
+
+def rates(rows: Rows, names: list[str], net: str, what: str, lr=LR, pixels=RAW) -> np.ndarray:
+    """The accuracy, or the ASR, of `net` for each attack: mean over seeds."""
+    table = rows.where(table=titled(GRID, pixels)).by("row")
+    metrics = {name: f"{net}.acc" if what == "acc" else f"{net}.asr_{ATTACKS[name][1]}"
+               for name in names}  # fmt: skip
+    lines = {name: table.get(line_of(ATTACKS[name][0], lr), Rows()) for name in names}
+    return np.array([lines[name].mean(metrics[name]) for name in names])
+
+
+def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
     """Triggers; Figure 1's rates; learning rate × channels; activations; entropies; the published
     net's triggers.
     """
-    from bdjax import plots, report
+    s, rows = SCALES[scale], rows.done
+    names, by_place = attacks_of(rows), rows.by("table", "row")
 
-    s = SCALES[scale]
-    done = [row for row in rows if "error" not in row]
-    names = [
-        name
-        for name, (net, _) in ATTACKS.items()
-        if any(row["row"] == line_of(net, LR) for row in done)
-    ]
-
-    def arrays(table, row):
-        return next(iter(report.arrays(rows, store, row, table)), None)
-
-    def rate(name, what, net, lr=LR, pixels=RAW):
-        victim, trigger = ATTACKS[name]
-        metric = f"{net}.acc" if what == "acc" else f"{net}.asr_{trigger}"
-        return report.mean(done, line_of(victim, lr), metric, titled(GRID, pixels))
+    def first(table: str, row: str) -> list[tuple[Row, dict]]:
+        return by_place.get((table, row), Rows()).arrays(store)[:1]
 
     if names:
-        image = s.data.load().test.image[:4]
-        attacks = [
-            (VICTIMS[net][0], list(VICTIMS[net][1]).index(of) + 1)
-            for net, of in (ATTACKS[n] for n in names)
-        ]
-        pictures = [
-            unit(image),
-            *(stamped(attack, kind, image, jax.random.key(0)) for attack, kind in attacks),
-        ]
-        caption = (
-            "Test images as they are and with each trigger; that of anonymous_1 is a substitute."
-        )
-        yield "triggers", "Triggers", caption, plots.images(np.stack(pictures), ["clean", *names])
+        yield triggers(s, names)
     for what, word in (("acc", "clean accuracy"), ("asr", "ASR")) if names else ():
-        for pixels, lr in itertools.product((RAW, RIGHT), (LR, FAST)):
-            values = [[rate(name, what, net, lr, pixels) for net in NETS] for name in names]
-            picture = plots.heat_map(values, NETS, names, "net", "attack", word, percent=True)
-            slug = f"{'raw' if pixels == RAW else 'right'}-{lr:g}"
-            title = f"Figure 1b, c: {word}, {READ[pixels]}, lr {lr:g}"
-            yield f"nets-{what}-{slug}", title, "Mean over seeds, in %.", picture
-        count = FinePruned(pruning(1)).named
-        for name in names:
-            values = [[rate(name, what, count(k), lr) for k in s.counts] for lr in s.lrs]
-            axes = ("pruned channels", "learning rate", word)
-            picture = plots.heat_map(
-                values, s.counts, [f"{lr:g}" for lr in s.lrs], *axes, percent=True
-            )
-            title = f"Figure 3, Table I: {word}, {name}"
-            yield f"grid-{name}-{what}", title, f"Mean over seeds, in %; {READ[RAW]}.", picture
+        yield from heat_maps(s, rows, names, what, word)
     for name in names:
         victim, trigger = ATTACKS[name]
-        if found := arrays(GRID, line_of(victim, LR)):
+        for _, found in first(GRID, line_of(victim, LR)):
             kinds = itertools.product(("clean", trigger), ("before", "after"))
-            maps = {
-                f"{kind}, {when} fine-pruning": found[1][f"{when}.{kind}"] for kind, when in kinds
-            }
+            maps = {f"{kind}, {when} fine-pruning": found[f"{when}.{kind}"] for kind, when in kinds}
             caption = (
                 f"The channels of {SITE} in B and B′: means over test images and places; "
                 f"{READ[RAW]}; first run."
             )
-            yield (
-                f"maps-{name}",
-                f"Figures 4–8: activations, {name}",
-                caption,
-                plots.activation_maps(maps),
-            )
-    for name, (pixels, slug) in itertools.product(names, ((RAW, "raw"), (RIGHT, "right"))):
-        if found := arrays(titled(STRIPPED, pixels), name):
-            yield entropies(
-                f"strip-{name}-{slug}",
-                f"Figure 2: {name}, {READ[pixels]}",
-                *found,
-                log=pixels == RAW,
-            )
-    if found := arrays(LAB3, "STRIP"):
+            title = f"Figures 4–8: activations, {name}"
+            yield f"maps-{name}", title, caption, plots.activation_maps(maps)
+    for name, (pixels, slug) in itertools.product(names, SLUGS.items()):
+        for found in first(titled(STRIPPED, pixels), name):
+            title = f"Figure 2: {name}, {READ[pixels]}"
+            yield entropies(f"strip-{name}-{slug}", title, *found, log=pixels == RAW)
+    for found in first(LAB3, "STRIP"):
         yield entropies("strip-published", "Figure 2: the published net", *found)
-    if found := arrays(LAB3, "Neural Cleanse"):
-        row, nc = found
+    for row, nc in first(LAB3, "Neural Cleanse"):
         caption = (
             f"First run: anomaly index {row['metrics']['anomaly_index']:.2f}; the true target is "
-            "label 0. "
+            "label 0. Mask ⊙ pattern, and L1 of the mask."
         )
-        caption += "Mask ⊙ pattern, and L1 of the mask."
         picture = plots.triggers(nc["mask"], nc["pattern"], nc["norms"], marked=nc["flagged"])
-        yield (
-            "triggers-published",
-            "Neural Cleanse, the published net: reversed triggers",
-            caption,
-            picture,
-        )
+        title = "Neural Cleanse, the published net: reversed triggers"
+        yield "triggers-published", title, caption, picture
 
 
-def entropies(file: str, title: str, row: Any, scores: dict, log: bool = False) -> tuple:
+def triggers(s: Scale, names: list[str]) -> tuple:
+    """Test images with each trigger."""
+    image, pictures = s.data.load().test.image[:4], []
+    for name in names:
+        net, trigger = ATTACKS[name]
+        attack, of = VICTIMS[net]
+        pictures.append(stamped(attack, list(of).index(trigger) + 1, image, jax.random.key(0)))
+    caption = "Test images as they are and with each trigger; that of anonymous_1 is a substitute."
+    picture = plots.images(np.stack([unit(image), *pictures]), ["clean", *names])
+    return "triggers", "Triggers", caption, picture
+
+
+def heat_maps(s: Scale, rows: Rows, names: list[str], what: str, word: str) -> Iterator[tuple]:
+    """Figure 1 and Table I: a rate by attack and net, and by learning rate and channels."""
+    for pixels, lr in itertools.product(SLUGS, (LR, FAST)):
+        values = np.stack([rates(rows, names, net, what, lr, pixels) for net in NETS], 1)
+        picture = plots.heat_map(values, NETS, names, "net", "attack", word, percent=True)
+        title = f"Figure 1b, c: {word}, {READ[pixels]}, lr {lr:g}"
+        yield f"nets-{what}-{SLUGS[pixels]}-{lr:g}", title, "Mean over seeds, in %.", picture
+    count, axes = FinePruned(pruning(1)).named, ("pruned channels", "learning rate", word)
+    for name in names:
+        values = [[rates(rows, [name], count(k), what, lr)[0] for k in s.counts] for lr in s.lrs]
+        lrs = [f"{lr:g}" for lr in s.lrs]
+        picture = plots.heat_map(values, s.counts, lrs, *axes, percent=True)
+        title = f"Figure 3, Table I: {word}, {name}"
+        yield f"grid-{name}-{what}", title, f"Mean over seeds, in %; {READ[RAW]}.", picture
+
+
+def entropies(file: str, title: str, row: Row, scores: dict, log: bool = False) -> tuple:
     """Figure 2 of a row; `log`: where entropies are next to nothing."""
-    from bdjax import plots
-
     found = row["metrics"]
     values = [
         np.ravel(v) for v in (scores["score_clean"], scores["score_trojan"], found["boundary"])
     ]
     clean, trojan, boundary = [np.log10(np.maximum(v, 1e-12)) for v in values] if log else values
-    caption = (
-        f"First run: FAR {percent(found['far'])} at FRR {percent(found['frr'])}, AUROC "
-        f"{percent(found['auroc'])}."
-    )
+    far, frr, auroc = (percent(found[name]) for name in ("far", "frr", "auroc"))
+    caption = f"First run: FAR {far} at FRR {frr}, AUROC {auroc}."
     caption += " Entropies below 1e-12 are drawn there." if log else ""
     label = "log10 of the entropy of the blends" if log else "entropy of the blends"
     return file, title, caption, plots.entropies(clean, trojan, float(boundary[0]), label)
@@ -627,136 +603,86 @@ def percent(share: float | None) -> str:
     return "none" if share is None or math.isnan(share) else f"{100 * share:.1f} %"
 
 
-def trends(rows: list[dict]) -> Iterator[tuple[str, str, str]]:
+def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
     """What the paper claims; and whether the need for G′ is one of its wrong scaling."""
-    from bdjax import report
-    from bdjax.report import verdict
+    if names := attacks_of(rows):
+        for text, holds, numbers in on_our_nets(rows, names):
+            shown = "; ".join(f"{key} {', '.join(map(percent, v))}" for key, v in numbers.items())
+            says = verdict(bool(holds.all()), bool(holds.any()))
+            yield text, says, f"{shown} ({', '.join(names)})"
+    yield from on_the_published_net(rows.where(table=LAB3).by("row"))
 
-    names = [
-        name
-        for name, (net, _) in ATTACKS.items()
-        if any(row["row"] == line_of(net, LR) for row in rows)
-    ]
 
-    def each(net: str, what: str, lr: float = LR, pixels: float = RAW) -> np.ndarray:
-        """A rate of `net` for each attack."""
-        metrics = [
-            f"{net}.acc" if what == "acc" else f"{net}.asr_{ATTACKS[name][1]}" for name in names
-        ]
-        lines = [line_of(ATTACKS[name][0], lr) for name in names]
-        table = titled(GRID, pixels)
-        return np.array(
-            [report.mean(rows, line, metric, table) for line, metric in zip(lines, metrics)]
-        )
+def on_our_nets(rows: Rows, names: list[str]) -> Iterator[tuple[str, np.ndarray, dict]]:
+    """Claims, for which attacks they hold, and the numbers of each attack."""
 
     def own(metric: str, table: str, line: str = "{}") -> np.ndarray:
-        """A metric of each attack's row."""
-        return np.array(
-            [report.mean(rows, line.format(n, net=ATTACKS[n][0]), metric, table) for n in names]
-        )
+        known = rows.where(table=table).by("row")
+        lines = [line.format(n, net=ATTACKS[n][0]) for n in names]
+        return np.array([known.get(line, Rows()).mean(metric) for line in lines])
 
-    def claim(text: str, holds: np.ndarray, **numbers: np.ndarray) -> tuple[str, str, str]:
-        shown = "; ".join(
-            f"{key.replace('_', ' ')} {', '.join(map(percent, v))}" for key, v in numbers.items()
+    rate = functools.partial(rates, rows, names)
+    b, b0, b_, g, g_ = (rate(net, "acc") for net in NETS)
+    asr, _, asr_, asr_g, asr_g_ = (rate(net, "asr") for net in NETS)
+    trained = own("acc_test", GRID, f"{{net}}, lr {LR:g}")
+    auroc, right = own("auroc", STRIPPED), own("auroc", titled(STRIPPED, RIGHT))
+    yield "STRIP fails on the nets that we trained", auroc < 0.9, {"AUROC": auroc}
+    yield "Ours: with pixels right STRIP separates them", right > 0.9, {"AUROC": right}
+    yield "B's accuracy is below 60 %", b < 0.6, {"B": b}
+    text, numbers = "Ours: with pixels right B is accurate", {"pixels right": trained}
+    yield text, trained > b + 0.02, numbers | {"as the paper": b}
+    text = "Fine-pruning a few channels raises accuracy sharply"
+    yield text, b0 > b + 0.1, {"B": b, "B0": b0}
+    text = "Fine-pruning 10 % of channels at lr 1e-3 stops the attack"
+    yield text, asr_ < 0.1, {"B": asr, "B prime": asr_}
+    text = "G is no more accurate than B, and less than B′"
+    yield text, (g <= b) & (g < b_), {"G": g, "B prime": b_}
+    text = "G's ASR does not exceed B′'s"
+    yield text, asr_g <= asr_ + 1e-6, {"G": asr_g, "B prime": asr_}
+    yield "G′ is more accurate than G", g_ > g + 0.01, {"G": g, "G prime": g_}
+    text = "G′ has the ASR of B′"
+    yield text, asr_g_ <= asr_ + 0.01, {"G prime": asr_g_, "B prime": asr_}
+    for lr in (LR, FAST):  # the same rate on both sides
+        gain, wrong = (
+            rate("G′", "acc", lr, pixels) - rate("G", "acc", lr, pixels) for pixels in (RIGHT, RAW)
         )
-        return text, verdict(bool(holds.all()), bool(holds.any())), f"{shown} ({', '.join(names)})"
-
-    if names:
-        b, b0, b_, g, g_ = (each(net, "acc") for net in NETS)
-        asr, _, asr_, asr_g, asr_g_ = (each(net, "asr") for net in NETS)
-        trained = own("acc_test", GRID, f"{{net}}, lr {LR:g}")
-        auroc, right = own("auroc", STRIPPED), own("auroc", titled(STRIPPED, RIGHT))
-        yield claim("STRIP fails on the nets that we trained", auroc < 0.9, AUROC=auroc)
-        yield claim("Ours: with pixels right STRIP separates them", right > 0.9, AUROC=right)
-        yield claim("B's accuracy is below 60 %", b < 0.6, B=b)
-        yield claim(
-            "Ours: with pixels right B is accurate",
-            trained > b + 0.02,
-            pixels_right=trained,
-            as_the_paper=b,
-        )
-        yield claim("Fine-pruning a few channels raises accuracy sharply", b0 > b + 0.1, B=b, B0=b0)
-        yield claim(
-            "Fine-pruning 10 % of channels at lr 1e-3 stops the attack",
-            asr_ < 0.1,
-            B=asr,
-            B_prime=asr_,
-        )
-        yield claim(
-            "G is no more accurate than B, and less than B′", (g <= b) & (g < b_), G=g, B_prime=b_
-        )
-        yield claim("G's ASR does not exceed B′'s", asr_g <= asr_ + 1e-6, G=asr_g, B_prime=asr_)
-        yield claim("G′ is more accurate than G", g_ > g + 0.01, G=g, G_prime=g_)
-        yield claim("G′ has the ASR of B′", asr_g_ <= asr_ + 0.01, G_prime=asr_g_, B_prime=asr_)
-        for lr in (LR, FAST):  # the same rate on both sides
-            gain, wrong = (
-                each("G′", "acc", lr, pixels) - each("G", "acc", lr, pixels)
-                for pixels in (RIGHT, RAW)
-            )
-            if not np.isnan(gain + wrong).all():
-                text = f"Ours: with pixels right G′ is not needed, lr {lr:g}"
-                yield claim(
-                    text,
-                    (gain < 0.01) & (gain < wrong),
-                    gain_with_pixels_right=gain,
-                    as_the_paper=wrong,
-                )
-        for lr in (LR, FAST):
-            low = each("G", "asr", lr, RIGHT)
-            if not np.isnan(low).all():
-                text = f"Ours: with pixels right G stops the attack, lr {lr:g}"
-                yield claim(text, low < 0.1, G=low, as_the_paper=each("G", "asr", lr))
-        left = own("activation_left", GRID, f"{{net}}, lr {LR:g}")
-        yield claim(
-            "Fine-pruning quiets the channels that stamped images fire", left < 0.9, left=left
-        )
-        high, low = each("B′", "acc", 1e-2), each("B′", "asr", 1e-2)
-        if not np.isnan(high).all():
-            yield claim(
-                "lr 1e-2 destroys accuracy and ASR",
-                (high < b / 2) & (low < 0.1),
-                accuracy=high,
-                ASR=low,
-            )
-        low = each("B′", "asr", 1e-4)
+        if not np.isnan(gain + wrong).all():
+            text = f"Ours: with pixels right G′ is not needed, lr {lr:g}"
+            numbers = {"gain with pixels right": gain, "as the paper": wrong}
+            yield text, (gain < 0.01) & (gain < wrong), numbers
+    for lr in (LR, FAST):
+        low = rate("G", "asr", lr, RIGHT)
         if not np.isnan(low).all():
-            yield claim(
-                "At lr 1e-4 ASR stays high", low > np.maximum(0.5, asr_), at_1e_4=low, at_1e_3=asr_
-            )
+            text = f"Ours: with pixels right G stops the attack, lr {lr:g}"
+            yield text, low < 0.1, {"G": low, "as the paper": rate("G", "asr", lr)}
+    left = own("activation_left", GRID, f"{{net}}, lr {LR:g}")
+    text = "Fine-pruning quiets the channels that stamped images fire"
+    yield text, left < 0.9, {"left": left}
+    high, low = rate("B′", "acc", 1e-2), rate("B′", "asr", 1e-2)
+    if not np.isnan(high).all():
+        numbers = {"accuracy": high, "ASR": low}
+        yield "lr 1e-2 destroys accuracy and ASR", (high < b / 2) & (low < 0.1), numbers
+    low = rate("B′", "asr", 1e-4)
+    if not np.isnan(low).all():
+        numbers = {"at 1e 4": low, "at 1e 3": asr_}
+        yield "At lr 1e-4 ASR stays high", low > np.maximum(0.5, asr_), numbers
 
-    def lab3(metric: str, row: str = "Goodnets") -> float:
-        return report.mean(rows, row, metric, LAB3)
 
-    if not math.isnan(auroc := lab3("auroc", "STRIP")):
-        numbers = (
-            f"AUROC {auroc:.3f}, FAR {percent(lab3('far', 'STRIP'))} at FRR "
-            f"{percent(lab3('frr', 'STRIP'))}"
-        )
-        yield (
-            "STRIP works very well on the published net",
-            verdict(auroc > 0.95, auroc > 0.8),
-            numbers,
-        )
-        acc, asr = (
-            [lab3(f"{net}.{what}") for net in ("B", "B′", "G", "G′")]
-            for what in ("acc", "asr_sunglasses")
-        )
-        numbers = (
-            f"CCA {', '.join(map(percent, acc))}; ASR {', '.join(map(percent, asr))} (B, B′, G, G′)"
-        )
-        whole = acc[2] > acc[1] - 0.02 and asr[2] < 0.1
-        yield (
-            "On the published net ordinary fine-pruning and G suffice",
-            verdict(whole, asr[2] < asr[0] / 2),
-            numbers,
-        )
-        found = lab3("target_flagged", "Neural Cleanse")
-        numbers = (
-            f"target flagged in {percent(found)} of runs, index "
-            f"{lab3('anomaly_index', 'Neural Cleanse'):.2f}"
-        )
-        yield (
-            "Ours: Neural Cleanse finds the published net's target",
-            verdict(found > 0.99, found > 0),
-            numbers,
-        )
+def on_the_published_net(rows: dict[str, Rows]) -> Iterator[tuple[str, str, str]]:
+    """What holds for the paper's own net."""
+    strip, nets, nc = (rows.get(row, Rows()) for row in ("STRIP", "Goodnets", "Neural Cleanse"))
+    if math.isnan(auroc := strip.mean("auroc")):
+        return
+    far, frr = percent(strip.mean("far")), percent(strip.mean("frr"))
+    says, numbers = verdict(auroc > 0.95, auroc > 0.8), f"AUROC {auroc:.3f}, FAR {far} at FRR {frr}"
+    yield "STRIP works very well on the published net", says, numbers
+    shown = ("B", "B′", "G", "G′")
+    acc, asr = ([nets.mean(f"{net}.{m}") for net in shown] for m in ("acc", "asr_sunglasses"))
+    says = verdict(acc[2] > acc[1] - 0.02 and asr[2] < 0.1, asr[2] < asr[0] / 2)
+    words = (", ".join(map(percent, values)) for values in (acc, asr))
+    numbers = "CCA {}; ASR {} (B, B′, G, G′)".format(*words)
+    yield "On the published net ordinary fine-pruning and G suffice", says, numbers
+    found, index = nc.mean("target_flagged"), nc.mean("anomaly_index")
+    numbers = f"target flagged in {percent(found)} of runs, index {index:.2f}"
+    says = verdict(found > 0.99, found > 0)
+    yield "Ours: Neural Cleanse finds the published net's target", says, numbers

@@ -194,15 +194,15 @@ def defenses(file: str) -> str:
     module = experiment.load(ROOT / "experiments" / f"{rows[0]['experiment']}.py")
     tables, found = module.matrix(report.valid(rows))
     text = []
-    for data in dict.fromkeys(module.IMAGES[table] for table in tables):
-        here = [table for table in tables if module.IMAGES[table] == data]
+    for data in dict.fromkeys(module.VICTIMS[table][0] for table in tables):
+        here = [table for table in tables if module.VICTIMS[table][0] == data]
         lines = [
             [f"{name} (*oracle*)" if next(iter(line.values()))["oracle"] else name]
             + [module.short(line[table]) if table in line else "" for table in here]
             for name, line in found.items()
             if set(here) & set(line)
         ]
-        text.append(table_of([data, *(table.removeprefix(f"{data}: ") for table in here)], lines))
+        text.append(table_of([data, *(module.VICTIMS[table][1] for table in here)], lines))
     return "\n\n".join([*text, f"One run each. {setting(rows[0])}"])
 
 

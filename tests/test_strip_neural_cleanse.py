@@ -18,6 +18,7 @@ from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.reversed import Reversed
 from bdjax.defenses.repair.nc_unlearning import NcUnlearning
+from bdjax.rows import Rows
 from bdjax.train import stamped
 
 slides = experiment.load(Path(__file__).parents[1] / "experiments" / "strip_neural_cleanse.py")
@@ -134,7 +135,7 @@ def planted_rows(far=0.0, asr=0.0, reversed_=5.0):
 
 def test_claims_hold_on_rows_that_show_them_and_fail_on_rows_that_do_not():
     good, bad = (
-        list(slides.trends(rows)) for rows in (planted_rows(), planted_rows(0.9, 0.9, 0.5))
+        list(slides.trends(Rows(rows))) for rows in (planted_rows(), planted_rows(0.9, 0.9, 0.5))
     )
     assert {verdict for _, verdict, _ in good} == {"reproduced"} and len(good) == len(bad) == 12
     fallen = [claim for claim, verdict, _ in bad if verdict == "not"]
@@ -142,7 +143,4 @@ def test_claims_hold_on_rows_that_show_them_and_fail_on_rows_that_do_not():
 
 
 def test_claims_about_rows_that_are_not_there_are_left_out():
-    assert (
-        list(slides.trends(planted_rows()[:2]))
-        and len(list(slides.trends(planted_rows()[:2]))) == 1
-    )
+    assert len(list(slides.trends(Rows(planted_rows()[:2])))) == 1

@@ -226,7 +226,7 @@ def test_claims_are_made_of_valid_rows():
 
     def trends(rows):
         for name in ("good", "bad"):
-            asr = report.mean([r for r in rows if r["defense"]], name, "asr_nt")
+            asr = rows.where(row=name, defense="fp").mean("asr_nt")
             yield name, report.verdict(asr < 0.5, False), f"ASR {asr:.2f}"
 
     found = experiment.claims(SimpleNamespace(trends=trends), ROWS)  # type: ignore[arg-type]

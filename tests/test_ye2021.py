@@ -14,6 +14,7 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.multi_trigger import MultiTrigger
 from bdjax.defenses.inputs.goodnet import Goodnet
 from bdjax.defenses.repair.fine_pruning import FinePruning
+from bdjax.rows import Rows
 from bdjax.train import Recipe, stamped, unit
 
 KEY = jax.random.key(0)
@@ -76,7 +77,7 @@ def test_trends_of_planted_rows(ye):
         return row(ye, "sunglasses, lr 0.001", pixels, acc_test=0.8, activation_left=0.5, **found)
 
     rows = [planted(ye.RAW, G=(0.5, 0.0)), planted(ye.RIGHT)]
-    verdicts = {text: verdict for text, verdict, _ in ye.trends(rows)}
+    verdicts = {text: verdict for text, verdict, _ in ye.trends(Rows(rows))}
     held = {text for text, verdict in verdicts.items() if verdict == "reproduced"}
     assert {
         "G′ is more accurate than G",
@@ -86,7 +87,7 @@ def test_trends_of_planted_rows(ye):
     assert "Ours: with pixels right G′ is not needed, lr 0.001" in held
     assert verdicts["STRIP fails on the nets that we trained"] == "not"  # no such row
     rows[1] = planted(ye.RIGHT, G=(0.5, 0.0))
-    verdicts = {text: verdict for text, verdict, _ in ye.trends(rows)}
+    verdicts = {text: verdict for text, verdict, _ in ye.trends(Rows(rows))}
     assert verdicts["Ours: with pixels right G′ is not needed, lr 0.001"] == "not"
 
 

@@ -1,14 +1,15 @@
 """How much of a repair's outcome hangs on one of its numbers: accuracy and ASR over that number."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bdjax.defenses.base import Defense
 from bdjax.mesh import lane_map
 from bdjax.registry import pytree, replace, static
+from bdjax.rows import Rows, lookup
 from bdjax.train import evaluate
 from bdjax.types import Array, Attack, BadInput, Count, Metric, Model, Split, Variables, Weight
 
@@ -89,17 +90,16 @@ def sensitive(defense: Defense) -> str:
     return defense.sensitive
 
 
-def chart(rows: Sequence[Mapping[str, Any]], table: str, xlabel: str = "learning rate") -> Any:
+def chart(rows: Rows, table: str, xlabel: str = "learning rate") -> Any:
     """The rows of `table`, measured by `Sensitivity`, as a heat map of ASR_nt over the value, mean
     over seeds; None without rows.
     """
-    from bdjax import plots, report
+    from bdjax import plots
 
-    shown = [row for row in rows if row["table"] == table and "error" not in row]
-    names = dict.fromkeys(n for row in shown for n in row["metrics"] if n.startswith(AT))
-    victims = list(dict.fromkeys(row["row"] for row in shown))
-    if not names:
+    victims = rows.where(table=table).done.by("row")
+    tried = [lookup(row, "probe.values") for seeds in victims.values() for row in seeds]
+    at = dict.fromkeys(f"{value:g}" for values in tried for value in values)
+    means = [[seeds.mean(f"{AT}{value}") for value in at] for seeds in victims.values()]
+    if np.isnan(means).all():  # of clean nets there is no ASR
         return None
-    values = [[report.mean(rows, victim, name, table) for name in names] for victim in victims]
-    at = [name.removeprefix(AT) for name in names]
-    return plots.heat_map(values, at, victims, xlabel, label="ASR left", percent=True)
+    return plots.heat_map(means, list(at), list(victims), xlabel, label="ASR left", percent=True)
