@@ -443,10 +443,14 @@ NO_LABELS = Unlabelled()
 
 
 def check_images(
-    image: Any, shape: Any = None, label: Any = NO_LABELS, classes: int | None = None
+    image: Any,
+    shape: Any = None,
+    label: Any = NO_LABELS,
+    classes: int | None = None,
+    least: int = 1,
 ) -> None:
     """Raises `BadInput` unless `image: [N, H, W, C]` is uint8 or in [0, 1], of `shape` (None: any),
-    with one `label` of 0 … `classes` − 1 each, and there is one. Values that are traced pass.
+    with one `label` of 0 … `classes` − 1 each, and N at `least` that. Values that are traced pass.
     """
     for name, array, form in (("images", image, "[N, H, W, C]"), ("labels", label, "[N]")):
         if not isinstance(array, (*ARRAYS, Unlabelled)):
@@ -455,7 +459,7 @@ def check_images(
     if len(given) != 4 or (shape is not None and given[1:] != tuple(shape)):
         wanted = "[N, H, W, C]" if shape is None else f"[N, {', '.join(map(str, shape))}]"
         raise BadInput(f"images have shape {list(given)}, not {wanted}")
-    if 0 in given:
+    if 0 in given[1:] or given[0] < least:
         raise BadInput(f"images have shape {list(given)}: there is none")
     kind = image.dtype
     if kind != np.uint8 and not jax.numpy.issubdtype(kind, np.floating):

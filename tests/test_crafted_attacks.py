@@ -144,6 +144,7 @@ def test_the_trigger_stays_in_its_mask_and_mixes(sample):
         stamped(TrojanNN(), 1, x, KEY)
 
 
+@pytest.mark.long
 def test_trojaning_changes_the_later_layers_alone_and_works(sample, model, clean, trojan):
     armed, variables, found = trojan
     for layer in ("conv_1", "conv_2"):
@@ -237,6 +238,7 @@ def test_pruning_the_decoys_leaves_the_backdoor(sample, model, decoyed):
     assert abs(pruned["acc"] - found["acc"]) < 0.01 and pruned["asr_nt"] > found["asr_nt"] - 0.05
 
 
+@pytest.mark.long
 def test_channels_come_back_until_both_tasks_fit(sample, model, clean):
     """An untrained trigger never hits all: each attempt reinstates one channel more."""
     attack = PruningAware(share=0.5, success_rate=1.0, attempts=3)
@@ -256,6 +258,7 @@ def test_the_relative_gap_by_hand():
     assert relative_gap(10 * clean, 10 * other) == (1 + 4) / (4 + 4)
 
 
+@pytest.mark.long
 def test_matching_narrows_the_gap_and_keeps_the_backdoor(sample, model, trained):
     x = unit(sample.test.image[:200])
 

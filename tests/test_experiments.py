@@ -16,12 +16,11 @@ from bdjax.types import BadInput
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
-LONG = ("cheng2019", "strip_neural_cleanse", "veldanda2020", "ye2021")
+PAPERS = ("shamshiri2023", "cheng2019", "strip_neural_cleanse", "veldanda2020", "ye2021")
 
 
-@pytest.mark.parametrize(
-    "name", ["shamshiri2023", *(pytest.param(name, marks=pytest.mark.long) for name in LONG)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", PAPERS)
 def test_smoke(name, tmp_path):
     file, out = EXPERIMENTS / f"{name}.py", tmp_path / "out"
     command = [

@@ -202,6 +202,7 @@ def test_one_channel_at_a_time_equals_a_plain_loop(tiny, clean, reset):
     )
 
 
+@pytest.mark.long
 def test_the_grid_is_what_single_runs_measure(victim, clean, sample):
     """Rows are learning rates, columns counts of pruned channels; under `one_by_one` a count of 0
     is the victim.

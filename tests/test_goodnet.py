@@ -69,6 +69,7 @@ def test_an_anti_network_agrees_on_the_backdoor():
     np.testing.assert_array_equal(given["masks"]["penultimate"], net["masks"]["penultimate"])
 
 
+@pytest.mark.long
 def test_on_a_real_victim(victim, sample):
     """ASR counts stamped images of other classes that pass with the target's label: fewer than in
     either net.

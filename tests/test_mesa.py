@@ -175,6 +175,7 @@ def test_stamper_takes_patches_of_flagged_labels_alone():
     assert float(stamper.stamp(jnp.asarray(0), jnp.zeros((4, 4, 1)), KEY).max()) == 0
 
 
+@pytest.mark.long
 def test_retraining_takes_the_backdoor_out_and_leaves_a_clean_net_alone():
     mesa = dataclasses.replace(QUICK, epochs=20, betas=(0.9,))
     recipe = Recipe(lr=5.0, epochs=10, batch=50, optimizer="sgd")

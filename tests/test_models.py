@@ -305,6 +305,7 @@ def test_bad_keras_weights(tmp_path):
         load_keras_weights(file, build(registry.make("model", "cla"), (20, 20, 1), 5))
 
 
+@pytest.mark.long
 def test_the_published_backdoored_face_net(shared_data):
     """lab3 of CSAW-HackML-2020: target 0, sunglasses at (x=0, y=15), 31 of 60 channels dormant on
     clean faces.

@@ -15,9 +15,10 @@ import test_abs
 import test_neural_cleanse as nc
 
 import bdjax
-from bdjax.defenses.invert import deep_inspect, inversion, mesa
+from bdjax.defenses.invert import deep_inspect, mesa
 from bdjax.defenses.invert.abs import VISIBLE, Abs, Candidate
 from bdjax.defenses.invert.neural_cleanse import WORST
+from bdjax.defenses.parts import inversion
 from bdjax.defenses.parts.inversion import BOUND, Trigger, descend, squash, unsquash, within
 
 FAR = 50.0

@@ -32,6 +32,7 @@ def measured(probe):
     return jax.jit(lambda: probe(KEY, MODEL, VARIABLES, ATTACK, CLEAN, CLEAN))()
 
 
+@pytest.mark.long
 def test_every_rate_of_strip_has_the_boundary_that_strip_alone_gives_it():
     strip = Strip(n=5, inputs=20)
     found = measured(slides.Rates(strip, (0.03, 0.005)))

@@ -297,6 +297,7 @@ def test_kill_9_at_three_random_moments_and_the_same_table(small, tmp_path):
         assert (tmp_path / name).stat().st_size > 0
 
 
+@pytest.mark.long
 def test_two_hosts_started_by_jax_distributed_and_one_that_dies(small, tmp_path):
     """They meet at the start; then host 0 is killed, and host 1 ends without it. Host 0's part is
     done later.

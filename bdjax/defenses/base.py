@@ -81,7 +81,7 @@ def _admitted(method: Callable) -> Callable:
             agree(model, given.get("recipe", Recipe()), given["data"])
         if "clean" in given:
             clean = given["clean"]
-            check_images(clean.image, model.shape, clean.label, model.classes)
+            check_images(clean.image, model.shape, clean.label, model.classes, self.images_needed)
         else:
             clean = Split(given["data"].image, given["data"].plan.label)
         if "x" in given:
@@ -102,6 +102,7 @@ class Defense:
 
     `stage`: the kind in a word, as rows name it. `needs`: the parts of a `Victim` that it is given.
     `hooks`: those of `prepare`, `report` and `rank` that the class or a base of it defines.
+    `images_needed`: the fewest clean images that it can do with.
     `budget_fields`: the fields, dotted where nested, that count work: steps, epochs, images,
     members. A preset `cpu` differs from `paper`, or from the defaults where there is none, in these
     alone: never in a rule, a rate or a width. `sensitive`: of a repair, the number that decides
@@ -112,6 +113,7 @@ class Defense:
     stage: ClassVar[Stage]
     needs: ClassVar[tuple[str, ...]] = ("variables",)
     hooks: ClassVar[frozenset[str]] = frozenset()
+    images_needed: ClassVar[int] = 1
     budget_fields: ClassVar[tuple[str, ...]] = ()
     sensitive: ClassVar[str | None] = None
     measures: ClassVar[tuple[Metric, ...]] = (

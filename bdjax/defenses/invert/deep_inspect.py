@@ -126,6 +126,7 @@ class DeepInspect(Inversion):
     labels: tuple[Class, ...] | None = static(None, before=None)
     lanes: Count | None = static(None)
 
+    images_needed = 0
     budget_fields = ("steps", "batch", "images", "inversion_steps")
     presets = {
         "default": {},
