@@ -871,7 +871,7 @@ def who_sees(rows: dict[str, Rows], name: str, sees: tuple[int, int]) -> Iterato
     numbers = (
         f"STRIP's FAR {percent(far)}; Neural Cleanse calls {percent(hit)} of the nets infected"
     )
-    yield claim, verdict(all(right), any(right)), f"{numbers}infected"
+    yield claim, verdict(all(right), any(right)), numbers
 
 
 def what_they_need(rows: dict[str, Rows]) -> Iterator[tuple]:
