@@ -558,8 +558,14 @@ def _chain(node: ast.expr) -> list[str]:
 
 
 def _silent(node: Any) -> bool:
-    """Whether a statement does nothing: a docstring, `...`, `pass`."""
+    """Whether a statement does nothing to a number: a docstring, `...`, `pass`, what is declared of
+    metrics (`types.Metric`).
+    """
     value = node.value if isinstance(node, ast.Expr) else None
+    if isinstance(value, ast.Call):
+        return isinstance(value.func, ast.Name) and value.func.id == "declare"
+    if isinstance(node, ast.Assign):
+        return [_chain(target) for target in node.targets] == [["measures"]]
     return isinstance(node, ast.Pass) or isinstance(value, ast.Constant)
 
 

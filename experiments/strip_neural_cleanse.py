@@ -41,6 +41,7 @@ Where we differ, and why:
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -569,7 +570,8 @@ def stamped_images(victims: list[Cell]) -> Iterator[tuple]:
     for channels, kind in ((1, "grey"), (3, "colour")):
         if mine := [cell for cell in victims if cell.dataset.load().shape[-1] == channels]:
             firsts = [cell.dataset.load().test.image[:1] for cell in mine]
-            fired = [stamped(c.attack, 1, x, jax.random.key(0)) for c, x in zip(mine, firsts)]
+            attacks: list[Any] = [cell.attack for cell in mine]
+            fired = [stamped(a, 1, x, jax.random.key(0)) for a, x in zip(attacks, firsts)]
             clean = np.concatenate([unit(image) for image in firsts])
             names = [cell.row.replace(", ", "\n") for cell in mine]
             picture = plots.stamped(clean, np.concatenate(fired), names)
@@ -869,7 +871,7 @@ def who_sees(rows: dict[str, Rows], name: str, sees: tuple[int, int]) -> Iterato
     numbers = (
         f"STRIP's FAR {percent(far)}; Neural Cleanse calls {percent(hit)} of the nets infected"
     )
-    yield claim, verdict(all(right), any(right)), f"{numbers}infected"
+    yield claim, verdict(all(right), any(right)), numbers
 
 
 def what_they_need(rows: dict[str, Rows]) -> Iterator[tuple]:
@@ -883,7 +885,9 @@ def what_they_need(rows: dict[str, Rows]) -> Iterator[tuple]:
     numbers = ", ".join(f"{name}: {word}" for name, word in zip(methods, words))
     claim = "Comparison: detection needs no labels of the clean images, repair does"
     yield claim, verdict(asks == [0, 0, 1], False), numbers
-    online, offline = (np.mean([r["seconds"]["run"] for r in seeds]) for seeds in found[:2])
+    online, offline = (
+        statistics.fmean(row["seconds"]["run"] for row in seeds) for seeds in found[:2]
+    )
     numbers = f"STRIP {online:.2f} s for all test images, clean and stamped; Neural Cleanse "
     claim = (
         "Comparison: STRIP works at run time, on each input; Neural Cleanse once, offline, on a "

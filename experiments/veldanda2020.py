@@ -447,7 +447,8 @@ def of_badnet(s: Scale, name: str) -> Iterator[Cell]:
     yield from put(SETUP, probe=setup, reported=paper)
     if name == "CLA":
         yield from put(TABLE5, probe=Shapes(), reported=LAYERS)
-    side = about.side and round(about.side * min(cell.dataset.load().test.image.shape[1:3]))
+    shorter = min(cell.dataset.load().test.image.shape[1:3])
+    side = None if about.side is None else round(about.side * shorter)
     known, told = None if name == "AAA" else targets, bool(PAPER[TOLD].get(name))
     for column, defense in defenses(s, cell.model, side, known, told).items():
         probe = cell.probe if column not in (STRIP, ABS) else None

@@ -449,10 +449,12 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """The five attacks' rows, then those of the published net."""
     s = SCALES[scale]
 
-    def rows(table: str, row: str, base: tuple, attack: Any, **fields: Any) -> Iterator[Cell]:
-        return grid(Cell(table, row, *base, attack, **fields), seed=range(seeds or s.seeds))
+    def rows(table: str, row: str, base: Any, attack: Any, **fields: Any) -> Iterator[Cell]:
+        data, net, recipe = base
+        cell = Cell(table, row, data, net, recipe, attack, **fields)
+        return grid(cell, seed=range(seeds or s.seeds))
 
-    def pruned(net: str, repair: FinePruning, scale: float) -> FinePruned:
+    def pruned(net: str, repair: Any, scale: float) -> FinePruned:
         counts = tuple(k for k in s.counts if k <= repair.one_by_one)
         strong = min(repair.one_by_one, 4)
         return FinePruned(repair, scale, tuple(VICTIMS[net][1]), counts, 2, strong)

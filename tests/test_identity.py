@@ -173,6 +173,8 @@ def test_a_digest_is_blind_to_what_does_nothing():
     for old, new in [("3", "4"), ("x!r", "x!s"), (" and ", " or "), ("2j", "3j"), ("s: r", "x: r")]:
         assert old in CODE and code(CODE.replace(old, new, 1)) != code(CODE)
     assert code("x = f'a' 'b' f'{x:}'") == code("x = f'ab{x}'")
+    declared = "class A:\n    measures = (Metric('a'),)\n    x = 1\ndeclare('here', Metric('b'))"
+    assert code(declared) == code("class A:\n    x = 1") != code("class A:\n    rates = 1")
 
 
 def test_what_is_named_is_there_and_methods_have_source():
