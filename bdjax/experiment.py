@@ -2,8 +2,8 @@
 with many cells.
 
 An experiment is a Python file with `TITLE`, `SCALES`, `cells(scale, seeds) -> [Cell]`, and, where
-it has them, `figures(rows, store, scale)` and `trends(rows)` of `Rows`, as `report.write` wants
-them. The list in its docstring ("- …") stands on the page as notes.
+it has them, `figures(rows, store, scale)` (else those of `bdjax.figures`) and `trends(rows)` of
+`Rows`, as `report.write` wants them. The list in its docstring ("- …") stands on the page as notes.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from rich.text import Text
 
 from bdjax import identity, plugins, progress, report
 from bdjax.changes import changed, read
+from bdjax.figures import figures as drawn
 from bdjax.identity import Stale
 from bdjax.own import explained
 from bdjax.plugins import executed, raised_in
@@ -140,7 +141,7 @@ def run(
             store, path.stem, scale, width, places, quiet, on_rows=finished, clock=clock,
             live=live and not quiet, stale=stale, complete=filed and only is None
         )  # fmt: skip
-        rows = Rows(runner.run(cells))
+        rows = Rows(runner.run(cells), folder)
         if runner.unfit:
             raise BadInput(runner.complaint())
         if len(rows) < len(cells):
@@ -156,8 +157,10 @@ def run(
         more += plugins.flags()
         more += "" if only is None else f" --only {shlex.quote(only)}"
         with blamed():
-            drawn = module.figures(rows, store, scale) if hasattr(module, "figures") else ()
-            figures = list(drawn)
+            mine = hasattr(module, "figures")
+            figures = list(
+                module.figures(rows, store, scale) if mine else drawn(rows, store, cells)
+            )
             trends = claims(module, rows)
         clock.add("report", begun)
         seconds = clock.seconds | {"total": time.monotonic() - start}

@@ -58,7 +58,19 @@ CORE: dict[str, dict[str, tuple[str, ...]]] = {
 file; all of it where none is named.
 """
 ASIDE = {
-    *("registry", "types", "mesh", "own", "schema", "store", "progress", "report", "plots", "cli"),
+    *(
+        "registry",
+        "types",
+        "mesh",
+        "own",
+        "schema",
+        "store",
+        "progress",
+        "report",
+        "plots",
+        "figures",
+        "cli",
+    ),
     *("experiment", "study", "studies", "changes", "rows", "sweep", "identity", "migrate"),
     *("plugins", "poison", "testing", "__init__", "__main__"),
     *("models/conv", "datasets"),

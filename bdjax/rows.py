@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,11 @@ FIELDS = (
 class Rows(Sequence[Row]):
     """Rows in order, and questions to them. A key is a tag of a row, else a field of it (`FIELDS`),
     else a path into its configuration by dots: `attack.rate`, as a keyword `attack__rate`.
+    `folder`: the results folder that they are of, where there is one.
     """
 
-    def __init__(self, rows: Iterable[Row] = ()) -> None:
-        self._rows = list(rows)
+    def __init__(self, rows: Iterable[Row] = (), folder: Path | None = None) -> None:
+        self._rows, self.folder = list(rows), folder
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -39,7 +41,7 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, index: Any) -> Any:
         found = self._rows[index]
-        return Rows(found) if isinstance(index, slice) else found
+        return Rows(found, self.folder) if isinstance(index, slice) else found
 
     def where(self, **asked: Any) -> "Rows":
         """The rows that have all these values: `where(net="CNN", defense=None, attack__rate=0.1)`.
@@ -55,7 +57,7 @@ class Rows(Sequence[Row]):
                 known = (name for row in rows for name in paths(row))
                 raise BadInput(f"no row has a '{path}'{near(path, dict.fromkeys(known))}")
             rows = [row for row in rows if _same(lookup(row, path), value)]
-        return Rows(rows)
+        return Rows(rows, self.folder)
 
     def by(self, *keys: str) -> dict[Any, "Rows"]:
         """The rows by their value of a key, or of several as a tuple, as these first appear;
@@ -65,12 +67,12 @@ class Rows(Sequence[Row]):
         for row in self._rows:
             values = tuple(_word(lookup(row, key)) for key in keys)
             found.setdefault(values[0] if len(keys) == 1 else values, []).append(row)
-        return {value: Rows(rows) for value, rows in found.items()}
+        return {value: Rows(rows, self.folder) for value, rows in found.items()}
 
     @property
     def done(self) -> "Rows":
         """Without the rows that failed."""
-        return Rows(row for row in self._rows if not row.get("error"))
+        return Rows((row for row in self._rows if not row.get("error")), self.folder)
 
     def values(self, metric: str) -> list[float]:
         """A metric of each row that has it; it may be infinite."""
@@ -99,6 +101,17 @@ class Rows(Sequence[Row]):
         not kept with the rows.
         """
         return [(row, found) for row in self.done if (found := store.arrays(row["run"]))]
+
+    def figures(self) -> list[Any]:
+        """Pictures of the rows as `report.Figure`s, which hold Matplotlib's; see
+        `bdjax.figures`.
+        """
+        from bdjax.figures import figures
+        from bdjax.store import Store
+
+        if self.folder is None:
+            raise BadInput("rows of no results folder have no pictures: run them, or give one")
+        return figures(self, Store(self.folder))
 
     def frame(self) -> Any:
         """A pandas frame, a line a row: metrics, fields, tags, and the configuration by dots."""

@@ -45,7 +45,7 @@ from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.sweep import Runner
 from bdjax.train import Recipe, stamped, unit
-from bdjax.zoo import veldanda
+from bdjax.zoo_veldanda import veldanda
 
 TITLE = "Attack zoo: every attack on real images"
 

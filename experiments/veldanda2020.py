@@ -82,7 +82,7 @@ from bdjax.store import Store
 from bdjax.study import Cell, grid
 from bdjax.train import Recipe, evaluate, stamped, unit
 from bdjax.types import Metric, Model, Split
-from bdjax.zoo import veldanda
+from bdjax.zoo_veldanda import veldanda
 
 TITLE = "Veldanda & Garg (2020): nine BadNets against five defenses"
 

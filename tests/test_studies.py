@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import planted
 import pytest
 
 import bdjax
 from bdjax.cli import main
+from bdjax.figures import figures
 from bdjax.registry import make
-from bdjax.store import read_rows
+from bdjax.store import Store, read_rows
 from bdjax.studies import crossed, text_of
 from bdjax.types import BadInput
 
@@ -44,6 +47,10 @@ def test_a_study_from_flags_gives_what_the_file_it_stands_for_gives(tmp_path, mo
     twins = [row.get("twin") for row in flags if row["attack"] and not row["defense"]]
     assert len(twins) == 2 and all(twins), "clean twins are there"
     assert Path("flags", "study.py").read_text() == Path("mine.py").read_text()
+    drawn = {path.name for path in Path("flags", "figures").iterdir()}
+    assert drawn == {
+        "stamped-badnets-attack-rate-0-1.png", "acc_test-attack-rate.png", "asr_nt-attack-rate.png"
+    }  # fmt: skip
     assert "not as in the experiment" not in Path("flags", "index.html").read_text()
     with pytest.raises(SystemExit):
         main(["study", *FLAGS, "--save", "mine.py", "--out", "other"])
@@ -81,6 +88,9 @@ def test_cells_from_python_are_run_kept_and_returned(tmp_path, monkeypatch, caps
     rows = bdjax.run(cells, quiet=True)
     assert [row["row"] for row in rows] == ["clean", "badnets"]
     assert Path("results", "cells-cpu", "index.html").exists()
+    assert rows.where(attack="badnets").figures() == [], "no defense left arrays to be drawn"
+    with pytest.raises(BadInput, match="no results folder"):
+        bdjax.Rows(rows).figures()
     before = Path("results", "cells-cpu", "results.jsonl").read_bytes()
     again = bdjax.run(iter(cells), quiet=True)
     assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]
@@ -104,3 +114,24 @@ def test_bars_move_where_they_can(monkeypatch):
         "from bdjax.progress import terminal; assert terminal().is_jupyter"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_each_kind_of_defense_saw_is_drawn(tmp_path):
+    """From the arrays that `judge` gives, whatever the kind."""
+    arrays = {
+        "inputs": {"score_clean": np.ones(5), "score_trojan": np.zeros((1, 5))},
+        "invert": {
+            "norms": np.arange(4.0), "index": np.ones(4), "flagged": np.arange(4) == 0,
+            "mask": np.ones((4, 6, 6, 1)), "pattern": np.ones((4, 6, 6, 3)),
+        },
+        "repair": {"acc_curve": np.linspace(1, 0, 4), "asr_curve": np.linspace(1, 0, 4)},
+    }  # fmt: skip
+    store = Store(tmp_path)
+    rows = [planted.row(run=f"{i:016x}", row=kind) for i, kind in enumerate(arrays)]
+    store.append(rows)
+    for row in rows:
+        store.save_arrays(row["run"], arrays[row["row"]])
+    names = [figure.name for figure in figures(rows, store)]
+    assert [name.partition("-")[0] for name in names] == ["scores", "norms", "triggers", "pruning"]
+    twice = figures([*rows, {**rows[0], "row": "inputs!"}], store)
+    assert len({figure.name for figure in twice}) == len(twice) == 5
