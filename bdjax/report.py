@@ -288,7 +288,6 @@ def _stat(values: Iterable[Any], paper: Any) -> dict[str, Any]:
     }
 
 
-@door
 def verdict(whole: bool, part: bool) -> str:
     """The verdict of a `Trend`: `whole`, the claim holds as it was made; `part`, in part."""
     return "reproduced" if whole else "partly" if part else "not"

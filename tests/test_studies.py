@@ -47,7 +47,7 @@ def test_a_study_from_flags_gives_what_the_file_it_stands_for_gives(tmp_path, mo
     twins = [row.get("twin") for row in flags if row["attack"] and not row["defense"]]
     assert len(twins) == 2 and all(twins), "clean twins are there"
     assert Path("flags", "study.py").read_text() == Path("mine.py").read_text()
-    drawn = {path.name for path in Path("flags", "figures").iterdir()}
+    drawn = {path.name for path in Path("flags", "figures").glob("*.png")}
     assert drawn == {
         "stamped-badnets-attack-rate-0-1.png", "acc_test-attack-rate.png", "asr_nt-attack-rate.png"
     }  # fmt: skip
