@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bdjax import experiment
+from bdjax.rows import Rows
 from bdjax.store import Store
 from bdjax.types import BadInput
 
@@ -53,7 +54,7 @@ def test_smoke(name, tmp_path):
     tables, page = (out / "table.md").read_text(), (out / "index.html").read_text()
     for row in rows:
         assert f"## {row['table']}" in tables
-    for _, verdict, numbers in module.trends(rows):
+    for _, verdict, numbers in module.trends(Rows(rows)):
         assert verdict in ("reproduced", "partly", "not") and numbers
     drawn = sorted(path.stem for path in (out / "figures").glob("*.png"))
     assert drawn and page.count("<img") == len(drawn)

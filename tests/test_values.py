@@ -407,7 +407,9 @@ def numeric_flags():
     """A command line up to its value for each numeric flag of each registered method."""
     for entry in ENTRIES:
         command = [*DEFEND] if entry.kind == "defense" else [*TRAIN]
-        command += [f"--{entry.kind}", entry.name]
+        if (flag := f"--{entry.kind}") in command:
+            del command[command.index(flag) : command.index(flag) + 2]
+        command += [flag, entry.name]
         yield from flags_of(entry.cls, command, entry.kind)
     yield from flags_of(Recipe, TRAIN, "recipe")
     yield [*TRAIN, "--seed"]
