@@ -51,8 +51,8 @@ def changed(cells: Iterable[Cell], settings: Mapping[str, Any]) -> list[Cell]:
             raise BadInput(_unknown(cells, settings, path))
     before: dict[tuple[str, str], Cell] = {}
     for old, new in zip(cells, found, strict=True):
-        twin = before.setdefault((new.table, new.run), old)  # tables may share a run
-        if twin.run != old.run:
+        twin = before.setdefault((new.table, new.run_id), old)  # tables may share a run
+        if twin.run_id != old.run_id:
             names = " and ".join(f"'{c.table}: {c.row}', seed {c.seed}" for c in (twin, old))
             raise BadInput(f"{', '.join(new.changed)}: {names} would become one run")
     return found

@@ -294,7 +294,7 @@ class Train:
         flags: Any = self
         own.whole(self.out, old_model)
         cell = Cell("", "", flags.dataset, flags.model, flags.recipe, flags.attack, seed=self.seed)
-        with unfinished("train", cell.run, device_name()) as store:
+        with unfinished("train", cell.run_id, device_name()) as store:
             runner = Runner(store, "train", quiet=self.quiet, stale="redo")
             (row,) = runner.run([cell])
             if "error" not in row:
@@ -417,11 +417,11 @@ class Defend:
             )
         check_data(about, self.checkpoint, strict=cell.stage == "samples")
         trained = self._trained(about, cell)
-        code = identity.codes([cell])[cell.run]  # what other code has begun is begun anew
+        code = identity.codes([cell])[cell.run_id]  # what other code has begun is begun anew
         given = [code, about["defenses"], self.labels, trained, *jax.tree.leaves(variables)]
-        with unfinished("defend", cell.run, given, device_name()) as store:
+        with unfinished("defend", cell.run_id, given, device_name()) as store:
             repaired = store.folder / "net"
-            found = [row for row in store.rows() if row["run"] == cell.run]
+            found = [row for row in store.rows() if row["run"] == cell.run_id]
             if not found or not (judges or repaired.exists()):
                 runner = Runner(store, "defend", quiet=self.quiet, unlabelled=self.labels == "none")
                 row, variables = runner.defend(cell, model, variables, trained)
@@ -434,7 +434,7 @@ class Defend:
                     save_model(repaired, net, model, variables, **about)
             if self.out is not None:
                 copy_model(repaired, self.out)
-            arrays = store.arrays(cell.run)
+            arrays = store.arrays(cell.run_id)
         _show(found[0], self.out)
         if cell.stage in ("invert", "models"):
             _show_labels(arrays, dataset.load().names)

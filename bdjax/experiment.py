@@ -124,7 +124,7 @@ def run(
         made = among(made, only)
     if settings:
         made = changed(made, settings)
-    cells = list({(cell.run, cell.table, cell.row): cell for cell in made}.values())
+    cells = list({(cell.run_id, cell.table, cell.row): cell for cell in made}.values())
     if dry_run:
         plan(cells, earlier, places, width, part, stale)
         return Rows()
@@ -308,7 +308,7 @@ def plan(
             for group in made
         ]
         alike = [cell for group in mine for cell in group]
-        left = sum(cell.run not in done for cell in alike)
+        left = sum(cell.run_id not in done for cell in alike)
         seconds = left * statistics.fmean(took[kind]) if kind in took else None
         known, unknown = known + (seconds or 0), unknown + (left if seconds is None else 0)
         size = max(size for size, group in zip(memory, mine, strict=True) if group)
@@ -317,10 +317,10 @@ def plan(
         table.add_row(*(Text(shown(word)) for word in (*(name or "none" for name in kind), *words)))
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
-    count, victims = sum(map(len, made)), len({cell.victim for group in made for cell in group})
+    count, victims = sum(map(len, made)), len({cell.victim_id for group in made for cell in group})
     print(f"{count} cells, {victims} victims, {len(made)} groups on {len(devices)} × "
           f"{devices[0].device_kind}{'' if shard is None else ', shard {}/{}'.format(*shard)}; "
-          f"{count - sum(c.run in done for g in made for c in g)} to do")  # fmt: skip
+          f"{count - sum(c.run_id in done for g in made for c in g)} to do")  # fmt: skip
     if old:
         print(f"{len(old)} rows come from other code: --stale {stale or 'keep or --stale redo'}")
     print(

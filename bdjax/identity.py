@@ -157,13 +157,13 @@ def codes(cells: Iterable[Any]) -> dict[str, dict[str, str | None]]:
     known: dict[Any, str | None] = {}
     core = _core()
     return {
-        cell.run: core
+        cell.run_id: core
         | {
             part: known[things] if things in known else known.setdefault(things, digest(things))
             for part in (*VICTIM[1:], "defense", "probe")
             if (things := frozenset(_things(getattr(cell, part))))
         }
-        for cell in {cell.run: cell for cell in cells}.values()
+        for cell in {cell.run_id: cell for cell in cells}.values()
     }
 
 

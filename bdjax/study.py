@@ -101,16 +101,16 @@ class Cell:
         return {part: registry.describe(getattr(self, part)) for part in parts}
 
     @functools.cached_property
-    def victim(self) -> str:
+    def victim_id(self) -> str:
         """Content hash of everything that decides the victim's weights."""
         return identity.victim_of(self.data, self.config, self.seed)
 
     @functools.cached_property
-    def run(self) -> str:
+    def run_id(self) -> str:
         """Content hash of everything that decides the numbers: cells of several tables may be one
         run.
         """
-        return identity.run_of(self.victim, self.config)
+        return identity.run_of(self.victim_id, self.config)
 
     @property
     def place(self) -> dict[str, Any]:

@@ -130,10 +130,10 @@ def groups(
     Shard (i, n) has every n-th victim of all, counted through the programs.
     """
     found, seen = [], 0
-    for alike in _grouped({cell.run: cell for cell in cells}.values(), _training):
+    for alike in _grouped({cell.run_id: cell for cell in cells}.values(), _training):
         mine: dict[str, list[Cell]] = {}
         for cell in alike:
-            mine.setdefault(cell.victim, []).append(cell)
+            mine.setdefault(cell.victim_id, []).append(cell)
         first, step = (0, 1) if shard is None else ((shard[0] - seen) % shard[1], shard[1])
         seen += len(mine)
         for names in _pieces(list(mine)[first::step], most):
@@ -169,7 +169,7 @@ def footprint(cells: Sequence[Cell], devices: Sequence[Any], lanes: int | str | 
     state = jax.eval_shape(lambda: begin(jax.random.key(0), model, recipe))
     x = jax.ShapeDtypeStruct((min(recipe.batch, len(data.train.label)), *data.shape), np.float32)
     acts = jax.eval_shape(lambda v, x: model.apply(v, x).acts, state.variables, x)
-    runs = -(-len({cell.victim for cell in cells}) // len(devices))
+    runs = -(-len({cell.victim_id for cell in cells}) // len(devices))
     lanes = min(runs, lanes if isinstance(lanes, int) else mesh.default_lanes(runs))
 
     size = mesh.bytes_of
@@ -272,16 +272,18 @@ class Runner:
         """
         cells = list(cells)
         registry.check_given("a runner", {"cells": Sequence[Cell]}, {"cells": cells})
-        cells = list({(c.run, c.table, c.row): c for c in cells}.values())
+        cells = list({(c.run_id, c.table, c.row): c for c in cells}.values())
         self.shown = {}
         for cell in cells:
-            self.shown.setdefault(cell.run, []).append(cell)
+            self.shown.setdefault(cell.run_id, []).append(cell)
         self.codes = identity.codes(cells)
         with self.store.locked():
             mine = self.groups(cells)
             done = self._done(itertools.chain(*mine))
             pending = [
-                left for group in mine if (left := [cell for cell in group if cell.run not in done])
+                left
+                for group in mine
+                if (left := [cell for cell in group if cell.run_id not in done])
             ]
             for cell in itertools.chain(*pending):
                 self._checked(cell)
@@ -289,8 +291,8 @@ class Runner:
                 name = f"training {registry.name_of(group[0].model)}"
                 mesh.fits(name, footprint(group[:1], self.places, 1), self.places[0])
             # Their clean twins come before the victims that are compared with them.
-            self.twins = {cell.victim for cell in cells if cell.attack is None}
-            self.mine = {cell.victim for cell in itertools.chain(*mine)}
+            self.twins = {cell.victim_id for cell in cells if cell.attack is None}
+            self.mine = {cell.victim_id for cell in itertools.chain(*mine)}
             kinds = list(dict.fromkeys(_kind(group[0]) for group in pending))
             pending.sort(key=lambda g: (kinds.index(_kind(g[0])), g[0].attack is not None))
             total = sum(map(len, mine))
@@ -307,7 +309,7 @@ class Runner:
                     self._group(group)
                     self.board.count(group=1)
         rows = {row["run"]: row for row in self.store.rows()}
-        return [{**rows[c.run], **self._place(c)} for c in cells if c.run in rows]
+        return [{**rows[c.run_id], **self._place(c)} for c in cells if c.run_id in rows]
 
     def _place(self, cell: Cell) -> dict[str, Any]:
         return {"experiment": self.experiment, "scale": self.scale, **cell.place}
@@ -319,12 +321,12 @@ class Runner:
         cells, rows = list(cells), {}
         for row in self.store.rows():
             rows.setdefault(row["run"], []).append(row)
-        faults = {c.run: identity.differs(rows[c.run][0].get("code"), self.codes[c.run])
-                  for c in cells if c.run in rows}  # fmt: skip
+        faults = {c.run_id: identity.differs(rows[c.run_id][0].get("code"), self.codes[c.run_id])
+                  for c in cells if c.run_id in rows}  # fmt: skip
         old = [run for run, found in faults.items() if found]
         done = {run for run in faults if self.stale != "redo" or run not in old}
         if self.stale is None:
-            left = {c.victim: c for c in cells if c.run not in done and c.stage != "train"}
+            left = {c.victim_id: c for c in cells if c.run_id not in done and c.stage != "train"}
             others = [c for c in left.values() if self._members(c) and not self._same(c)]
             if old or others:
                 given = [rows[run][0] for run in old]
@@ -359,7 +361,7 @@ class Runner:
                 for i, name in enumerate(held["victims"]):
                     found = (path.parent, i, held.get("code"))
                     self.members.setdefault(name, []).append(found)
-        return self.members.get(cell.victim, [])
+        return self.members.get(cell.victim_id, [])
 
     def _usable(self, cell: Cell) -> tuple[Path, int, Any] | None:
         """The victim of a cell that is to be used: one of the code at hand or, unless those are to
@@ -378,9 +380,9 @@ class Runner:
 
     def _codes(self, cell: Cell) -> dict[str, Any]:
         """The code at hand, as it was when this began."""
-        if cell.run not in self.codes:
+        if cell.run_id not in self.codes:
             self.codes |= identity.codes([cell])
-        return self.codes[cell.run]
+        return self.codes[cell.run_id]
 
     def _code(self, cell: Cell) -> dict[str, Any]:
         """The code at hand that trains a cell's victim."""
@@ -396,9 +398,9 @@ class Runner:
         """
         model, shared = self._data(cell)
         victims, _ = self._victims([cell], model, shared)
-        if cell.victim not in victims:
+        if cell.victim_id not in victims:
             raise BadInput(self.complaint())
-        attack, variables, _ = jax.tree.map(jnp.asarray, victims[cell.victim])
+        attack, variables, _ = jax.tree.map(jnp.asarray, victims[cell.victim_id])
         return model, attack, variables
 
     def defend(
@@ -446,12 +448,12 @@ class Runner:
         counts what its attack poisons under the seed of the training: once for a victim.
         """
         check(cell, model)
-        if cell.attack is None or cell.victim in self.counts:
+        if cell.attack is None or cell.victim_id in self.counts:
             return
         data = cell.dataset.load()
         key = poisoning_key(jax.random.key(cell.seed if trained is None else trained))
         found = cell.attack.count(key, jnp.asarray(data.train.label), data.classes)
-        self.counts[cell.victim] = found
+        self.counts[cell.victim_id] = found
         if found["poisoned"] < found["asked"]:
             line = (
                 f"{registry.name_of(cell.attack)}: {found['asked']} rows are to be poisoned, there "
@@ -513,16 +515,16 @@ class Runner:
         needing = [cell for cell in cells if cell.stage != "train"]
         victims, seconds = self._victims(needing, model, shared) if needing else ({}, none)
         self.stop.check()
-        fitting = [cell for cell in needing if cell.victim in victims]
-        self.unfit += [cell for cell in needing if cell.victim not in victims]
+        fitting = [cell for cell in needing if cell.victim_id in victims]
+        self.unfit += [cell for cell in needing if cell.victim_id not in victims]
         for alike in _grouped(fitting, _judging):
-            whole = [cell for cell in alike if np.isfinite(victims[cell.victim].loss)]
-            if lost := [cell for cell in alike if not np.isfinite(victims[cell.victim].loss)]:
+            whole = [cell for cell in alike if np.isfinite(victims[cell.victim_id].loss)]
+            if lost := [cell for cell in alike if not np.isfinite(victims[cell.victim_id].loss)]:
                 self._failed(lost, "training diverged: the loss is not finite")
 
             def judged(piece: Sequence[Cell]) -> None:
                 self._judged(
-                    piece, model, shared, [victims[cell.victim][:2] for cell in piece], seconds
+                    piece, model, shared, [victims[cell.victim_id][:2] for cell in piece], seconds
                 )
 
             for piece in _pieces(whole, at_once(self.places, self.lanes)):
@@ -560,15 +562,15 @@ class Runner:
         """The victims of `cells` by name, without those that do not fit; and seconds a victim.
         Those that are not there yet are trained, all in one program.
         """
-        owner = {cell.victim: cell for cell in reversed(cells)}
-        names = list(dict.fromkeys(cell.victim for cell in cells))
+        owner = {cell.victim_id: cell for cell in reversed(cells)}
+        names = list(dict.fromkeys(cell.victim_id for cell in cells))
         seconds = {"compile": 0.0, "run": 0.0}
         before = self.clock.split()
         found: dict[str, Trained] = {}
 
         def train(missing: Sequence[Cell]) -> None:
             trained, losses = self._trained(missing, model, shared)
-            names, code = [cell.victim for cell in missing], self._code(missing[0])
+            names, code = [cell.victim_id for cell in missing], self._code(missing[0])
             path = self.store.folder / "victims" / registry.digest(names, code)
             with renamed(path, old_victims) as temporary:
                 temporary.mkdir()
@@ -579,7 +581,7 @@ class Runner:
             for i, cell in enumerate(missing):
                 self._members(cell)
                 assert self.members is not None
-                self.members.setdefault(cell.victim, []).append((path, i, code))
+                self.members.setdefault(cell.victim_id, []).append((path, i, code))
             self.written.add(path)
 
         if missing := [owner[name] for name in names if self._usable(owner[name]) is None]:
@@ -602,7 +604,7 @@ class Runner:
         return found, seconds
 
     def _partial(self, cells: Sequence[Cell]) -> Path:
-        names = [cell.victim for cell in cells]
+        names = [cell.victim_id for cell in cells]
         # Two shards may train the same clean twin.
         names += [self.store.suffix] if self.store.suffix else []
         return self.store.folder / "partial" / registry.digest(names, self._code(cells[0]))
@@ -844,12 +846,12 @@ class Runner:
         rows = []
         for i, cell in enumerate(cells):
             if arrays:
-                self.store.save_arrays(cell.run, take(arrays, i))
+                self.store.save_arrays(cell.run_id, take(arrays, i))
             measured = {name: np.asarray(value[i]).item() for name, value in found.items()}
             row = self._row(cell, measured, spent)
             if "flagged" in arrays:
                 row["labels"] = _labels(cell, arrays["flagged"][i])
-            rows.append(row | ({"twin": twins[cell.run]} if cell.run in twins else {}))
+            rows.append(row | ({"twin": twins[cell.run_id]} if cell.run_id in twins else {}))
         self._written(rows)
         return rows[0], take(repaired, 0) if keep and repaired is not None else None
 
@@ -862,22 +864,23 @@ class Runner:
         if attacks is None:
             return {}
         twins = [cell.twin for cell in cells]
-        mine = [i for i, twin in enumerate(twins) if twin.victim in self.twins]
+        mine = [i for i, twin in enumerate(twins) if twin.victim_id in self.twins]
         if not mine:
             return {}
         try:
             nets = self._clean([twins[i] for i in mine], model, shared)
         except Unfit:
             return {}
-        mine = [i for i in mine if (net := nets.get(twins[i].victim)) and np.isfinite(net.loss)]
+        mine = [i for i in mine if (net := nets.get(twins[i].victim_id)) and np.isfinite(net.loss)]
         if not mine:
             return {}
-        items = [(take((keys, attacks), i), nets[twins[i].victim].variables) for i in mine]
+        items = [(take((keys, attacks), i), nets[twins[i].victim_id].variables) for i in mine]
         (keys, attacks), variables = self._stacked(items)
         found, _ = self._ran("evaluate", _measured, model, shared, keys, attacks, variables)
         found = {name: np.asarray(found[name]) for name in ("acc_test", "asr_all", "asr_nt")}
         return {
-            cells[i].run: {"victim": twins[i].victim, **{k: v[n].item() for k, v in found.items()}}
+            cells[i].run_id: {"victim": twins[i].victim_id}
+            | {k: v[n].item() for k, v in found.items()}
             for n, i in enumerate(mine)
         }
 
@@ -885,15 +888,15 @@ class Runner:
         """The clean victims of `cells`. One that another shard trains and writes is trained here
         too, and kept in memory: shards never wait for each other.
         """
-        here = [cell for cell in cells if cell.victim in self.mine]
+        here = [cell for cell in cells if cell.victim_id in self.mine]
         found = self._victims(here, model, shared)[0] if here else {}
-        others = {c.victim: c for c in cells if c.victim not in self.mine}
+        others = {c.victim_id: c for c in cells if c.victim_id not in self.mine}
         if missing := [cell for name, cell in others.items() if name not in self.others]:
             (attack, variables), losses = self._trained(missing, model, shared)
             own.remove(self._partial(missing), old_checkpoint)
             for i, cell in enumerate(missing):
                 net = Trained(attack, take(variables, i), float(losses[i]))
-                self.others[cell.victim] = net
+                self.others[cell.victim_id] = net
         return {**found, **{name: self.others[name] for name in others}}
 
     def _prepared(self, cells: Sequence[Cell], model: Model, shared: Any) -> list[Defense | None]:
@@ -943,13 +946,13 @@ class Runner:
             part: registry.name_of(getattr(cell, part))
             for part in ("dataset", "model", "attack", "defense")
         }
-        first, *others = self.shown.get(cell.run, [cell])
+        first, *others = self.shown.get(cell.run_id, [cell])
         code = self._codes(cell) | ({} if cell.stage == "train" else self._made(cell))
         return {
-            "run": cell.run, **self._place(first), "also": [self._place(c) for c in others],
+            "run": cell.run_id, **self._place(first), "also": [self._place(c) for c in others],
             **names, "seed": cell.seed, "config": cell.config,
-            "metrics": found, "verdict": said(found), "victim": cell.victim,
-            **({"plan": plan} if (plan := self.counts.get(cell.victim)) else {}),
+            "metrics": found, "verdict": said(found), "victim": cell.victim_id,
+            **({"plan": plan} if (plan := self.counts.get(cell.victim_id)) else {}),
             **({} if self.unlabelled else {"test": _test(cell)}),
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "oracle": bool(cell.defense is not None and cell.defense.oracle),
@@ -959,7 +962,7 @@ class Runner:
 
     def _made(self, cell: Cell) -> dict[str, Any]:
         """By which code a cell's victim was made: None where it does not say."""
-        code = self.made.get(cell.victim, self._code(cell))
+        code = self.made.get(cell.victim_id, self._code(cell))
         return dict.fromkeys(self._code(cell)) if code is None else code
 
 

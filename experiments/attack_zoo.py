@@ -215,7 +215,7 @@ def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
     done = {row["run"] for row in rows.done}
     attacked: dict[str, list[Cell]] = {}
     for cell in cells(scale, 1):
-        if cell.attack is not None and cell.run in done:
+        if cell.attack is not None and cell.run_id in done:
             attacked.setdefault(cell.table, []).append(cell)
     for table, here in attacked.items():
         image = here[0].dataset.load().test.image[:1]

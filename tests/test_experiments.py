@@ -49,7 +49,7 @@ def test_smoke(name, tmp_path):
     assert done.returncode == 0, done.stderr
     module = experiment.load(file)
     rows = Store(out).rows()
-    assert {row["run"] for row in rows} == {cell.run for cell in module.cells("smoke")}
+    assert {row["run"] for row in rows} == {cell.run_id for cell in module.cells("smoke")}
     assert not [row for row in rows if "error" in row]
     tables, page = (out / "table.md").read_text(), (out / "index.html").read_text()
     for row in rows:

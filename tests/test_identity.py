@@ -38,7 +38,7 @@ def test_what_shows_a_run_is_no_part_of_it():
     moved = dataclasses.replace(
         CELL, table="U", row="b", reported={"acc_test": 0.9}, substitute="clothes"
     )
-    assert (moved.run, moved.victim) == (CELL.run, CELL.victim)
+    assert (moved.run_id, moved.victim_id) == (CELL.run_id, CELL.victim_id)
     others = [
         replace(CELL, path, value)
         for path, value in [
@@ -50,21 +50,21 @@ def test_what_shows_a_run_is_no_part_of_it():
             (["attack"], None),
         ]
     ]
-    assert len({CELL.victim, *(cell.victim for cell in others)}) == 7
+    assert len({CELL.victim_id, *(cell.victim_id for cell in others)}) == 7
     data = DATA.load()
     called = sweep.Labelled(data=data._replace(names=tuple("abcdefghij"), name="clothes"))
-    assert replace(CELL, ["dataset"], called).run == CELL.run
+    assert replace(CELL, ["dataset"], called).run_id == CELL.run_id
     defended = replace(CELL, ["defense"], NeuralCleanse())
-    assert defended.victim == CELL.victim and defended.run != CELL.run
+    assert defended.victim_id == CELL.victim_id and defended.run_id != CELL.run_id
 
 
 @pytest.mark.parametrize("one", [1, 1.0, np.float32(1), np.ones((), np.float32)])
 def test_a_number_is_the_same_however_it_is_given(one):
-    assert replace(CELL, ["recipe", "weight_decay"], one).run == (
-        replace(CELL, ["recipe", "weight_decay"], 1.0).run
+    assert replace(CELL, ["recipe", "weight_decay"], one).run_id == (
+        replace(CELL, ["recipe", "weight_decay"], 1.0).run_id
     )
     tenth = replace(CELL, ["attack", "rate"], 0.1 * float(one))
-    assert tenth.run == replace(CELL, ["attack", "rate"], np.float32(0.1)).run
+    assert tenth.run_id == replace(CELL, ["attack", "rate"], np.float32(0.1)).run_id
 
 
 def fields():
@@ -428,7 +428,7 @@ def test_two_tables_share_a_run_and_may_be_called_otherwise(study, edited, monke
     rows = run(study, out)
     cells = list(experiment.load(study / "study.py").cells("smoke", None))
     assert [(row["table"], row["row"]) for row in rows] == [("T", "a")] * 3 + [("Too", "b")]
-    assert [row["run"] for row in rows] == [cell.run for cell in cells]
+    assert [row["run"] for row in rows] == [cell.run_id for cell in cells]
     assert rows[0]["metrics"] == rows[3]["metrics"]
     assert [row["reported"] for row in rows] == [{}, {}, {}, {"acc_test": 0.5}]
     assert len(lines(out)) == 3 and len(Store(out).rows()) == 4
@@ -437,7 +437,9 @@ def test_two_tables_share_a_run_and_may_be_called_otherwise(study, edited, monke
     assert len(lines(out)) == 3
     Runner(Store(out), "study", "smoke", quiet=True, complete=True).run([*moved, *moved])
     Runner(Store(out), "another", quiet=True).run(cells[:1])
-    found = [(r["experiment"], r["table"]) for r in Store(out).rows() if r["run"] == cells[0].run]
+    found = [
+        (r["experiment"], r["table"]) for r in Store(out).rows() if r["run"] == cells[0].run_id
+    ]
     assert sorted(found) == [("another", "T"), ("study", "Too"), ("study", "V")]
     tables = {table["name"] for table in report.aggregate(report.load(out).rows)}
     assert tables == {"T (smoke)", "T (cpu)", "Too (smoke)", "V (smoke)"}
@@ -613,7 +615,9 @@ def test_rows_of_0_1_are_brought_over(tmp_path, monkeypatch):
     for row in sample:
         parts = {kind: meant(kind, described) for kind, described in row["config"].items()}
         cell = Cell("", "", seed=row["seed"], **parts)
-        assert (cell.run, cell.victim) == tuple(brought[row["run"]][k] for k in ("run", "victim"))
+        assert (cell.run_id, cell.victim_id) == tuple(
+            brought[row["run"]][k] for k in ("run", "victim")
+        )
         assert report.measured(next(iter(brought[row["run"]]["metrics"].values())))
     again = {row["table"] for row in found if row["run"] == brought[shown["run"]]["run"]}
     assert again == {shown["table"], "Again"}

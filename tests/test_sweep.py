@@ -54,7 +54,7 @@ def unbroken(tmp_path_factory):
 
 def test_rows_have_what_scripts_rely_on(unbroken):
     _runner, rows = unbroken
-    assert [row["run"] for row in rows] == [cell.run for cell in CELLS]
+    assert [row["run"] for row in rows] == [cell.run_id for cell in CELLS]
     assert len({row["run"] for row in rows}) == len(CELLS)
     wanted = (
         "run experiment scale table row dataset model attack defense seed config metrics reported "
@@ -166,7 +166,7 @@ def test_grid_over_any_field():
         (0.2, 1),
         (0.2, 2),
     ]
-    assert len({c.run for c in made}) == 4
+    assert len({c.run_id for c in made}) == 4
     with pytest.raises(BadInput, match="no field 'rte'"):
         list(grid(BASE, attack__rte=(1,)))
 
@@ -188,7 +188,7 @@ def test_zipped_sampled_and_chained():
     assert len({c.attack.rate for c in drawn}) == 20 and {c.attack.target for c in drawn} == {1, 2}
     assert all(0 <= c.attack.rate <= 0.1 for c in drawn)
     again = sample(BASE, 20, attack__rate=lambda rng: rng.uniform(0, 0.1), attack__target=(1, 2))
-    assert [c.run for c in again] == [c.run for c in drawn]
+    assert [c.run_id for c in again] == [c.run_id for c in drawn]
     assert len(list(chain(made, both, made))) == 8
 
 
@@ -198,12 +198,12 @@ def test_shards_part_the_victims_and_keep_their_defenses():
         *grid(DEFENDED, seed=range(5)),
         *grid(replace(BASE, ["model"], Ffnn((8,)))),
     ]
-    whole = [cell.run for group in groups(cells * 2, 4) for cell in group]
-    assert sorted(whole) == sorted({cell.run for cell in cells})  # each once
-    assert [len({c.victim for c in group}) for group in groups(cells, 4)] == [3, 2, 1]
+    whole = [cell.run_id for group in groups(cells * 2, 4) for cell in group]
+    assert sorted(whole) == sorted({cell.run_id for cell in cells})  # each once
+    assert [len({c.victim_id for c in group}) for group in groups(cells, 4)] == [3, 2, 1]
     parts = [[cell for group in groups(cells, 4, (i, 3)) for cell in group] for i in range(3)]
-    assert sorted(cell.run for part in parts for cell in part) == sorted(whole)
-    victims = [{cell.victim for cell in part} for part in parts]
+    assert sorted(cell.run_id for part in parts for cell in part) == sorted(whole)
+    victims = [{cell.victim_id for cell in part} for part in parts]
     assert (
         [len(v) for v in victims] == [2, 2, 2]
         and not victims[0] & victims[1]
@@ -456,7 +456,7 @@ def test_ctrl_c_stops_after_what_is_running(unbroken, tmp_path):
     runner = Runner(store, "test", quiet=True, programs=whole.programs, on_rows=interrupt)
     with pytest.raises(KeyboardInterrupt):
         runner.run(CELLS)
-    assert [row["run"] for row in store.rows()] == [cell.run for cell in FEW]
+    assert [row["run"] for row in store.rows()] == [cell.run_id for cell in FEW]
     assert table(Runner(store, "test", quiet=True, programs=whole.programs).run(CELLS)) == table(
         rows
     )
@@ -605,11 +605,12 @@ def test_a_probe_measures_the_net_that_the_row_is_about(tmp_path):
     pruned = replace(DEFENDED[0], ["row"], "pruned")
     cells = [replace(c, ["probe"], Doubt(p)) for c in (BASE, pruned) for p in (1.0, 2.0)]
     assert (
-        len({c.run for c in (BASE, *cells)}) == 5 and len({c.victim for c in (BASE, *cells)}) == 1
+        len({c.run_id for c in (BASE, *cells)}) == 5
+        and len({c.victim_id for c in (BASE, *cells)}) == 1
     )
     rows = Runner(Store(tmp_path), "test", quiet=True).run(cells)
     sure = [row["metrics"]["sure"] for row in rows]
     assert sure[1] < sure[0] and sure[3] < sure[2] and sure[0] != sure[2]
     assert [row["config"]["probe"]["power"] for row in rows] == [1.0, 2.0, 1.0, 2.0]
-    each = Store(tmp_path).arrays(cells[1].run)["each"]
+    each = Store(tmp_path).arrays(cells[1].run_id)["each"]
     assert np.isclose(each.mean(), sure[1], atol=1e-6)

@@ -86,7 +86,7 @@ def test_a_row_says_what_was_poisoned_and_what_its_twin_does(ran, capsys):
     assert clean_label["plan"]["asked"] == images > clean_label["plan"]["poisoned"] > 0
     assert "plan" not in twin and "asr_nt" not in twin["metrics"]
     assert defended["plan"]["poisoned"] == round(0.1 * images) and "twin" not in defended
-    assert defended["victim"] == BASE.victim and twin["victim"] == BASE.twin.victim
+    assert defended["victim"] == BASE.victim_id and twin["victim"] == BASE.twin.victim_id
     assert half["test"]["n"] == 200 and half["test"]["majority"] == pytest.approx(0.1, abs=0.02)
     for row in (half, clean_label):
         assert row["twin"]["victim"] == twin["victim"]

@@ -168,7 +168,7 @@ def test_every_badnet_can_be_set_up():
         cell, targets = HERE.badnet(s, name)
         assert cell.attack.triggers == max(len(about.parts), 1)
         cell.attack.check((55, 47, 3), 16)
-        places = [(c.run, c.table, c.row) for c in HERE.of_badnet(s, name)]
+        places = [(c.run_id, c.table, c.row) for c in HERE.of_badnet(s, name)]
         assert len(set(places)) == len(places)
         assert name == "FSA" or targets == about.targets
 
