@@ -63,13 +63,16 @@ class Trend(NamedTuple):
 
 class Figure(NamedTuple):
     """A figure of a page: its file's name, heading and caption, and the drawing, as `plots` makes
-    it.
+    it. A notebook shows it.
     """
 
     name: str
     title: str
     caption: str
     figure: figure.Figure
+
+    def _repr_png_(self) -> bytes:
+        return draw([self])[0].png
 
 
 class Picture(NamedTuple):

@@ -132,6 +132,7 @@ def test_what_each_kind_of_defense_saw_is_drawn(tmp_path):
     for row in rows:
         store.save_arrays(row["run"], arrays[row["row"]])
     names = [figure.name for figure in figures(rows, store)]
+    assert figures(rows, store)[0]._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"
     assert [name.partition("-")[0] for name in names] == ["scores", "norms", "triggers", "pruning"]
     twice = figures([*rows, {**rows[0], "row": "inputs!"}], store)
     assert len({figure.name for figure in twice}) == len(twice) == 5
