@@ -144,7 +144,7 @@ def save_model(
         **about,
     }
     text = schema.dump(registry.describe(described, arrays), "model", indent=1)
-    with renamed(own.whole(Path(path), old_model), old_model) as temporary:
+    with renamed(own.whole(Path(path), "model.json", old_model), old_model) as temporary:
         temporary.mkdir()
         write_tree(temporary / "variables", variables)
         schema.write_arrays(temporary / "arrays.npz", arrays, "arrays")
@@ -153,7 +153,7 @@ def save_model(
 
 def copy_model(path: Path, to: Path) -> None:
     """A model folder once more."""
-    with renamed(own.whole(to, old_model), old_model) as temporary:
+    with renamed(own.whole(to, "model.json", old_model), old_model) as temporary:
         shutil.copytree(path, temporary)
 
 

@@ -15,9 +15,9 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -292,7 +292,7 @@ class Train:
         from bdjax.sweep import Runner, device_name
 
         flags: Any = self
-        own.whole(self.out, old_model)
+        own.whole(self.out, "model.json", old_model)
         cell = Cell("", "", flags.dataset, flags.model, flags.recipe, flags.attack, seed=self.seed)
         with unfinished("train", cell.run_id, device_name()) as store:
             runner = Runner(store, "train", quiet=self.quiet, stale="redo")
@@ -380,7 +380,7 @@ class Defend:
         from bdjax.sweep import Runner, device_name, fits, labelled
 
         if self.out is not None:
-            own.whole(self.out, old_model)
+            own.whole(self.out, "model.json", old_model)
         net, model, variables, about = load_model(self.checkpoint)
         if lacking := [part for part in ("dataset", "recipe") if about[part] is None]:
             raise BadInput(f"{self.checkpoint}: its model.json names no {lacking[0]}: save it anew")
@@ -684,8 +684,24 @@ SEVERAL = {"--set", "--attack", "--defense", "--grid"}
 """Flags that may be given more than once."""
 
 
+def _switches(command: Any, path: str = "--") -> Iterator[str]:
+    """The flags of a command, or of a method on its line, that are given without a value."""
+    hints = get_type_hints(command, include_extras=True)
+    for name, hint in hints.items():
+        plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        named = next((note.name for note in notes if getattr(note, "name", None)), name)
+        if plain is bool:
+            yield path + named.replace("_", "-")
+        elif dataclasses.is_dataclass(plain) and isinstance(plain, type):
+            yield from _switches(plain, f"{path}{named.replace('_', '-')}.")
+
+
 def _parsed(commands: dict[str, Callable], args: Sequence[str]) -> Any:
     """What the arguments ask for, not yet begun; a mistake is one line."""
+    switches = set(_switches(commands[args[0]])) if args and args[0] in commands else set()
+    for word in args:
+        if (flag := word.partition("=")[0]) in switches and flag != word:
+            raise BadInput(f"{word}: {flag} takes no value, leave it away")
     commands = {name: fn if isinstance(fn, type) else _later(fn) for name, fn in commands.items()}
     boxed = io.StringIO()
     try:

@@ -296,9 +296,10 @@ def discard(path: Path) -> None:
 # --- What can be known at the start ---
 
 
-def whole(path: Path, old: Old = never) -> Path:
-    """Where a folder that bdjax owns whole is to stand, as an absolute path. Raises `BadInput`
-    unless it can be written there and is new, empty or bdjax's own; leaves nothing behind.
+def whole(path: Path, main: str, old: Old = never) -> Path:
+    """Where a folder that bdjax owns whole, with the file `main` in it, is to stand, as an absolute
+    path. Raises `BadInput` unless it can be written there and is new, empty or bdjax's own of the
+    same kind: a net is not replaced by what is none. Leaves nothing behind.
     """
     with explained(path):
         if kind(path) == "link":
@@ -312,6 +313,10 @@ def whole(path: Path, old: Old = never) -> Path:
                     "one of its own"
                 )
         refuse(place, True, old)
+        if (held := [name for name, _ in noted(place) or ()]) and main not in held:
+            raise BadInput(
+                f"{path} holds other things of bdjax, such as {held[0]}: give another folder"
+            )
         _outside(path, place.parent)
         if os.path.ismount(place):
             raise BadInput(f"{path} is where a disk is mounted: give a folder in it")

@@ -70,7 +70,10 @@ def write_poisoned(
     Raises `BadInput` where there is no poisoned set before a net is trained, and where `out` holds
     anything that bdjax did not write.
     """
-    out, writers = own.whole(Path(out)), {"npz": _npz, "folder": _folder, "parquet": _parquet}
+    out, writers = (
+        own.whole(Path(out), "poison.json"),
+        {"npz": _npz, "folder": _folder, "parquet": _parquet},
+    )
     dataset = source(dataset) if isinstance(dataset, str) else dataset
     data, key = dataset.load(), jax.random.key(whole("seed", seed, 0, 2**32 - 1))
     if format not in writers:

@@ -236,6 +236,8 @@ def begin(key: Key, model: Model, recipe: Recipe, variables: Variables | None = 
     validate(recipe)
     if variables is not None:
         check_variables(variables)
+        if "params" not in variables:
+            raise BadInput("variables without params cannot be trained: give what init made")
     variables = model.init(key) if variables is None else variables
     return State(variables, recipe.transform().init(variables["params"]), jnp.zeros((), jnp.int32))
 

@@ -168,9 +168,10 @@ def line(row: dict[str, Any]) -> str:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     file = path / "results.jsonl" if path.is_dir() else path
-    if not (rows := read_rows([file]) if file.exists() else []):
+    rows = read_rows([file]) if file.exists() else []
+    if not (found := [row for row in rows if {"size", "low_s", "high_s"} <= row["metrics"].keys()]):
         raise BadInput(f"no results of a benchmark in {path}")
-    return rows
+    return found
 
 
 def _alone(

@@ -92,7 +92,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "small.py").write_text(textwrap.dedent(EXPERIMENT))
     net(folder / "net")
-    results(folder / "results")
+    case = {"metrics": {**ROW["metrics"], "size": 1.0, "low_s": 1.0, "high_s": 1.0}}
+    results(folder / "results", [{**ROW, **case}])  # a benchmark's, too
     return folder
 
 
@@ -218,7 +219,7 @@ def test_a_read_only_parent_is_known_at_the_start(user, made, capsys, command):
 def test_new_empty_and_own_folders_are_taken(user, made):
     for out in ("new", "a/b/c", "empty", "n" * 250):
         before = tree(user)
-        assert own.whole(Path(out)) == user / out
+        assert own.whole(Path(out), "model.json") == user / out
         assert tree(user) == before
     kept = {k: v for k, v in tree(user).items() if k.split("/")[0] not in ("new", "empty")}
     for out in ("new", "new", "empty", "empty"):

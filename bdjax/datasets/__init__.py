@@ -29,7 +29,7 @@ def source(word: str, **fields) -> Source:
         return registry.make("dataset", "tfds", **{"path": rest} | fields)
     if name in {entry.name for entry in registry.entries("dataset")}:
         return registry.make("dataset", name, rest if colon else None, **fields)
-    path = Path(word).expanduser()
+    path = own.at_home(word)
     if own.nameable(path) and os.path.lexists(path):
         kind, found = _kind(path)
         return registry.make("dataset", kind, **found | fields)

@@ -381,7 +381,7 @@ class Tfds(Table):
 
     def found(self, path):
         inside = base.data_dir(self.data_dir) / path
-        return inside if versions(inside) else Path(path).expanduser()
+        return inside if versions(inside) else own.at_home(path)
 
     def watched(self):
         return [self.found(self.path)] if self.path else []
