@@ -54,7 +54,7 @@ def net(path: Path) -> Path:
 
 
 def results(path: Path, *rows: dict) -> Path:
-    Store(path).append(rows or [ROW])
+    Store(path).append(rows or (ROW,))
     return path
 
 
@@ -93,7 +93,7 @@ def made(tmp_path_factory):
     (folder / "small.py").write_text(textwrap.dedent(EXPERIMENT))
     net(folder / "net")
     case = {"metrics": {**ROW["metrics"], "size": 1.0, "low_s": 1.0, "high_s": 1.0}}
-    results(folder / "results", [{**ROW, **case}])  # a benchmark's, too
+    results(folder / "results", {**ROW, **case})  # a benchmark's, too
     return folder
 
 
