@@ -390,8 +390,10 @@ def weights(path: Path) -> list[np.ndarray]:
 def unbroken(tmp_path_factory):
     """A net that was trained, and one that was repaired, without interruption."""
     folder = tmp_path_factory.mktemp("unbroken")
-    cli.main(["train", *FOUR, "--out", str(folder / "net")])
-    cli.main(["defend", str(folder / "net"), "--quiet", "--out", str(folder / "repaired")])
+    with pytest.MonkeyPatch.context() as patch:  # workers would wait for each other
+        patch.setenv("BDJAX_DATA_DIR", str(folder / "cache"))
+        cli.main(["train", *FOUR, "--out", str(folder / "net")])
+        cli.main(["defend", str(folder / "net"), "--quiet", "--out", str(folder / "repaired")])
     return folder
 
 
