@@ -759,7 +759,8 @@ def fits(hint: Any, value: Any, right: Any) -> bool:
         return any(fits(arg, value, right) for arg in args)
     if origin in (Mapping, Sequence, Iterable):
         allowed = {Mapping: dict, Sequence: (list, tuple), Iterable: (list, tuple, dict)}[origin]
-        return isinstance(value, allowed) and all(fits(args[-1], one, right) for one in value)
+        inner = value.values() if origin is Mapping and isinstance(value, dict) else value
+        return isinstance(value, allowed) and all(fits(args[-1], one, right) for one in inner)
     if origin is tuple:
         return value == ()
     if origin is Callable or "Callable" in str(hint):
