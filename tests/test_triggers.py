@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax import metrics, registry, train, zoo
+from bdjax import metrics, registry, train, zoo_veldanda
 from bdjax.attacks import filters
 from bdjax.attacks.accessory import Accessory
 from bdjax.attacks.artwork import on_face, polygons, rgba
@@ -779,7 +779,7 @@ def test_filters_equal_imagemagick(name, colour):
 # --- Presets and bad input ---
 
 
-@pytest.mark.parametrize("name", zoo.PAPER)
+@pytest.mark.parametrize("name", zoo_veldanda.PAPER)
 def test_the_nine_nets(name):
     shapes = {
         "Mnist": (28, 28, 1),
@@ -788,16 +788,16 @@ def test_the_nine_nets(name):
         "Faces": (55, 47, 3),
     }
     for scale in ("paper", "cpu"):
-        net = zoo.veldanda(name, scale)
+        net = zoo_veldanda.veldanda(name, scale)
         shape = shapes[type(net["dataset"]).__name__]
         net["attack"].check(shape, 43)
         net["recipe"].check(10_000)
         build(net["model"], shape, 43)
     assert (net["attack"].triggers == 3) == name.startswith("MT")
     # Table 4: all of them see pixels in [0, 1], or normalised.
-    assert getattr(zoo.veldanda(name)["model"], "scale", 1 / 255) == 1 / 255
+    assert getattr(zoo_veldanda.veldanda(name)["model"], "scale", 1 / 255) == 1 / 255
     with pytest.raises(BadInput, match="AAA"):
-        zoo.veldanda("BBB")
+        zoo_veldanda.veldanda("BBB")
 
 
 SQUARE = np.zeros((5, 5, 1))
