@@ -204,7 +204,7 @@ class Victim(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a scale changes. `name`: at which `zoo_veldanda` has its nets, and `tiny` what stands in for all
+    """What a scale changes. `name`: what the zoo calls it, and `tiny` what stands in for all
     of them; `second`: learning rate of Figure 1's second recipe; `bench`: the net of the grid and
     of the adaptive attacks (None: without them); `rates`: its learning rates by optimiser,
     `batches` its batch sizes.
