@@ -65,7 +65,7 @@ def varied(cells: Iterable[Cell], path: str, values: Sequence[Any]) -> Iterator[
     cells = list(cells)
     having = [_has(cell, path) and not _idle(cell, path) for cell in cells]
     if not any(having):
-        raise BadInput(_unknown(cells, {path: values}, path))
+        raise BadInput(_unknown(cells, {}, path))
     for cell, has in zip(cells, having, strict=True):
         for value in values if has else ():
             new = _set(cell, path, value)
@@ -83,13 +83,18 @@ def _shown(value: Any) -> Any:
 def _changed(cell: Cell, settings: Mapping[str, Any]) -> Cell:
     paths = [path for path in settings if _has(cell, path)]
     while True:
-        new = cell
-        for path in paths:
-            new = _set(new, path, settings[path])
+        new = _all_set(cell, {path: settings[path] for path in paths})
         if not (idle := [path for path in paths if _idle(new, path)]):
             what = {path: _shown(_get(new, path)) for path in paths}
             return dataclasses.replace(new, changed={**cell.changed, **what})
         paths = [path for path in paths if path not in idle]
+
+
+def _all_set(cell: Cell, settings: Mapping[str, Any]) -> Cell:
+    """The cell with those of the fields that it has set, read or not."""
+    for path, value in settings.items():
+        cell = _set(cell, path, value) if _has(cell, path) else cell
+    return cell
 
 
 def split(path: str) -> tuple[str, str | None, list[str]]:
@@ -179,7 +184,7 @@ def _tuples(value: Any) -> Any:
 def _unknown(cells: Sequence[Cell], settings: Mapping[str, Any], path: str) -> str:
     """Why `path` changes no cell."""
     if having := [cell for cell in cells if _has(cell, path)]:
-        reason = _idle(_changed_all(having[0], settings), path)
+        reason = _idle(_all_set(having[0], settings), path)
         return f"{path} has no effect: {reason}"
     part, method, _ = split(path)
     methods = {registry.name_of(getattr(cell, part)) for cell in cells} - {None}
@@ -193,13 +198,6 @@ def _unknown(cells: Sequence[Cell], settings: Mapping[str, Any], path: str) -> s
                 head = name if method is None else f"{name}[{method}]"
                 known |= {f"{head}.{inner}" for inner in _paths(value)}
     return f"no cell has a field {path}{registry.near(path, sorted(known))}"
-
-
-def _changed_all(cell: Cell, settings: Mapping[str, Any]) -> Cell:
-    for path in settings:
-        if _has(cell, path) and not isinstance(settings[path], (tuple, list)):
-            cell = _set(cell, path, settings[path])
-    return cell
 
 
 def _paths(value: Any) -> Iterator[str]:

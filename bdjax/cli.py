@@ -22,12 +22,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from bdjax import datasets, own, plugins, registry
+from bdjax.datasets.files import Format
 from bdjax.identity import Stale
 from bdjax.registry import Entry
 from bdjax.types import BadInput, Seed, class_name
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
-Format = Literal["npz", "folder", "parquet"]
 Words = tyro.conf.Positional
 Settings = Annotated[
     tuple[str, ...],
@@ -174,8 +174,7 @@ def study(
     folder = out or Path("results") / f"study-{registry.digest(text)[:8]}"
     if save is not None:
         studies.save(text, save)
-    with contextlib.ExitStack() as stack:
-        kept = stack.enter_context(tempfile.TemporaryDirectory()) if dry_run else folder
+    with tempfile.TemporaryDirectory() if dry_run else contextlib.nullcontext(folder) as kept:
         file = studies.keep(text, Path(kept))
         options = {"dry_run": dry_run, "live": True, "stale": stale}
         experiment.run(file, "cpu", folder, None, quiet, lanes, **options)

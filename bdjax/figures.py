@@ -16,9 +16,8 @@ from bdjax.report import Figure, label_of, valid
 from bdjax.rows import Rows, lookup
 from bdjax.store import Store
 from bdjax.study import Cell
-from bdjax.sweep import bound
 from bdjax.train import measuring_key, stamped, unit
-from bdjax.types import BadInput, Splits
+from bdjax.types import Attack, BadInput, class_name
 
 MOST = 12
 """Rows of which pictures are drawn."""
@@ -50,14 +49,14 @@ def figures(
 
 
 def _stamped(cells: Iterable[Cell]) -> Iterator[Figure]:
-    one_of: dict[Any, Cell] = {}
+    one_of: dict[Any, tuple[Cell, Attack]] = {}
     for cell in cells:
         if cell.attack is not None and not cell.attack.trains:
             looks = {k: v for k, v in describe(cell.attack).items() if k not in ("rate", "cover")}
-            one_of.setdefault((repr(looks), cell.dataset), cell)
-    for cell in list(one_of.values())[:MOST]:
+            one_of.setdefault((repr(looks), cell.dataset), (cell, cell.attack))
+    for cell, attack in list(one_of.values())[:MOST]:
         data = cell.dataset.load()
-        attack = bound(cell, Splits(data.train, data.clean, data.test))
+        attack = attack.bind(data.train)
         image, key = data.test.image[:SHOWN], measuring_key(jax.random.key(cell.seed))
         kinds = [1 + i % attack.triggers for i in range(len(image))]
         try:
@@ -72,21 +71,23 @@ def _stamped(cells: Iterable[Cell]) -> Iterator[Figure]:
 
 def _defense(title: str, row: Mapping[str, Any], arrays: Mapping[str, Any]) -> Iterator[Figure]:
     name, found = slug(title), row["metrics"]
-    names, target = _names(row), _target(row)
+    names = _names(row) if {"norms", "mask"} & arrays.keys() else ()
     if "score_clean" in arrays and "score_trojan" in arrays:
         scores = (arrays["score_clean"], np.ravel(arrays["score_trojan"]))
         picture = plots.entropies(*scores, found.get("boundary"), "score; low = suspicious")
         yield Figure(f"scores-{name}", f"{title}: scores", "First seed.", picture)
     norms = arrays.get("norms")
     if norms is not None and np.ndim(norms) == 1 and np.isfinite(norms).any():
-        picture = plots.norms(norms, arrays.get("index"), arrays.get("flagged"), target, names)
+        picture = plots.norms(
+            norms, arrays.get("index"), arrays.get("flagged"), _target(row), names
+        )
         yield Figure(f"norms-{name}", f"{title}: norms of the labels", "First seed.", picture)
     mask, pattern = arrays.get("mask"), arrays.get("pattern")
     if mask is not None and pattern is not None and np.ndim(mask) == np.ndim(pattern) == 4:
         size, count = mask.sum((1, 2, 3)), len(mask)
         at = np.arange(count) if count <= 10 else np.sort(np.argsort(size)[:10])
         labels = arrays.get("label", arrays.get("candidate_label", np.arange(count)))
-        called = [names[int(k)] if int(k) < len(names) else str(int(k)) for k in labels[at]]
+        called = [class_name(int(k), names) for k in labels[at]]
         flagged = arrays.get("flagged")
         marked = None if flagged is None or len(flagged) != count else flagged[at]
         caption = "Mask ⊙ pattern and the L1 of the mask" + (

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from bdjax import own, registry, schema
 from bdjax.datasets import fingerprint, source
 from bdjax.datasets.base import Source
-from bdjax.datasets.files import in_order
+from bdjax.datasets.files import Format, in_order
 from bdjax.progress import Progress
 from bdjax.train import (
     TrainSet,
@@ -28,7 +28,6 @@ from bdjax.train import (
 )
 from bdjax.types import Attack, BadInput, Dataset, Split, shown, whole
 
-Format = Literal["npz", "folder", "parquet"]
 BATCH = 250
 HEADS = "split", "row", "source", "kind", "old_label", "new_label", "number", "weight"
 
@@ -70,10 +69,8 @@ def write_poisoned(
     Raises `BadInput` where there is no poisoned set before a net is trained, and where `out` holds
     anything that bdjax did not write.
     """
-    out, writers = (
-        own.whole(Path(out), "poison.json"),
-        {"npz": _npz, "folder": _folder, "parquet": _parquet},
-    )
+    out = own.whole(Path(out), "poison.json")
+    writers = {"npz": _npz, "folder": _folder, "parquet": _parquet}
     dataset = source(dataset) if isinstance(dataset, str) else dataset
     data, key = dataset.load(), jax.random.key(whole("seed", seed, 0, 2**32 - 1))
     if format not in writers:

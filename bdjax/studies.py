@@ -61,15 +61,13 @@ def crossed(
     `defenses`, by the names that the table shows; `settings`: `{path: value}` of any field, see
     `changes.changed`; `axes`: `{path: values}`, see `changes.varied`.
     """
-    table = f"{name_of(dataset)}, {name_of(model)}"
+    table, recipe = f"{name_of(dataset)}, {name_of(model)}", recipe or Recipe()
+    victims, judges = {"clean": None, **attacks}, {"none": None, **(defenses or {})}
     found = []
-    pairs = itertools.product({"clean": None, **attacks}.items(), {"": None, **(defenses or {})})
-    for (attack, configured), defense in pairs:
-        row = f"{attack}: {defense}" if defense else attack
-        tags = {"attack": attack, "defense": defense or "none"}
-        made = (defenses or {}).get(defense)
-        recipe = recipe or Recipe()
-        found.append(Cell(table, row, dataset, model, recipe, configured, made, tags=tags))
+    for (a, attack), (d, defense) in itertools.product(victims.items(), judges.items()):
+        row = a if defense is None else f"{a}: {d}"
+        tags = {"attack": a, "defense": d}
+        found.append(Cell(table, row, dataset, model, recipe, attack, defense, tags=tags))
     if settings:  # of this study: nothing to be compared with was changed
         found = [dataclasses.replace(cell, changed={}) for cell in changed(found, settings)]
     for path, values in (axes or {}).items():
@@ -118,8 +116,8 @@ def text_of(
 
 def keep(text: str, folder: Path) -> Path:
     """Writes the file of a study, `study.py`, into its results folder."""
-    beside(folder, ("study.py",), [], lambda file: False)
-    with renamed(folder / "study.py", lambda file: False) as temporary:
+    beside(folder, ("study.py",))
+    with renamed(folder / "study.py") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return folder / "study.py"
 

@@ -4,11 +4,13 @@ answer is known.
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.linen import relu
 
+from bdjax import cli
 from bdjax.models.layers import Net, batch_norm, build, conv, dense, max_pool, site
 from bdjax.registry import pytree
-from bdjax.types import Split
+from bdjax.types import BadInput, Split
 
 TARGET = 2
 
@@ -65,3 +67,30 @@ def row(run: str, **fields) -> dict:
         "run": run, "table": "T", "row": "R", "metrics": {},
         "seconds": {"compile": 0.0, "run": 1.0}, **fields,
     }  # fmt: skip
+
+
+def broken(found: dict, words: str):
+    """Keeps a toy method with a fault in `found`, with the words in which it is to be told."""
+
+    def decorate(cls):
+        made = found[cls.__name__] = pytree(cls), words
+        return made[0]
+
+    return decorate
+
+
+def found_out(check, cls: type, words: str) -> None:
+    """`check` tells of a toy's fault in these words, and names it."""
+    with pytest.raises((AssertionError, BadInput), match=words) as error:
+        check(cls())
+    assert cls.__name__ in str(error.value)
+
+
+def command(capsys, *args: str) -> tuple[int, str, str]:
+    """Runs a command: its exit code, standard output, standard error."""
+    try:
+        cli.main(list(args))
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from planted import command as bdjax
 
 from bdjax import checkpoints, cli, own, report, store, sweep
 from bdjax.checkpoints import save_model
@@ -75,15 +76,6 @@ def tree(folder: Path) -> dict[str, object]:
             "link": os.readlink,
         }.get(what or "", lambda p, what=what: what)(path)
     return found
-
-
-def bdjax(capsys, *args: str) -> tuple[int, str, str]:
-    try:
-        cli.main(list(args))
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A stranger's methods, each in a file outside the package, get what the built-in ones have."""
 
+import functools
 import json
 import os
 import re
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import planted
 import pytest
 
 import bdjax
-from bdjax import cli, plugins, registry, report
+from bdjax import plugins, registry, report
 from bdjax.store import Store, read_rows
 from bdjax.sweep import Runner
 
@@ -41,17 +43,8 @@ def here(tmp_path, monkeypatch, own_names):
 
 @pytest.fixture
 def command(capsys):
-    """Runs a command: its exit code, standard output, standard error."""
-
-    def run(*args: str):
-        try:
-            cli.main(list(args))
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+    """Runs a command, see `planted.command`."""
+    return functools.partial(planted.command, capsys)
 
 
 # --- From end to end ---

@@ -4,7 +4,7 @@ images share. Reading runs nobody's code.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from bdjax.datasets.pictures import picture, stacked
 from bdjax.registry import dataset, pytree, static
 from bdjax.types import BadInput, Range, Split
 
+Format = Literal["npz", "folder", "parquet"]
+"""How a data set is written."""
 MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 """How images begin whose names do not say what they are."""
 MOST_NAMES = 1_000_000
