@@ -33,10 +33,10 @@ def figures(
     number that varies. What the store has no arrays of is left out.
     """
     rows = Rows(rows)
-    found = [*_stamped(cells)]
+    found, tables = [*_stamped(cells)], rows.by("table")
     for (table, row), some in list(rows.done.by("table", "row").items()):
         if kept := some.arrays(store)[:1]:
-            found += _defense(f"{table}: {row}" if table else row, *kept[0])
+            found += _defense(f"{table}: {row}" if len(tables) > 1 else row, *kept[0])
         if len(found) > MOST:
             break
     found += _axes(Rows(valid(rows)))
