@@ -6,9 +6,11 @@ one after another is fastest (a vmapped kernel becomes a slow grouped convolutio
 wants many. The numbers are the same.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -18,10 +20,35 @@ from jax.sharding import PartitionSpec as P
 
 from bdjax.types import BadInput
 
+_aim: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+def platform() -> str:
+    """What programs are traced for, "cpu", "gpu" or "tpu": the target of `aiming`, or else what is
+    at hand. Whatever depends on it while tracing asks here.
+    """
+    return _aim.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def aiming(target: str) -> Iterator[None]:
+    """Programs are traced for the platform `target`, whatever is at hand."""
+    before = platform()
+    token = _aim.set(target)
+    # JAX keeps what it has traced, and does not know what for.
+    if before != target:
+        jax.clear_caches()
+    try:
+        yield
+    finally:
+        _aim.reset(token)
+        if before != target:
+            jax.clear_caches()
+
 
 def default_lanes(items: int) -> int:
     """1 on a CPU, all items at once on an accelerator."""
-    return 1 if jax.default_backend() == "cpu" else items
+    return 1 if platform() == "cpu" else items
 
 
 def widest(seconds: Callable[[int], float], most: int) -> int:

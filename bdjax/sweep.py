@@ -975,15 +975,13 @@ def compiled(
     devices: Any,
     donate: tuple[int, ...] = (),
 ) -> Any:
-    """`fn(model, shared, *item)` over the leading axis of `items`, as a program."""
+    """`fn(model, shared, *item)` over the leading axis of `items`, as a program of `devices`."""
     spread = mesh.over_runs(
         lambda shared, item: fn(model, shared, *item), lanes=lanes, devices=devices
     )
-    return (
-        jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate)
-        .lower(shared, *items)
-        .compile()
-    )
+    program = jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate)
+    with mesh.aiming(devices[0].platform):
+        return program.lower(shared, *items).compile()
 
 
 def keep_compiled() -> None:

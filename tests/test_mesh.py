@@ -11,10 +11,12 @@ import pytest
 from bdjax import mesh
 from bdjax.attacks.badnets import BadNets
 from bdjax.models.badnets_cnn import BadNetsCnn
+from bdjax.models.conv import conv_general_dilated
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.train import Recipe, fit, poisoned_set
 
+NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -65,6 +67,22 @@ def test_drain_does_not_wait_for_the_slowest():
 )
 def test_widest_doubles_while_it_pays(seconds, most, lanes):
     assert mesh.widest(seconds.__getitem__, most) == lanes
+
+
+def test_what_is_traced_asks_the_target_and_not_the_host():
+    conv = jax.jit(lambda x, k: conv_general_dilated(x, k, (1, 1), "VALID", **NHWC))
+
+    def text():
+        return str(jax.make_jaxpr(conv)(jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 4))))
+
+    here = text()
+    assert mesh.platform() == "cpu" and mesh.default_lanes(7) == 1 and "custom_vjp" in here
+    with mesh.aiming("tpu"):
+        assert mesh.platform() == "tpu" and mesh.default_lanes(7) == 7
+        assert "custom_vjp" not in text()  # though the same function was traced before
+        with mesh.aiming("cpu"):
+            assert text() == here
+    assert mesh.platform() == "cpu" and text() == here
 
 
 def training(net, data, classes):

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bdjax import mesh
+
 Pair = tuple[int, int]
 
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
@@ -58,7 +60,7 @@ def conv_general_dilated(
     that are fast on a CPU.
 
     Whatever is not a plain, ungrouped 2-D NHWC/HWIO convolution in float32 takes the native path,
-    and so do GPU and TPU, where the compiler places convolutions well. `jax.default_backend()`
+    and so do GPU and TPU, where the compiler places convolutions well. `mesh.platform()`
     decides while tracing: `lax.platform_dependent` would put the native path under the same
     `custom_vjp`, and GPUs would lose forward-mode derivatives for nothing.
     """
@@ -67,7 +69,7 @@ def conv_general_dilated(
         dimension_numbers, feature_group_count, batch_group_count, precision,
         preferred_element_type, **others,
     )  # fmt: skip
-    if jax.default_backend() != "cpu" or lhs.ndim != 4:
+    if mesh.platform() != "cpu" or lhs.ndim != 4:
         return native()
     layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     spread = any(d != 1 for d in lhs_dilation or ())
