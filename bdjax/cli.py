@@ -785,8 +785,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
     143 terminated.
     """
+    from bdjax import mesh
     from bdjax.progress import Terminated, shown, terminable
 
+    mesh.tune()
     with contextlib.suppress(BrokenPipeError), terminable():
         try:
             command(sys.argv[1:] if args is None else args)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import xla_bridge
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,6 +45,33 @@ def aiming(target: str) -> Iterator[None]:
         _aim.reset(token)
         if before != target:
             jax.clear_caches()
+
+
+FLAGS = {
+    (0, 12, 0): (
+        "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
+        "--xla_cpu_use_onednn=true",
+        "--xla_cpu_experimental_onednn_custom_call=true",
+    ),
+}
+"""By version of JAX, what gives a CPU's convolutions to oneDNN, inside loops too: 1.2 to 2 times as
+fast. Only versions that were tried: XLA stops at a flag that it does not know.
+"""
+
+
+def tune() -> None:
+    """Adds `FLAGS` to the environment, unless XLA_FLAGS says something of them or JAX has started.
+    For programs, never for a library: it acts on all that the process compiles.
+    """
+    started = getattr(xla_bridge, "backends_are_initialized", bool)()
+    flags, given = FLAGS.get(jax.__version_info__[:3], ()), os.environ.get("XLA_FLAGS", "")
+    if not started and not any(flag.partition("=")[0] in given for flag in flags):
+        os.environ["XLA_FLAGS"] = " ".join([*given.split(), *flags])
+
+
+def onednn() -> bool:
+    """Whether a CPU's convolutions are given to oneDNN."""
+    return "--xla_cpu_experimental_onednn_custom_call=true" in os.environ.get("XLA_FLAGS", "")
 
 
 def default_lanes(items: int) -> int:

@@ -37,6 +37,55 @@ def strip_cnn(classes: int = 10) -> nn.Module:
     )  # fmt: skip
 
 
+class _Residual(nn.Module):
+    """Two 3×3 convolutions with BatchNorm beside a shortcut; `before`: BatchNorm and ReLU come
+    before each convolution.
+    """
+
+    def __init__(self, channels: int, features: int, stride: int, before: bool):
+        super().__init__()
+        self.before = before
+        bias = not before
+        self.first = nn.Conv2d(channels, features, 3, stride, 1, bias=bias)
+        self.second = nn.Conv2d(features, features, 3, 1, 1, bias=bias)
+        self.norms = nn.ModuleList(
+            [nn.BatchNorm2d(channels if before else features), nn.BatchNorm2d(features)]
+        )
+        self.shortcut = nn.Identity()
+        if stride != 1 or channels != features:
+            self.shortcut = nn.Conv2d(channels, features, 1, stride, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = self.norms
+        if self.before:
+            y = F.relu(one(x))
+            left = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(y)
+            return left + self.second(F.relu(two(self.first(y))))
+        return F.relu(self.shortcut(x) + two(self.second(F.relu(one(self.first(x))))))
+
+
+def resnet20(classes: int = 10) -> nn.Sequential:
+    """`bdjax.models.resnet20.ResNet20`."""
+    blocks = [
+        _Residual(16 << max(i - 1, 0) // 3, 16 << i // 3, 2 if i in (3, 6) else 1, False)
+        for i in range(9)
+    ]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), *blocks, *head
+    )
+
+
+def preactresnet18(classes: int = 10) -> nn.Sequential:
+    """`bdjax.models.preact_resnet18.PreActResNet18`."""
+    blocks = [
+        _Residual(64 << max(i - 1, 0) // 2, 64 << i // 2, 2 if i in (2, 4, 6) else 1, True)
+        for i in range(8)
+    ]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes)]
+    return nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), *blocks, *head)
+
+
 def tensors(image: Any, label: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 NCHW images and labels."""
     pixels = torch.from_numpy(np.array(np.asarray(image).transpose(0, 3, 1, 2)))
@@ -92,8 +141,8 @@ def neural_cleanse(
     norms = []
     steps = len(image) // batch
     for target in range(labels):
-        raw_mask = torch.randn(1, 1, 28, 28, requires_grad=True)
-        raw_pattern = torch.randn(1, 1, 28, 28, requires_grad=True)
+        raw_mask = torch.randn(1, 1, *image.shape[2:], requires_grad=True)
+        raw_pattern = torch.randn(1, *image.shape[1:], requires_grad=True)
         optimizer = torch.optim.Adam([raw_mask, raw_pattern], lr=0.1, betas=(0.5, 0.9))
         y = torch.full((batch,), target)
         cost, best, up, down = 0.0, float("inf"), 0, 0

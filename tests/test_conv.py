@@ -29,6 +29,9 @@ GRID = [
     (2, 7, 6, 4, (4, 4), (1, 1), "SAME", (1, 1), 1),
     (2, 8, 6, 6, (3, 3), (1, 1), "SAME", (1, 1), 3),
     (2, 8, 4, 8, (3, 3), (2, 2), "SAME", (1, 1), 4),
+    (2, 9, 6, 6, (3, 3), (1, 1), "SAME", (1, 1), 6),
+    (2, 11, 4, 12, (5, 3), (2, 3), ((2, 1), (0, 3)), (1, 1), 4),
+    (2, 12, 4, 4, (3, 3), (2, 1), ((-1, 2), (4, 0)), (2, 3), 4),
 ]
 
 
@@ -77,7 +80,9 @@ def form(request, monkeypatch):
     """Both forms of the forward pass, whichever this version of JAX picks; patches of a few images
     at a time.
     """
-    monkeypatch.setattr(conv, "_SLOW_NATIVE", request.param == "product")
+    product = request.param == "product"
+    monkeypatch.setattr(conv, "_OLD", product)
+    monkeypatch.setattr(conv, "_by_patches", lambda kernel, strides: product)
     monkeypatch.setattr(conv, "_CACHE", 60_000)
     jax.clear_caches()
 
@@ -104,10 +109,10 @@ def test_under_vmap(case, axes, form):
     close(ours, jax.vmap(both(lax.conv_general_dilated, case), axes)(x, w))
 
 
-@pytest.mark.parametrize("case", [GRID[0], GRID[1], GRID[4]], ids=str)
+@pytest.mark.parametrize("case", [GRID[0], GRID[1], GRID[4], GRID[13], GRID[16]], ids=str)
 def test_inside_scan(case, form):
-    b, side, c, o, kernel, *_ = case
-    x, w = arrays((3, b, side, side, c), (*kernel, c, o))
+    b, side, c, o, kernel, *_, groups = case
+    x, w = arrays((3, b, side, side, c), (*kernel, c // groups, o))
 
     def scan(op):
         return jax.jit(

@@ -2,6 +2,10 @@
 devices.
 """
 
+import os
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -116,3 +120,22 @@ def test_nothing_is_sent_between_devices(sample):
     placed = mesh.place(small, items, devices)
     text = jax.jit(mesh.over_runs(run, devices=devices)).lower(*placed).compile().as_text()
     assert not [name for name in COLLECTIVES if name in text]
+
+
+def test_flags_are_known_to_this_version_of_jax():
+    """XLA stops at a flag that it does not know; what the user says of them is left as it is."""
+    code = (
+        "import os; from bdjax import mesh; mesh.tune(); first = os.environ.get('XLA_FLAGS', '');"
+        "import jax; jax.devices(); mesh.tune(); print(first == os.environ.get('XLA_FLAGS', ''));"
+        "print(mesh.onednn() == bool(mesh.FLAGS.get(jax.__version_info__[:3])), first)"
+    )
+    given = "--xla_cpu_use_onednn=false"
+    for flags in (None, given, "--xla_force_host_platform_device_count=2"):
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        env |= {"XLA_FLAGS": flags} if flags else {}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        same, known = done.stdout.splitlines()
+        assert same == "True" and (flags or "") in known
+        assert flags == given or known.startswith("True")
+        assert flags != given or known.split()[1:] == [given]

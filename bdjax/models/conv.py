@@ -7,6 +7,7 @@ anywhere: plain NHWC/HWIO convolutions and matrix products.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -22,9 +23,23 @@ Pair = tuple[int, int]
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 # bytes of patches made at once: they are read back from the cache, not from memory
 _CACHE = 5_000_000
-# Before 0.11 a 5×5 convolution ran at half the speed of a matrix product (100 against 200 GFLOP/s);
-# in 0.12 they are level.
-_SLOW_NATIVE = jax.__version_info__ < (0, 11)
+# GFLOP/s inside loops on two cores that multiply matrices at 200; native / as a product of patches
+# and kernel:
+#   channels → features   kernel  places   jax 0.10   jax 0.12   with oneDNN (`mesh.tune`)
+#       1 → 8               3×3   28×28      3 / 11     4 / 21     21 / 24
+#       1 → 16              5×5   28×28     16 / 32    17 / 38     97 / 38
+#       1 → 32              5×5   28×28     69 / 28    71 / 26    123 / 55
+#       3 → 32              3×3   32×32     21 / 47    75 / 71    139 / 78
+#      32 → 32              3×3   16×16     91 / 60     85 / 51     90 / 51
+#      32 → 64              5×5   14×14     99 / 136  167 / 126   213 / 133
+#      64 → 64              3×3   16×16    106 / 140  170 / 137   211 / 125
+#      64 → 128, strides    1×1   32×32     62 / 150   91 / 164    96 / 165
+#     128 → 128             3×3   16×16    199 / 160  175 / 100   231 / 161
+#     512 → 512             3×3    4×4     185 / 188  187 / 189   258 / 185
+# and kernel gradients, images as channels / patches:
+#      32 → 64              5×5   14×14     82 / 117  160 / 91    184 / 120
+#     512 → 512             3×3    4×4     153 / 175  155 / 174   125 / 174
+_OLD = jax.__version_info__ < (0, 11)
 
 
 class _Window(NamedTuple):
@@ -59,10 +74,10 @@ def conv_general_dilated(
     """`lax.conv_general_dilated`, for Linen's `nn.Conv(conv_general_dilated=...)`, with gradients
     that are fast on a CPU.
 
-    Whatever is not a plain, ungrouped 2-D NHWC/HWIO convolution in float32 takes the native path,
-    and so do GPU and TPU, where the compiler places convolutions well. `mesh.platform()`
-    decides while tracing: `lax.platform_dependent` would put the native path under the same
-    `custom_vjp`, and GPUs would lose forward-mode derivatives for nothing.
+    Whatever is not a plain 2-D NHWC/HWIO convolution in float32 takes the native path, and so do
+    GPU and TPU, where the compiler places convolutions well. `mesh.platform()` decides while
+    tracing: `lax.platform_dependent` would put the native path under the same `custom_vjp`, and
+    GPUs would lose forward-mode derivatives for nothing.
     """
     native = functools.partial(
         lax.conv_general_dilated, lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation,
@@ -73,7 +88,8 @@ def conv_general_dilated(
         return native()
     layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     spread = any(d != 1 for d in lhs_dilation or ())
-    grouped = lhs.shape[-1] != rhs.shape[-2] or feature_group_count != 1 or batch_group_count != 1
+    groups = feature_group_count
+    grouped = lhs.shape[-1] != rhs.shape[-2] * groups or batch_group_count != 1
     typed = (
         preferred_element_type not in (None, lhs.dtype) or not lhs.dtype == rhs.dtype == jnp.float32
     )
@@ -84,7 +100,12 @@ def conv_general_dilated(
         extent = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
         padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
     window = _Window(size, tuple(window_strides), tuple(tuple(p) for p in padding), dilation)  # type: ignore[arg-type]
-    return _fast_conv(lhs, rhs, window, precision)
+    if groups == 1:
+        return _fast_conv(lhs, rhs, window, precision)
+    if rhs.shape[2] == 1:  # depthwise: each channel with kernels of its own
+        return _depthwise(jnp.repeat(lhs, rhs.shape[3] // groups, -1), rhs, window)
+    parts = zip(jnp.split(lhs, groups, -1), jnp.split(rhs, groups, -1), strict=True)
+    return jnp.concatenate([_fast_conv(x, kernel, window, precision) for x, kernel in parts], -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -106,12 +127,52 @@ def _backward(window, precision, saved, g):
 _fast_conv.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _depthwise(x: jax.Array, kernel: jax.Array, window: _Window) -> jax.Array:
+    """Each channel of `x: [B, H, W, C]` with its own kernel, `[kh, kw, 1, C]`: a sum of kh·kw
+    shifted products, one pass over memory, 100 times as fast as the native form inside a loop.
+    """
+    weights = kernel.reshape(-1, kernel.shape[-1])
+    parts = [s * w for s, w in zip(_shifts(x, window), jnp.expand_dims(weights, (1, 2, 3)))]
+    return functools.reduce(jnp.add, parts)
+
+
+def _depthwise_forward(x, kernel, window):
+    return _depthwise(x, kernel, window), (x, kernel)
+
+
+def _depthwise_backward(window, saved, g):
+    x, kernel = saved
+    back = _back(g, x.shape, window)
+    spread = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *_holes(window.strides), (0, 0, 0)])
+    seen = jnp.stack([(s * g).sum((0, 1, 2)) for s in _shifts(x, window)])
+    return _depthwise(spread, kernel[::-1, ::-1], back), seen.reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _holes(strides: Pair) -> list[tuple[int, int, int]]:
+    """Zeros between the places of an output gradient, where the window made larger steps."""
+    return [(0, 0, stride - 1) for stride in strides]
+
+
 def _plain(x, kernel, window: _Window, precision, spread: Pair = (1, 1)) -> jax.Array:
     """The convolution itself; `spread` dilates the input."""
-    if _SLOW_NATIVE and kernel.shape[0] * kernel.shape[1] > 9 and spread == (1, 1):
+    if spread == (1, 1) and _by_patches(kernel.shape, window.strides):
         return _patches_product(x, kernel, window, precision)
     how = window.strides, window.padding, spread, window.dilation
     return lax.conv_general_dilated(x, kernel, *how, _NHWC, precision=precision)
+
+
+def _by_patches(kernel: Sequence[int], strides: Pair) -> bool:
+    """Whether patches are faster than the native convolution with a kernel of this shape."""
+    *size, channels, features = kernel
+    if channels == 1:
+        return features <= 16 and not mesh.onednn()
+    if tuple(size) == (1, 1) != strides:
+        return True
+    return _OLD and features <= 64 and (features > 32 or channels <= 3)
 
 
 def _padded(x: jax.Array, window: _Window) -> jax.Array:
@@ -180,9 +241,10 @@ def _kernel_gradient(x, g, window: _Window, precision) -> jax.Array:
         )
         return out.transpose(1, 2, 0, 3)
 
-    # Swapped is 1 to 2.2 times as fast while images and gradients take less than half of the cache,
-    # but slower with strides, a single pixel or few channels.
-    if _SLOW_NATIVE or window.strides != (1, 1) or size == (1, 1) or c < 4:
+    # Swapped is fast while images and gradients take less than half of the cache, but not with
+    # strides, a single pixel, or a wide kernel that sees few places.
+    wide = c * o >= 256 * 256
+    if _OLD or wide or window.strides != (1, 1) or size == (1, 1):
         product, n = patches, _fit(b, size[0] * size[1] * c * g.shape[1] * g.shape[2])
     else:
         product, n = swapped, _fit(b, 5 * (x.size + g.size) // (2 * b))
@@ -197,11 +259,7 @@ def _input_gradient(g, kernel, shape, window: _Window, precision) -> jax.Array:
     """A convolution of the output gradient, spread by the strides, with the flipped kernel, its
     channels swapped.
     """
-    (kh, kw), c = window.size, shape[-1]
-    lows = [reach - low for reach, (low, _) in zip(window.reach, window.padding, strict=True)]
-    spreads = [(n - 1) * stride + 1 for n, stride in zip(g.shape[1:3], window.strides, strict=True)]
-    highs = [shape[1 + d] + window.reach[d] - spreads[d] - lows[d] for d in (0, 1)]
-    back = _Window(window.size, (1, 1), ((lows[0], highs[0]), (lows[1], highs[1])), window.dilation)
+    (kh, kw), c, back = window.size, shape[-1], _back(g, shape, window)
     # the product first, then kh·kw shifted sums; slower from 3 channels on
     if window.strides == (1, 1) and c == 1:
         every = _padded(
@@ -216,6 +274,14 @@ def _input_gradient(g, kernel, shape, window: _Window, precision) -> jax.Array:
             jnp.add, [_seen(part, back, i, j) for part, (i, j) in zip(parts, pixels, strict=True)]
         )
     return _plain(g, kernel[::-1, ::-1].swapaxes(2, 3), back, precision, window.strides)
+
+
+def _back(g: jax.Array, shape: Sequence[int], window: _Window) -> _Window:
+    """How the flipped kernel walks over the output gradient, spread by the strides."""
+    lows = [reach - low for reach, (low, _) in zip(window.reach, window.padding, strict=True)]
+    spreads = [(n - 1) * stride + 1 for n, stride in zip(g.shape[1:3], window.strides, strict=True)]
+    highs = [shape[1 + d] + window.reach[d] - spreads[d] - lows[d] for d in (0, 1)]
+    return _Window(window.size, (1, 1), ((lows[0], highs[0]), (lows[1], highs[1])), window.dilation)
 
 
 def max_pool(
