@@ -16,31 +16,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax._src import xla_bridge
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from bdjax.types import BadInput
 
-_aim: ContextVar[str | None] = ContextVar("platform", default=None)
+_aim: ContextVar[tuple[str, str | None] | None] = ContextVar("aim", default=None)
+"""The platform that programs are traced for, and the precision that the user set."""
 
 
 def platform() -> str:
     """What programs are traced for, "cpu", "gpu" or "tpu": the target of `aiming`, or else what is
     at hand. Whatever depends on it while tracing asks here.
     """
-    return _aim.get() or jax.default_backend()
+    return aim[0] if (aim := _aim.get()) else jax.default_backend()
 
 
 @contextlib.contextmanager
 def aiming(target: str) -> Iterator[None]:
-    """Programs are traced for the platform `target`, whatever is at hand."""
+    """Programs are traced for the platform `target`, whatever is at hand, with products in its
+    `precision`.
+    """
     before = platform()
-    token = _aim.set(target)
+    token = _aim.set((target, _asked()))
     # JAX keeps what it has traced, and does not know what for.
     if before != target:
         jax.clear_caches()
     try:
-        yield
+        with jax.default_matmul_precision(precision()):
+            yield
     finally:
         _aim.reset(token)
         if before != target:
@@ -74,32 +78,90 @@ def onednn() -> bool:
     return "--xla_cpu_experimental_onednn_custom_call=true" in os.environ.get("XLA_FLAGS", "")
 
 
+def precision() -> str | None:
+    """How the programs of sweeps multiply float32 numbers: exactly, "float32", where JAX would
+    round them first (to TF32 on a GPU, to bfloat16 on a TPU), as a verdict is judged by small
+    differences; None on a CPU, which never rounds. What the user sets stands: the variable
+    JAX_DEFAULT_MATMUL_PRECISION, tensorfloat32 or bfloat16, or the option of `jax.config`.
+    """
+    return _asked() or (None if platform() == "cpu" else "float32")
+
+
+def _asked() -> str | None:
+    return aim[1] if (aim := _aim.get()) else jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+
+def how() -> dict[str, Any]:
+    """By what, besides the code, the digits of a number may differ: the flags of XLA that reach its
+    programs, and the precision of products.
+    """
+    flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_HARMLESS)]
+    return {"flags": sorted(flags), "precision": precision() or "float32"}
+
+
+_HARMLESS = "--xla_dump", "--xla_force_host_platform_device_count"
+
+
 def default_lanes(items: int) -> int:
     """1 on a CPU, all items at once on an accelerator."""
     return 1 if platform() == "cpu" else items
 
 
-def widest(seconds: Callable[[int], float], most: int) -> int:
-    """The lanes, at most `most`, at which `seconds(lanes)`, the time of one item, is least: doubled
-    from 1 for as long as that saves a tenth.
+def widest(seconds: Callable[[int], float], most: int, first: int = 1) -> int:
+    """The lanes, at most `most`, at which `seconds(lanes)`, the time of one item, is least: from
+    `first` halved while that takes no tenth more; or else doubled while that saves a tenth.
     """
-    lanes, best = 1, seconds(1)
+    lanes, best = first, seconds(first)
+    while lanes > 1 and 0.9 * (took := seconds(lanes // 2)) <= best:
+        lanes, best = lanes // 2, took
+    if lanes < first:
+        return lanes
     while lanes < most and (took := seconds(min(2 * lanes, most))) < 0.9 * best:
         lanes, best = min(2 * lanes, most), took
     return lanes
+
+
+def fitting(held: Callable[[int], float], size: float, most: int) -> int:
+    """The lanes, at most `most`, with which a program fits into `size` bytes, 0 if none: `held` is
+    what it holds with so many, infinite where it cannot be compiled. Few are asked: from one lane
+    to the next it grows by about the same.
+    """
+    if held(most) <= size:
+        return most
+    if most == 1 or (one := held(1)) > size:
+        return 0
+    each = max(held(2) - one, 1.0)
+    lanes = 1 if math.isinf(each) else min(most - 1, 1 + int((size - one) // each))
+    while lanes > 1 and held(lanes) > size:
+        lanes //= 2
+    return lanes
+
+
+def held(program: Any) -> float:
+    """Bytes that a compiled program holds on a device, as its compiler planned it: arguments,
+    results and scratch.
+    """
+    plan = program.memory_analysis()
+    sizes = (plan.argument_size_in_bytes, plan.output_size_in_bytes, plan.temp_size_in_bytes)
+    return float(sum(sizes) - plan.alias_size_in_bytes)
+
+
+def room(device: Any) -> int | None:
+    """Bytes of memory that programs can have on a device; None where it does not say."""
+    found = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+    if found is None and hasattr(os, "sysconf"):
+        found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return found
 
 
 def fits(what: str, size: int, device: Any = None) -> None:
     """Raises `BadInput` where `what` takes more bytes than the device, the first one if None, has
     at all: before any of them is taken.
     """
-    device = device or jax.local_devices()[0]
-    room = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    if room is None and hasattr(os, "sysconf"):
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if room is not None and size > room:
+    most = room(device or jax.local_devices()[0])
+    if most is not None and size > most:
         raise BadInput(
-            f"{what} takes {size / 1e9:,.1f} GB, there are {room / 1e9:,.1f}: make it smaller"
+            f"{what} takes {size / 1e9:,.1f} GB, there are {most / 1e9:,.1f}: make it smaller"
         )
 
 
@@ -208,11 +270,16 @@ def place(shared: Any, items: Any, devices: Sequence[Any] | None = None) -> tupl
     """`shared` copied to every device and `items` split over them (where their number allows),
     before a program starts.
     """
+    whole, split = shardings(items, devices)
+    return jax.device_put(shared, whole), jax.device_put(items, split)
+
+
+def shardings(items: Any, devices: Sequence[Any] | None = None) -> tuple[Any, Any]:
+    """Where `place` puts what is shared, and the `items`."""
     devices = list(devices or jax.local_devices())
     if len(devices) == 1:
-        return jax.device_put((shared, items), devices[0])
+        one = SingleDeviceSharding(devices[0])
+        return one, one
     mesh = Mesh(devices, ("runs",))
     split = P("runs") if _count(items) % len(devices) == 0 else P()
-    return jax.device_put(shared, NamedSharding(mesh, P())), jax.device_put(
-        items, NamedSharding(mesh, split)
-    )
+    return NamedSharding(mesh, P()), NamedSharding(mesh, split)

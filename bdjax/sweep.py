@@ -488,7 +488,7 @@ class Runner:
             if self.unlabelled:
                 others = [split._replace(label=Unlabelled()) for split in others]
             splits = Splits(train, *others)
-            self.last = data, mesh.place(splits, jnp.zeros(1), self.places)[0]
+            self.last = data, self._placed(splits, jnp.zeros(1))[0]
         self.clock.add("data", start)
         model = build(cell.model, data.shape, data.classes)
         self._at_hand(model)
@@ -643,7 +643,7 @@ class Runner:
         losses = jnp.zeros(len(jax.tree.leaves(items)[0]))
         if folder.exists():
             states, losses = load_tree(folder, (states, losses))
-            states, losses = mesh.place(shared, (states, losses), self.places)[1]
+            states, losses = self._placed(shared, (states, losses))[1]
         first = int(np.asarray(states.epoch)[0])
         saved, writing = time.monotonic(), None
         with (
@@ -676,7 +676,10 @@ class Runner:
     def _stacked(self, items: Sequence[Any]) -> Any:
         """The items on the devices, padded with copies of the last one."""
         padded = [*items, *[items[-1]] * (-len(items) % len(self.places))]
-        return mesh.place((), stack(padded), self.places)[1]
+        return self._placed((), stack(padded))[1]
+
+    def _placed(self, shared: Any, items: Any) -> tuple[Any, Any]:
+        return mesh.place(shared, items, self.places)
 
     def _call(
         self,
@@ -765,7 +768,11 @@ class Runner:
                         raise
                     return math.inf
 
-            known = {"lanes": mesh.widest(seconds, each), "tried": each}
+            def held(lanes: int) -> float:
+                return bytes_with(lanes, fn, model, shared, items, self.places)
+
+            first = mesh.fitting(held, mesh.room(self.places[0]) or 0, each)
+            known = {"lanes": mesh.widest(seconds, each, max(first, 1)), "tried": each}
             remember("lanes", name, known)
             say(
                 f"{fn.__name__.strip('_')}: {known['lanes']} lanes are fastest on {device_name()}",
@@ -976,12 +983,38 @@ def compiled(
     donate: tuple[int, ...] = (),
 ) -> Any:
     """`fn(model, shared, *item)` over the leading axis of `items`, as a program of `devices`."""
+    return traced(fn, model, shared, items, lanes, devices, donate).lower().compile()
+
+
+def traced(
+    fn: Callable,
+    model: Model,
+    shared: Any,
+    items: Any,
+    lanes: int | None,
+    devices: Any,
+    donate: tuple[int, ...] = (),
+) -> jax.stages.Traced:
+    """What `compiled` compiles."""
     spread = mesh.over_runs(
         lambda shared, item: fn(model, shared, *item), lanes=lanes, devices=devices
     )
     program = jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate)
     with mesh.aiming(devices[0].platform):
-        return program.lower(shared, *items).compile()
+        return program.trace(shared, *items)
+
+
+def bytes_with(lanes: int, *program: Any) -> float:
+    """Bytes a device that a program holds with so many lanes: `compiled` for it, infinite where the
+    compiler finds that it does not fit. `program`: what `compiled` takes but for the lanes.
+    """
+    fn, model, shared, items, *rest = program
+    try:
+        return mesh.held(compiled(fn, model, shared, items, lanes, *rest))
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return math.inf
 
 
 def keep_compiled() -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from bdjax import mesh
 from bdjax.plots import power_law
 from bdjax.types import Model
 
@@ -72,7 +73,7 @@ def run(case: Case, repeats: int) -> dict[str, float]:
     ours = taken["ours"]
     found = {"size": case.size, "compile_s": compiling, "run_s": statistics.median(ours),
              "low_s": min(ours), "high_s": max(ours)}  # fmt: skip
-    found |= {"rate": case.size / found["run_s"], "peak_mb": peak(program) / 1e6}
+    found |= {"rate": case.size / found["run_s"], "peak_mb": mesh.held(program) / 1e6}
     if case.flops is not None:
         found["matmul_share"] = (
             case.flops / found["run_s"] / (product_flops / statistics.median(taken["matmul"]))
@@ -87,13 +88,6 @@ def run(case: Case, repeats: int) -> dict[str, float]:
             a / b for a, b in zip(ours, taken["baseline"])
         )
     return found
-
-
-def peak(program: Any) -> float:
-    """Bytes that a compiled program holds at a time, as its compiler planned it."""
-    plan = program.memory_analysis()
-    sizes = (plan.argument_size_in_bytes, plan.output_size_in_bytes, plan.temp_size_in_bytes)
-    return float(sum(sizes) - plan.alias_size_in_bytes)
 
 
 def exponent(sizes: Any, times: Any) -> float:

@@ -73,6 +73,46 @@ def test_widest_doubles_while_it_pays(seconds, most, lanes):
     assert mesh.widest(seconds.__getitem__, most) == lanes
 
 
+@pytest.mark.parametrize(
+    ("seconds", "first", "lanes"),
+    [
+        ({16: 1, 8: 1.05, 4: 2}, 16, 8),  # halved for as long as a tenth is not lost
+        ({16: 1, 8: 2}, 16, 16),
+        ({4: 2, 2: 4, 8: 1, 16: 1}, 4, 8),
+        ({3: 2, 1: 2}, 3, 1),
+        ({4: float("inf"), 2: 3, 1: 6}, 4, 2),
+    ],
+)
+def test_widest_begins_with_what_fits(seconds, first, lanes):
+    assert mesh.widest(seconds.__getitem__, 16, first) == lanes
+
+
+@pytest.mark.parametrize(
+    ("size", "lanes", "asked"),
+    [(1000, 64, [64]), (500, 40, [64, 1, 2, 40]), (109, 0, [64, 1]), (110, 1, [64, 1, 2])],
+)
+def test_the_lanes_that_fit_are_found_by_few_compilations(size, lanes, asked):
+    tried = []
+
+    def held(lanes):
+        tried.append(lanes)
+        return 100 + 10 * lanes if lanes < 64 else float("inf" if size < 1000 else 740)
+
+    assert mesh.fitting(held, size, 64) == lanes and tried == asked
+
+
+def test_products_are_exact_on_accelerators_unless_the_user_says_otherwise():
+    def text():
+        return str(jax.make_jaxpr(jnp.dot)(jnp.ones((4, 4)), jnp.ones((4, 4))))
+
+    assert mesh.precision() is None and "HIGH" not in text()
+    for target in ("gpu", "tpu"):
+        with mesh.aiming(target):
+            assert mesh.precision() == "float32" and "HIGHEST" in text()
+        with jax.default_matmul_precision("tensorfloat32"), mesh.aiming(target):
+            assert mesh.precision() == "tensorfloat32" and "HIGHEST" not in text()
+
+
 def test_what_is_traced_asks_the_target_and_not_the_host():
     conv = jax.jit(lambda x, k: conv_general_dilated(x, k, (1, 1), "VALID", **NHWC))
 

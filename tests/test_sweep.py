@@ -510,8 +510,9 @@ def test_lanes_are_measured_once_and_remembered(unbroken, tmp_path, monkeypatch)
     monkeypatch.setenv("BDJAX_DATA_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(mesh, "default_lanes", lambda items: items)  # as on an accelerator
 
-    def widest(seconds, most):
+    def widest(seconds, most, first):
         tried.append(most)
+        assert first == most  # all of them fit
         assert seconds(2) > 0
         return 2
 
