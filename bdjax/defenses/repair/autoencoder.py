@@ -61,7 +61,9 @@ class Autoencoder(Repair):
     epochs.
 
     Decides most: the learning rate, and with it how well g draws. The paper has none; ours, and the
-    100 epochs, are BackdoorBox's.
+    100 epochs, are BackdoorBox's. At 1e-4, 3e-4, 1e-3, 3e-3 and 1e-2 the preset `cpu` left one net
+    of Fashion-MNIST, 84 % right before, an ACC of 68, 78, 79, 78 and 75 % and an ASR_nt of 3 to
+    7 % (`experiments/sensitivity.py`).
 
     The variables returned belong to `wrap(model)`: those of the net, and those of g under
     "autoencoder". `info`: `mse` on the clean images, `loss` by epoch.

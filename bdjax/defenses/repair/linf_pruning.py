@@ -89,6 +89,9 @@ class LinfPruning(TriggerDefense, Repair):
     many; with a reversed trigger what `TriggerDefense.fired` reports.
 
     Decides most: `max_drop`, which ends the fall of τ: the paper's loss of accuracy at τ = 7.
+    At 0.0017, 0.017, 0.05 and 0.17 one net of Fashion-MNIST with the 5×5 square kept an ASR_nt of
+    99, 98, 95 and 91 %, an all-to-all one, which had 75 %, of 75, 65, 55 and 35 %
+    (`experiments/sensitivity.py`).
 
     Differs from the paper: it looks at test images.
     """

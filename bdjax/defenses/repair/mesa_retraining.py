@@ -47,7 +47,9 @@ class MesaRetraining(Repair):
 
     Presets: `paper`; `cpu`, MESA's, and ten times the epochs, for a tenth of the images.
 
-    Decides most: the learning rate: that of the released code, SGD at 1e-3.
+    Decides most: whether MESA flags the label; where it does, the learning rate: that of the
+    released code, SGD at 1e-3. Two nets of Fashion-MNIST on which it flags none stay as they are
+    from 1e-4 to 1e-2 (`experiments/sensitivity.py`).
 
     Differs from the paper: patches of all thresholds are mixed in every epoch, there one threshold
     each; no label is given, unless `mesa` has one.
