@@ -802,8 +802,20 @@ def _facts(section: Section) -> list[tuple[str, str]]:
     failed = sum(bool(row.get("error")) for row in section.rows)
     names = ("experiment", "scale", "device", "jax", "commit")
     facts = [(name, ", ".join(_different(section.rows, name))) for name in names]
+    facts += _how(section.rows)
     facts.append(("cells", f"{len(section.rows)}" + (f", {failed} failed" if failed else "")))
     return [(name, text) for name, text in [*facts, ("command", section.command)] if text]
+
+
+def _how(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What may make the digits of the rows differ, where it is not the default of all of them."""
+    made = [row["how"] for row in rows if row.get("how")]
+    flags = dict.fromkeys(" ".join(how["flags"]) or "none" for how in made)
+    products = dict.fromkeys(how["precision"] for how in made)
+    lanes = sorted({n for how in made for n in how.get("lanes", {}).values()})
+    found = {"XLA flags": [*flags], "products": [*products], "lanes": [f"{n}" for n in lanes]}
+    usual = {"none", "float32", "1"}
+    return [(name, ", ".join(some)) for name, some in found.items() if not usual.issuperset(some)]
 
 
 def _stages(section: Section) -> list[tuple[str, str, float]]:

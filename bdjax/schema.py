@@ -95,6 +95,12 @@ PLACE = {
 """Where a row is shown: `bdjax.identity.PLACE`."""
 
 
+HOW = {"flags": [str], "precision": str, "lanes?": {...: Number(1, 2**31, True)}}
+"""By what, besides the code, the digits of a number may differ: `mesh.how`, and the lanes of the
+programs of each stage.
+"""
+
+
 def _renamed(row: Any) -> Any:
     names = FORMER.get(str(row.get("defense")), {}) if isinstance(row, dict) else {}
     if not names or not isinstance(row.get("metrics"), dict):
@@ -138,6 +144,7 @@ KINDS = {
             "test?": Maybe({"n": Number(1, 2**53, True), "majority": Number(0, 1)}),
             "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
             "labels?": Maybe({"flagged?": [str], "target?": [str]}),
+            "how?": Maybe(HOW),
             **dict.fromkeys(("oracle?", "kept?"), bool),
             **dict.fromkeys(("device?", "jax?", "commit?"), str | None),
             **dict.fromkeys(("dataset?", "model?", "attack?", "defense?"), str | None),

@@ -264,6 +264,7 @@ class Runner:
         self.others: dict[str, Trained] = {}
         self.said: set[str] = set()
         self.last: tuple[Any, Any] = (None, None)
+        self.laid: dict[str, int] = {}  # the lanes of the last program of each stage
 
     @registry.door
     def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -711,16 +712,18 @@ class Runner:
         except jax.errors.JaxRuntimeError as error:
             self._narrow(key, each, fn, error)
         self.clock.add(stage, start)
+        self.laid[stage] = self._width(key, each)
         return out
+
+    def _width(self, key: Any, each: int) -> int:
+        """The lanes with which a program of `each` runs a device is, or was tried to be, run."""
+        lanes = self.lanes if isinstance(self.lanes, int) else mesh.default_lanes(each)
+        return min(self.widths.get(key) or lanes, each)
 
     def _narrow(self, key: Any, each: int, fn: Callable, error: Exception) -> NoReturn:
         if not out_of_memory(error):
             raise error
-        lanes = min(
-            self.widths.get(key)
-            or (self.lanes if isinstance(self.lanes, int) else mesh.default_lanes(each)),
-            each,
-        )
+        lanes = self._width(key, each)
         self.programs.pop(key, None)
         if lanes == 1:
             raise Unfit from error
@@ -964,6 +967,7 @@ class Runner:
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "oracle": bool(cell.defense is not None and cell.defense.oracle),
             "device": device_name(), "jax": jax.__version__, "commit": commit(), "code": code,
+            "how": {**mesh.how(), "lanes": dict(self.laid)},
             "written": time.time(),
         }  # fmt: skip
 

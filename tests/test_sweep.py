@@ -140,6 +140,18 @@ def test_interrupted_training_goes_on_bit_for_bit(unbroken, tmp_path, monkeypatc
     assert not list((tmp_path / "partial").iterdir())
 
 
+def test_a_row_says_by_what_its_digits_may_differ(unbroken, tmp_path, monkeypatch):
+    """Flags, precision and lanes; a page says what is not usual."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false --xla_dump_to=/nowhere")
+    rows = Runner(Store(tmp_path), "test", quiet=True, lanes=2).run(CELLS[:2])
+    for row in rows:
+        assert row["how"]["flags"] == ["--xla_cpu_enable_fast_math=false"]
+        assert row["how"]["precision"] == "float32"
+        assert set(row["how"]["lanes"].values()) == {2}
+    page = report.page([report.Section("T", [*unbroken[1], *rows])], "mixed")
+    assert "--xla_cpu_enable_fast_math=false" in page and "lanes" in page
+
+
 def test_lanes_and_devices_change_no_result(unbroken, tmp_path):
     _, rows = unbroken
     four = Runner(
