@@ -243,7 +243,7 @@ def _kernel_gradient(x, g, window: _Window, precision) -> jax.Array:
 
     # Swapped is fast while images and gradients take less than half of the cache, but not with
     # strides, a single pixel, or a wide kernel that sees few places.
-    wide = c * o >= 256 * 256
+    wide = c * o >= 64 * 64
     if _OLD or wide or window.strides != (1, 1) or size == (1, 1):
         product, n = patches, _fit(b, size[0] * size[1] * c * g.shape[1] * g.shape[2])
     else:

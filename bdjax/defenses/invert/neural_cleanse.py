@@ -17,6 +17,7 @@ from bdjax.defenses.parts.inversion import (
     BOUND,
     Trigger,
     descend,
+    folded,
     random_trigger,
     reaches,
     squash,
@@ -123,7 +124,7 @@ class NeuralCleanse(Inversion):
     best is kept. `norm_scale`: decide on norms or on log norms (few labels with one small norm
     inflate the MAD; both indices are reported); `two_sided`: flag large norms as well.
     `labels`: search for these alone (None: all); to the others' norms, NaN, nothing is compared.
-    `lanes`: labels side by side (None: the device's default). `seeds`: see `Judge`.
+    `lanes`: labels side by side (None: see `folded`). `seeds`: see `Judge`.
 
     `screen`: for many labels, a low-cost pre-screen: all labels are searched, step by step, until
     more than the share `screen_overlap` of the `screen` labels with the smallest current norms were
@@ -236,19 +237,17 @@ class NeuralCleanse(Inversion):
 
         attempts = jnp.arange(self.inits)
         items = (jnp.repeat(labels, self.inits), jnp.tile(attempts, labels.shape[0]))
-        kept = jnp.ones(labels.shape, bool)
+        kept, lanes = jnp.ones(labels.shape, bool), folded(self.lanes, model, variables, self.batch)
         if self.screen is None or self.screen >= labels.shape[0]:
-            end: Search = mesh.drain(start, step, done, items, self.lanes)
+            end: Search = mesh.drain(start, step, done, items, lanes)
         else:
-            states, kept = self._screened(
-                mesh.lane_map(start, items, self.lanes), step, done, self.screen
-            )
+            states, kept = self._screened(mesh.lane_map(start, items, lanes), step, done, lanes)
             rows = (
                 jnp.argsort(~kept, stable=True)[: self.screen, None] * self.inits + attempts[None]
             )
             rows = rows.reshape(-1)
             best = mesh.drain(
-                lambda state: state, step, done, jax.tree.map(lambda v: v[rows], states), self.lanes
+                lambda state: state, step, done, jax.tree.map(lambda v: v[rows], states), lanes
             )
             end = jax.tree.map(lambda every, these: every.at[rows].set(these), states, best)
 
@@ -306,7 +305,7 @@ class NeuralCleanse(Inversion):
 
             return jax.lax.scan(go, start((label, jnp.zeros((), jnp.int32))), length=steps)[1]
 
-        return mesh.lane_map(one, labels, self.lanes).T
+        return mesh.lane_map(one, labels, folded(self.lanes, model, variables, self.batch)).T
 
     def _moves(
         self, key: jax.Array, model: Model, variables: Variables, images: Array
@@ -356,11 +355,12 @@ class NeuralCleanse(Inversion):
         return start, step
 
     def _screened(
-        self, states: Search, step: Callable, done: Callable, screen: int
+        self, states: Search, step: Callable, done: Callable, lanes: int | None
     ) -> tuple[Search, jax.Array]:
         """All searches, `states`, until the ranks of the labels' norms are consistent, and the
         `screen` leaders: `[L]`.
         """
+        screen = self.screen or len(states.label)
 
         def leaders(states):
             norm = squash(states.raw).mask.sum((1, 2, 3)).reshape(-1, self.inits).min(1)
@@ -369,7 +369,7 @@ class NeuralCleanse(Inversion):
         def round_(carry):
             states, before, row, rounds = carry
             states = mesh.lane_map(
-                lambda s: jax.lax.cond(done(s), lambda s: s, step, s), states, self.lanes
+                lambda s: jax.lax.cond(done(s), lambda s: s, step, s), states, lanes
             )
             now = leaders(states)
             consistent = (now & before).sum().astype(
