@@ -129,6 +129,10 @@ def run(
         plan(cells, earlier, places, width, part, stale)
         return Rows()
 
+    if jax.__version_info__ < (0, 11) and places[0].platform == "cpu" and not quiet:
+        newer = f"Python 3.12 or newer takes a newer jax than {jax.__version__}"
+        progress.say_once(f"{newer}, which is about 1.5 times as fast on a CPU")
+
     store, console, start, clock = Store(folder, part), Console(), time.monotonic(), Clock()
     on = f"the same command{'' if resume else ' without --no-resume'} goes on from there"
     with progress.kept(f"what was finished is kept in {folder}; {on}"):
