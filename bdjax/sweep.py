@@ -528,15 +528,22 @@ class Runner:
                     piece, model, shared, [victims[cell.victim_id][:2] for cell in piece], seconds
                 )
 
-            for piece in _pieces(whole, at_once(self.places, self.lanes)):
+            for piece in _pieces(whole, self._side_by_side(len(whole))):
                 self.unfit += self._halved(piece, judged)
                 self.stop.check()
         for alike in _grouped((c for c in cells if c.stage == "train"), _judging):
-            for piece in _pieces(alike, at_once(self.places, self.lanes)):
+            for piece in _pieces(alike, self._side_by_side(len(alike))):
                 self.unfit += self._halved(
                     piece, lambda piece: self._judged(piece, model, shared, None, none)
                 )
                 self.stop.check()
+
+    def _side_by_side(self, runs: int) -> int:
+        """How many of so many runs are judged by one program: what runs at a time, so that rows are
+        written, and a kill costs, victim by victim where one comes after another.
+        """
+        lanes = self.lanes if isinstance(self.lanes, int) else mesh.default_lanes(runs)
+        return min(len(self.places) * lanes, at_once(self.places, self.lanes))
 
     def _halved(self, cells: Sequence[Cell], work: Callable[[Sequence[Cell]], Any]) -> list[Cell]:
         """Does `work` for `cells`, in halves where all are too many for the device's memory; what

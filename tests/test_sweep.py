@@ -468,7 +468,8 @@ def test_ctrl_c_stops_after_what_is_running(unbroken, tmp_path):
     runner = Runner(store, "test", quiet=True, programs=whole.programs, on_rows=interrupt)
     with pytest.raises(KeyboardInterrupt):
         runner.run(CELLS)
-    assert [row["run"] for row in store.rows()] == [cell.run_id for cell in FEW]
+    # On a CPU one victim is judged after another: that which was running is the last.
+    assert [row["run"] for row in store.rows()] == [CELLS[0].run_id]
     assert table(Runner(store, "test", quiet=True, programs=whole.programs).run(CELLS)) == table(
         rows
     )
