@@ -124,6 +124,8 @@ KINDS = {
             "dataset?": dict | None,
             "recipe?": dict | None,
             "defenses?": [dict],
+            "origin?": dict | None,
+            "triggered?": dict | None,
         },
         "the net has to be trained, or copied, again",
     ),
@@ -204,6 +206,7 @@ KINDS = {
     "decoded": Kind(1, ("train_image", "train_label", "test_image", "test_label"), "delete it"),
     # The user's own: a format of ours is not in them.
     "npz": Kind(0, ("image", "label"), "give `image` [N, H, W, C] and `label` [N]"),
+    "reference": Kind(0, ("image", "logits"), "give `image` [N, H, W, C] and `logits` [N, K]"),
     "h5": Kind(0, ("data", "label"), "give `data` [N, C, H, W] and `label` [N]"),
 }
 
@@ -486,19 +489,25 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], kind: str, packed
     save(path, format=np.asarray(KINDS[kind].format), **arrays)  # type: ignore[arg-type]
 
 
+def check_zip(archive: zipfile.ZipFile) -> None:
+    """Raises `ValueError` where entries of an archive overlap, share names, or are packed oddly."""
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    end = 0
+    for entry in entries:
+        if entry.header_offset < end:
+            raise ValueError("its entries overlap")
+        end = entry.header_offset + 30 + entry.compress_size
+    if {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError("it is packed in a way that such files are not")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ValueError("two entries have one name")
+
+
 def _npz(path: str | Path, names: Iterable[str] | None) -> dict[str, np.ndarray]:
     wanted = None if names is None else {*names, "format"}
     with zipfile.ZipFile(path) as archive:
-        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-        end = 0
-        for entry in entries:
-            if entry.header_offset < end:
-                raise ValueError("its entries overlap")
-            end = entry.header_offset + 30 + entry.compress_size
-        if {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-            raise ValueError("it is packed in a way that .npz files are not")
-        if len({entry.filename for entry in entries}) < len(entries):
-            raise ValueError("two entries have one name")
+        check_zip(archive)
+        entries = archive.infolist()
         parts = {
             entry.filename.removesuffix(".npy"): entry
             for entry in entries

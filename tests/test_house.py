@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
-    {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets"}, {"train"},
+    {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets", "foreign"},
+    {"train"},
     {"store", "checkpoints", "channels", "migrate"}, {"attacks"},
-    {"defenses", "analysis", "zoo_veldanda", "testing"}, {"study", "changes", "studies", "poison"},
+    {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"}, {"study", "changes", "studies", "poison"},
     {"sweep"},
     {"plots", "report"}, {"figures"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
