@@ -15,7 +15,8 @@ LAYERS = (
     {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets", "foreign"},
     {"train"},
     {"store", "checkpoints", "channels", "migrate"}, {"attacks"},
-    {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"}, {"study", "changes", "studies", "poison"},
+    {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"},
+    {"study", "changes", "studies", "poison"},
     {"sweep"},
     {"plots", "report"}, {"figures"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
