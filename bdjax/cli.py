@@ -93,6 +93,7 @@ def sweep(
     devices: int | None = None,
     resume: bool = True,
     dry_run: bool = False,
+    target: str | None = None,
     settings: Settings = (),
     only: str | None = None,
     quiet: bool = False,
@@ -113,6 +114,8 @@ def sweep(
         devices: How many devices; all of this process if not given.
         resume: Go on where an earlier run stopped; --no-resume refuses a folder that has rows.
         dry_run: Print cells, groups, memory and expected time; train nothing.
+        target: With --dry-run, of which devices: tpu:v5e:4x4, gpu:h100, gpu:h100:8, cpu. Each
+            program is compiled for them, though they are not at hand: memory, time, what is sent.
         only: Only the tables or rows whose name this pattern fits, such as "MNIST*".
         quiet: No progress.
         stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
@@ -127,6 +130,7 @@ def sweep(
         "devices": devices,
         "resume": resume,
         "dry_run": dry_run,
+        "target": target,
         "changes": settings,
         "only": only,
     }

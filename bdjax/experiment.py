@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bdjax import identity, plugins, progress, report
+from bdjax import identity, mesh, plugins, progress, report
+from bdjax import target as targets
 from bdjax.changes import changed, read
 from bdjax.figures import figures as drawn
 from bdjax.identity import Stale
@@ -65,6 +66,7 @@ def run(
     devices: int | None = None,
     resume: bool = True,
     dry_run: bool = False,
+    target: str | None = None,
     live: bool = False,
     changes: Sequence[str] = (),
     only: str | None = None,
@@ -77,12 +79,15 @@ def run(
 
     `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `devices`:
     how many of this process's; `resume=False` refuses a folder that has rows; `dry_run` prints what
-    would be done; `live`: a table instead of bars; `changes`: fields of the cells that are set
+    would be done, `target` on which devices, see `bdjax.target`; `live`: a table instead of bars;
+    `changes`: fields of the cells that are set
     otherwise, `PATH=VALUE` each, see `bdjax.changes`; `only`: the cells whose table or row this
     pattern of a shell fits; `stale`: what to do with rows and victims that other code made, see
     `Runner`.
     """
     width = lanes if lanes in (None, "auto") else whole("lanes", lanes, 1)
+    if target is not None and not dry_run:
+        raise BadInput("--target is of devices that are not at hand: give --dry-run, too")
     part = None if shard is None else part_of(shard)
     if hosts != "off":
         if part is not None:
@@ -97,7 +102,12 @@ def run(
         raise BadInput(f"{path} has no scale '{scale}'; it has: {', '.join(module.SCALES)}")
     if seeds is not None:
         whole("seeds", seeds, 1, SEEDS)
-    places = local_devices(devices)
+    aim = None if target is None else aimed(target, devices)
+    places = local_devices(devices) if aim is None else aim.devices
+    if aim is not None and aim.hosts > 1:
+        if part is not None:
+            raise BadInput(f"the {aim.hosts} hosts of {target} share the work: leave --shard away")
+        part = (0, aim.hosts)
     settings = read(changes)
     name = f"{path.stem}-{scale}" + (f"-{digest(settings)[:8]}" if settings else "")
     folder = Path("results") / name if out is None else Path(out)
@@ -126,7 +136,14 @@ def run(
         made = changed(made, settings)
     cells = list({(cell.run_id, cell.table, cell.row): cell for cell in made}.values())
     if dry_run:
-        plan(cells, earlier, places, width, part, stale)
+        with contextlib.nullcontext() if aim is None else mesh.aiming(aim.platform):
+            done = plan(cells, earlier, places, width, part, stale)
+        if aim is not None:
+            kept = Runner(Store(folder), path.stem, quiet=True, stale=stale)
+            found = targets.rehearse(
+                cells, aim, width, part, lambda cell: cell.run_id in done, kept._usable
+            )
+            rehearsed(*targets.report(found, aim))
         return Rows()
 
     if jax.__version_info__ < (0, 11) and places[0].platform == "cpu" and not quiet:
@@ -278,6 +295,15 @@ def local_devices(count: int | None) -> Sequence[Any]:
     return found[:count]
 
 
+def aimed(target: str, devices: int | None) -> targets.Target:
+    """The target of a dry run; of these only a CPU counts as more than one device."""
+    if devices is not None and target != "cpu":
+        raise BadInput(f"{target} says how many devices there are: leave --devices away")
+    if devices is not None:
+        local_devices(devices)
+    return targets.find(target)
+
+
 def plan(
     cells: list[Cell],
     rows: list[dict[str, Any]],
@@ -285,9 +311,9 @@ def plan(
     lanes: int | str | None,
     shard: Any,
     stale: Stale | None = None,
-) -> None:
+) -> set[str]:
     """Prints what a run would do: cells, groups, memory, and the time that like rows took. Trains
-    nothing.
+    nothing; returns which runs are done.
     """
     code, old = identity.codes(cells), set()
     for row in rows:
@@ -335,6 +361,17 @@ def plan(
         f"expected: {progress.duration(known)}, from the rows that are there, without compiling"
         + (f"; unknown for {unknown} cells: no like row is there yet" if unknown else "")
     )
+    return done
+
+
+def rehearsed(rows: Iterable[Sequence[str]], lines: Iterable[str]) -> None:
+    """Prints what `target.report` found."""
+    made = Table(*targets.HEADS, box=None)
+    for row in rows:
+        made.add_row(*(Text(shown(word)) for word in row))
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(made)
+    print("\n".join(map(shown, lines)))
 
 
 PARTS = ("dataset", "model", "attack", "defense")

@@ -194,14 +194,18 @@ def drain(
 
     `start(item) -> state`, `step(state) -> state`, `done(state) -> bool []`. Returns the final
     states, stacked like `items`. Early-stopped items cost nothing: there is no waiting for the
-    slowest of a batch.
+    slowest of a batch. The field `steps` of whose search it is bounds the steps of an item: the
+    loop's scope says how many times as many rounds it has at most, for `bdjax.target`.
     """
     n = _count(items)
     lanes = min(lanes or default_lanes(n), n)
     if lanes == 1:
-        return lane_map(
-            lambda item: jax.lax.while_loop(lambda s: ~done(s), step, start(item)), items, 1
-        )
+
+        def one(item):
+            with jax.named_scope("at_most_1_steps"):
+                return jax.lax.while_loop(lambda s: ~done(s), step, start(item))
+
+        return lane_map(one, items, 1)
 
     def pick(index):
         return jax.tree.map(lambda leaf: leaf[jnp.minimum(index, n - 1)], items)
@@ -229,7 +233,8 @@ def drain(
         lambda leaf: jnp.zeros((n, *leaf.shape), leaf.dtype), jax.eval_shape(lambda: start(pick(0)))
     )
     carry = (jax.vmap(lambda i: start(pick(i)))(first), first, jnp.asarray(lanes), blank)
-    return jax.lax.while_loop(lambda c: (c[1] < n).any(), round_, carry)[3]
+    with jax.named_scope(f"at_most_{-(-n // lanes)}_steps"):
+        return jax.lax.while_loop(lambda c: (c[1] < n).any(), round_, carry)[3]
 
 
 def over_runs(

@@ -291,11 +291,7 @@ class Runner:
             for group in pending:
                 name = f"training {registry.name_of(group[0].model)}"
                 mesh.fits(name, footprint(group[:1], self.places, 1), self.places[0])
-            # Their clean twins come before the victims that are compared with them.
-            self.twins = {cell.victim_id for cell in cells if cell.attack is None}
-            self.mine = {cell.victim_id for cell in itertools.chain(*mine)}
-            kinds = list(dict.fromkeys(_kind(group[0]) for group in pending))
-            pending.sort(key=lambda g: (kinds.index(_kind(g[0])), g[0].attack is not None))
+            pending = self._in_order(cells, mine, pending)
             total = sum(map(len, mine))
             finished = total - sum(map(len, pending))
             shard = "" if self.store.shard is None else "{}/{}".format(*self.store.shard)
@@ -311,6 +307,17 @@ class Runner:
                     self.board.count(group=1)
         rows = {row["run"]: row for row in self.store.rows()}
         return [{**rows[c.run_id], **self._place(c)} for c in cells if c.run_id in rows]
+
+    def _in_order(
+        self, cells: Sequence[Cell], mine: Sequence[list[Cell]], pending: Sequence[list[Cell]]
+    ) -> list[list[Cell]]:
+        """The groups of `mine` that are `pending` in the order in which they are run: clean twins
+        come before the victims that are compared with them.
+        """
+        self.twins = {cell.victim_id for cell in cells if cell.attack is None}
+        self.mine = {cell.victim_id for cell in itertools.chain(*mine)}
+        kinds = list(dict.fromkeys(_kind(group[0]) for group in pending))
+        return sorted(pending, key=lambda g: (kinds.index(_kind(g[0])), g[0].attack is not None))
 
     def _place(self, cell: Cell) -> dict[str, Any]:
         return {"experiment": self.experiment, "scale": self.scale, **cell.place}
@@ -466,15 +473,16 @@ class Runner:
 
     def complaint(self) -> str:
         """One line on what does not fit."""
+        return f"{self.too_large(device_name())}; take smaller batches or a larger device"
+
+    def too_large(self, device: str) -> str:
+        """What does not fit."""
         kinds = {
             f"{registry.name_of(c.defense) or 'training'} on {registry.name_of(c.model)}"
             for c in self.unfit
         }
-        what = (
-            f"{len(self.unfit)} runs do not fit into the memory of {device_name()} even one at a "
-            "time"
-        )
-        return f"{what}: {', '.join(sorted(kinds))}; take smaller batches or a larger device"
+        what = f"{len(self.unfit)} runs do not fit into the memory of {device} even one at a time"
+        return f"{what}: {', '.join(sorted(kinds))}"
 
     def _data(self, cell: Cell) -> tuple[Model, Any]:
         start = time.monotonic()

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
 from bdjax import mesh
 from bdjax.plots import power_law
+from bdjax.target import flops
 from bdjax.types import Model
 
 
@@ -105,39 +105,3 @@ def forward_flops(model: Model, images: int) -> float:
     return flops(
         lambda v, x: model.apply(v, x).logits, jax.eval_shape(model.init, jax.random.key(0)), x
     )
-
-
-def flops(fn: Callable, *args: Any) -> float:
-    """The flops of all matrix products and convolutions in `fn(*args)`, scans counted to their
-    length.
-    """
-    return _flops(jax.make_jaxpr(fn)(*args).jaxpr)
-
-
-def _flops(jaxpr: core.Jaxpr) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
-        out = eqn.outvars[0].aval
-        if eqn.primitive.name == "dot_general":
-            contracted = eqn.params["dimension_numbers"][0][0]
-            total += 2.0 * out.size * _product(shapes[0][i] for i in contracted)  # type: ignore[union-attr]
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = shapes[1]
-            channels_out = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * out.size * _product(kernel) / channels_out  # type: ignore[union-attr]
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if isinstance(inner, core.Jaxpr):
-                    total += _flops(inner) * (
-                        eqn.params["length"] if eqn.primitive.name == "scan" else 1
-                    )
-    return total
-
-
-def _product(values: Any) -> float:
-    result = 1.0
-    for value in values:
-        result *= value
-    return result

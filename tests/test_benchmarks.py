@@ -13,24 +13,6 @@ from benchmarks import measure
 from benchmarks.__main__ import bench, names
 
 
-def test_flops_of_products_and_convolutions_are_counted_through_scans():
-    a, b = jnp.ones((3, 5)), jnp.ones((5, 7))
-    assert measure.flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
-    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
-
-    def conv(x, k):
-        return jax.lax.conv_general_dilated(
-            x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    assert measure.flops(conv, image, kernel) == 2 * (2 * 6 * 6 * 4) * (3 * 3 * 3)
-
-    def five(a):
-        return jax.lax.scan(lambda c, _: (c @ jnp.eye(3), None), a, length=5)[0]
-
-    assert measure.flops(five, jnp.ones((2, 3))) == 5 * 2 * 2 * 3 * 3
-
-
 def test_the_exponent_is_the_slope_and_peak_memory_counts_what_is_held():
     assert measure.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
     assert measure.exponent([5], [1.0]) != measure.exponent([5], [1.0])  # NaN

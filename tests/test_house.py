@@ -17,7 +17,7 @@ LAYERS = (
     {"store", "checkpoints", "channels", "migrate"}, {"attacks"},
     {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"},
     {"study", "changes", "studies", "poison"},
-    {"sweep"},
+    {"sweep"}, {"target"},
     {"plots", "report"}, {"figures"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
