@@ -222,11 +222,11 @@ def _proved(
         name, outputs = other
         given = np.asarray(found.pixels.of(jnp.asarray(x)))
         error = runtime.difference(ours, outputs(given), origin.last)
-        lines.append(_same(error, name, len(x)))
+        lines.append(_same(error, f"of {name}", len(x)))
         by, errors, images = [name], [error], len(x)
     if logits is not None:
         error, images = _reference(found, own.at_home(logits))
-        lines.append(_same(error, f"the logits in {logits}", images))
+        lines.append(_same(error, f"in {logits}", images))
         by, errors = [*by, "logits"], [*errors, error]
     metrics_: dict[str, float] = {}
     if data is not None:
@@ -285,13 +285,13 @@ def _batched(found: _Read, x: np.ndarray, ours: np.ndarray) -> None:
         )
 
 
-def _same(error: float, name: str, images: int) -> str:
-    if error > ERROR:
+def _same(error: float, where: str, images: int) -> str:
+    if not error <= ERROR:
         raise BadInput(
-            f"its logits differ from those of {name} by {error:.1e} of the largest: it is not the "
+            f"its logits differ from those {where} by {error:.1e} of the largest: it is not the "
             "same net, or takes other pixels (--preprocess)"
         )
-    return f"equal to {name}: they differ by {error:.1e} of the largest |logit|, {images} images"
+    return f"its logits are those {where}: {error:.1e} of the largest apart, {images} images"
 
 
 def _reference(found: _Read, path: Path) -> tuple[float, int]:

@@ -424,20 +424,23 @@ def memory() -> int:
         return size
 
 
-def most_of(path: str | Path) -> int:
-    """The most bytes that are unpacked from an archive: half of the memory, and no more than
-    `RATIO` times its size once that is over `LARGE`.
+def most_of(packed: int) -> int:
+    """The most bytes that are unpacked from an archive of `packed` bytes: half of the memory, and
+    no more than `RATIO` times its size once that is over `LARGE`.
     """
-    return min(memory() // 2, max(LARGE, RATIO * os.stat(path).st_size))
+    return min(memory() // 2, max(LARGE, RATIO * packed))
 
 
-def fits(path: str | Path, size: int) -> None:
-    """Raises `BadInput` where the archive at `path` declares more bytes than there is room for."""
-    if size > (most := most_of(path)):
+def fits(path: str | Path, size: int, packed: int | None = None) -> None:
+    """Raises `BadInput` where the archive at `path`, of `packed` bytes, declares more bytes than
+    there is room for.
+    """
+    packed = os.stat(path).st_size if packed is None else packed
+    if size > (most := most_of(packed)):
         raise BadInput(
-            f"{path}: declares {gigabytes(size)} in a file of "
-            f"{gigabytes(os.stat(path).st_size)}; at most {gigabytes(most)} are unpacked here: "
-            "save fewer images, or take a machine with more memory"
+            f"{path}: declares {gigabytes(size)} in a file of {gigabytes(packed)}; at most "
+            f"{gigabytes(most)} are unpacked here: save fewer images, or take a machine with more "
+            "memory"
         )
 
 
@@ -554,8 +557,10 @@ def _h5(path: str | Path, names: Iterable[str] | None) -> dict[str, np.ndarray]:
         return h5_arrays(path, parts)
 
 
-def h5_arrays(path: str | Path, parts: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of HDF5 data sets, under the rules of `read_arrays`."""
+def h5_arrays(
+    path: str | Path, parts: Mapping[str, Any], packed: int | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of HDF5 data sets, under the rules of `read_arrays`; `packed`: see `fits`."""
     import h5py
 
     size = 0
@@ -567,7 +572,7 @@ def h5_arrays(path: str | Path, parts: Mapping[str, Any]) -> dict[str, np.ndarra
         if part.external or part.is_virtual:
             raise BadInput(f"{path}: {name} lies in other files; save it in this one")
         size += max(math.prod(part.shape) * part.dtype.itemsize, math.prod(part.shape))
-        fits(path, size)
+        fits(path, size, packed)
         filters = part.id.get_create_plist()
         used = [filters.get_filter(i)[0] for i in range(filters.get_nfilters())]
         packers = [code for code in used if code in (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_LZF)]
@@ -575,5 +580,5 @@ def h5_arrays(path: str | Path, parts: Mapping[str, Any]) -> dict[str, np.ndarra
         if len(packers) > 1 or not plain.issuperset(used):
             raise BadInput(f"{path}: {name} is packed in a way not known here; save it with gzip")
         if packers:  # HDF5 unpacks a chunk to whatever size it has
-            part.id.chunk_iter(lambda chunk: fits(path, DEFLATE * chunk.size))
+            part.id.chunk_iter(lambda chunk: fits(path, DEFLATE * chunk.size, packed))
     return {name: np.asarray(part) for name, part in parts.items()}

@@ -126,8 +126,11 @@ def _named(seen: Sequence[tuple[str, str, bool, Any]]) -> dict[tuple[str, str, b
     last = max(
         (i for i, (_, k, enters, _) in enumerate(seen) if k in LINEAR and enters), default=-1
     )
-    maps = [i for i, (_, k, e, v) in enumerate(seen) if k in CONVS and not e and v.ndim == 4]
-    maps = [i for i in maps if i < last] or maps
+    convs = [i for i, (_, k, enters, _) in enumerate(seen) if k in CONVS and not enters]
+    end = last if last > 0 and convs and last > convs[0] else len(seen)
+    maps = [i for i, (_, _, e, v) in enumerate(seen[:end]) if not e and v.ndim == 4 and convs]
+    if maps and any("Attention" in kind for _, kind, _, _ in seen[maps[-1] :]):
+        maps = []
     taken, counts = {"penultimate", "conv_last"}, dict[tuple[str, str, bool], int]()
     names = {}
     for i, (name, kind, enters, _) in enumerate(seen):

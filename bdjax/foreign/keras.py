@@ -119,7 +119,7 @@ def _zipped(path: Path, raw: bytes) -> File:
             sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
             if "config.json" not in sizes or "model.weights.h5" not in sizes:
                 raise BadInput("it has no config.json and model.weights.h5: no model of Keras")
-            schema.fits(path, sum(sizes.values()))
+            schema.fits(path, sum(sizes.values()), len(raw))
             if sizes["config.json"] > CONFIG or sizes.get("metadata.json", 0) > CONFIG:
                 raise BadInput("its description is too large")
             config = schema.parse(archive.read("config.json"))
@@ -144,7 +144,7 @@ def _group(names: Mapping[str, str], within: Sequence[Described], layer: Describ
     """The group of a layer's weights: by the name that it keeps, else by its kind and number."""
     group = ""
     for part in (*within, layer):
-        inside = f"{group}layers/"
+        inside = group if part.kind == "EinsumDense" else f"{group}layers/"
         here = [g for g in names if re.fullmatch(rf"{re.escape(inside)}[^/]+", g)]
         kind = re.sub(r"(?<=[a-z0-9])([A-Z])|(?<=.)([A-Z])(?=[a-z])", r"_\1\2", part.kind).lower()
         named = [g for g in here if names[g] == part.name]
@@ -264,7 +264,7 @@ def _arrays(
             if not isinstance(top, h5py.Group):
                 raise BadInput(f"it has no {root}")
             top.visititems(visit)  # what lies in this file alone
-            arrays = schema.h5_arrays(path, parts)
+            arrays = schema.h5_arrays(path, parts, len(raw))
     except BadInput:
         raise
     except Exception as error:  # whatever a damaged file makes HDF5 raise

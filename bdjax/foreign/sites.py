@@ -36,9 +36,10 @@ def places(graph: Graph, shapes: Mapping[str, Any]) -> dict[str, tuple[str, ...]
         for name in node.inputs:
             readers.setdefault(name, []).append(node)
     named = {}
+    ends = {graph.output} | {node.inputs[0] for node in graph.nodes if node.op == "Binary"}
     for node in graph.nodes:
         for i, name in enumerate(node.outputs):
-            if name in shapes and node.op not in VIEWS and name != graph.output:
+            if name in shapes and node.op not in VIEWS and name not in ends:
                 named[name] = f"{node.name}_{i}" if i else node.name
     for name, own in list(named.items()):
         after = readers.get(name, [])

@@ -312,7 +312,7 @@ def arrays(path: Path, raw: bytes, file: File, tensors: Mapping[str, Tensor]) ->
         if numbers > count or (numbers and not 0 <= tensor.offset + reach < count):
             raise BadInput(f"the tensor '{shown(name)}' looks beyond its numbers: damaged")
         total += numbers * max(dtype.itemsize, 4)
-        schema.fits(path, total)
+        schema.fits(path, total, len(raw))
         flat = np.frombuffer(raw, dtype.newbyteorder("<" if file.little else ">"), count, start)
         steps = tuple(s * dtype.itemsize for s in tensor.strides)
         view = np.lib.stride_tricks.as_strided(
