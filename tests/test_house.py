@@ -16,10 +16,10 @@ LAYERS = (
     {"store", "checkpoints", "channels", "migrate"}, {"attacks"},
     {"defenses", "analysis", "zoo_veldanda", "testing"}, {"study", "changes", "studies", "poison"},
     {"sweep"},
-    {"plots", "report"}, {"figures"}, {"experiment"}, {"cli", "__main__"},
+    {"plots", "report"}, {"figures"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
-LATE = {"augment", "plots", "figures", "report", "experiment", "cli", "__main__"}
+LATE = {"augment", "plots", "figures", "report", "experiment", "latex", "cli", "__main__"}
 FILES = sorted((ROOT / "bdjax").rglob("*.py"))
 
 
