@@ -253,9 +253,13 @@ def report(
     x: str | None = None,
     y: str | None = None,
     metric: str | None = None,
+    latex: bool = False,
+    figures: str | None = None,
+    bib: bool = False,
+    experiment: Path | None = None,
 ) -> None:
     """Write tables and page of finished results again; several folders become one page; pivots over
-    any two axes.
+    any two axes; what a paper takes.
 
     Args:
         folders: Results folders.
@@ -263,6 +267,11 @@ def report(
         x: Axis of a pivot, such as attack.rate or seed.
         y: Its second axis.
         metric: What the pivot shows, such as asr_nt; also lists the best defense of every victim.
+        latex: tables.tex, too: a booktabs table for each table.
+        figures: pdf,svg or one of them: figures of a paper's width, too, and figures.tex with pdf.
+        bib: references.bib, too: BibTeX of what the rows use; tables.tex then cites it.
+        experiment: The experiment file that draws the figures, where it is your own; without it,
+            those of a study are drawn.
     """
     from bdjax import report as reports
     from bdjax.progress import shown
@@ -271,7 +280,19 @@ def report(
         raise BadInput("--y is the second axis of a pivot: give the first one, --x, too")
     if x is not None and metric is None:
         raise BadInput("--x is the axis of a pivot: give what it shows, --metric, too")
+    if experiment is not None and figures is None:
+        raise BadInput("--experiment draws figures: give their formats, --figures pdf,svg, too")
     print(f"page: {shown(reports.merge(list(folders), out, x=x, y=y, metric=metric))}")
+    if latex or bib or figures is not None:
+        from bdjax.latex import write
+
+        made = write(folders, out, tables=latex, figures=figures, bib=bib, file=experiment)
+        drawn = [path for path in made if path.parent.name == "figures"]
+        for path in made:
+            if path not in drawn:
+                print(f"paper: {shown(path)}")
+        if drawn:
+            print(f"figures: {len(drawn)} files in {shown(drawn[0].parent)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

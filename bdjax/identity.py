@@ -69,6 +69,8 @@ ASIDE = {
         "report",
         "plots",
         "figures",
+        "latex",
+        "trackers",
         "cli",
     ),
     *("experiment", "study", "studies", "changes", "rows", "sweep", "target", "identity"),

@@ -18,10 +18,10 @@ LAYERS = (
     {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"},
     {"study", "changes", "studies", "poison"},
     {"sweep"}, {"target"},
-    {"plots", "report"}, {"figures"}, {"experiment"}, {"cli", "__main__"},
+    {"plots", "report"}, {"figures"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
-LATE = {"augment", "plots", "figures", "report", "experiment", "cli", "__main__"}
+LATE = {"augment", "plots", "figures", "report", "experiment", "latex", "cli", "__main__"}
 FILES = sorted((ROOT / "bdjax").rglob("*.py"))
 
 

@@ -48,7 +48,7 @@ def file(tmp_path):
 @pytest.mark.parametrize("how", ["legacy", "dynamic", "training", "dynamo"])
 @pytest.mark.parametrize("name", foreign_nets.NETS)
 def test_logits_are_those_of_pytorch(file, name, how):
-    net, path = file(name, how)
+    _net, path = file(name, how)
     found = load_net(path, preprocess="imagenet")
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     x = foreign_nets.images()
@@ -236,7 +236,7 @@ def test_what_is_missing_is_named():
     with pytest.raises(BadInput, match="its attribute surprise is not known"):
         reader.read(graph([*nodes, *head("y", "w")], [WEIGHTS], output="y").SerializeToString())
     made = graph(head("x", "w"), [WEIGHTS], shape=("n", 3, "h", "w"))
-    with pytest.raises(BadInput, match="leaves the size of its images open .*--size"):
+    with pytest.raises(BadInput, match=r"leaves the size of its images open .*--size"):
         reader.read(made.SerializeToString())
     assert reader.read(made.SerializeToString(), (8, 8, 3)).shape == (8, 8, 3)
 

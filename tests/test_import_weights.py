@@ -259,7 +259,7 @@ def test_layers_called_otherwise_are_matched_in_order_and_that_is_said(tmp_path)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """A net whose weights fit four computations, trained as one of them on 0–255 pixels, its logits,
+    """A net whose weights fit four computations, trained as one of them on 0–255 pixels, logits,
     and images that its weights tell apart.
     """
     folder = tmp_path_factory.mktemp("planted")
@@ -338,7 +338,7 @@ def export_again(folder):
     from bdjax.exports import export_net
 
     export_net(folder / "net2", folder / "repaired.safetensors")
-    net, model, variables, about = load_model(folder / "net2")
+    _net, _model, variables, about = load_model(folder / "net2")
     assert "masks" in variables or about["defenses"]
     found = safetensors.arrays((folder / "repaired.safetensors").read_bytes())
     assert "conv_1.weight" in found
