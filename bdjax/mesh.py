@@ -51,7 +51,7 @@ def aiming(target: str) -> Iterator[None]:
             jax.clear_caches()
 
 
-FLAGS = {
+FLAGS: dict[tuple[int, ...], tuple[str, ...]] = {
     (0, 12, 0): (
         "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
         "--xla_cpu_use_onednn=true",

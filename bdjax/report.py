@@ -816,7 +816,7 @@ def _facts(section: Section) -> list[tuple[str, str]]:
     return [(name, text) for name, text in [*facts, ("command", section.command)] if text]
 
 
-def _how(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def _how(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What may make the digits of the rows differ, where it is not the default of all of them."""
     made = [row["how"] for row in rows if row.get("how")]
     flags = dict.fromkeys(" ".join(how["flags"]) or "none" for how in made)

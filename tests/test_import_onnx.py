@@ -48,7 +48,7 @@ def file(tmp_path):
 @pytest.mark.parametrize("how", ["legacy", "dynamic", "training", "dynamo"])
 @pytest.mark.parametrize("name", foreign_nets.NETS)
 def test_logits_are_those_of_pytorch(file, name, how):
-    _net, path = file(name, how)
+    net, path = file(name, how)
     found = load_net(path, preprocess="imagenet")
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     x = foreign_nets.images()
@@ -130,7 +130,7 @@ def test_a_net_of_the_house_from_then_on(file, tmp_path, capsys):
 @pytest.mark.parametrize("how", ["legacy", "training", "dynamo"])
 @pytest.mark.parametrize("name", foreign_nets.NETS)
 def test_it_is_written_back_with_its_names(file, tmp_path, name, how):
-    net, path = file(name, how)
+    _net, path = file(name, how)
     found = load_net(path, preprocess="0-1")
     other = jax.tree.map(lambda leaf: leaf * 1.01, found.variables)
     export(found.net, found.model, other, found.about, tmp_path / "out.onnx")
