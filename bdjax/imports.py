@@ -91,6 +91,9 @@ def load_net(
         found = _read(path, arch, given, None if sides is None else tuple(map(int, sides)))
     except BadInput as error:
         raise BadInput(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
+    except Exception as error:  # whatever a damaged file makes what reads it raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(f"{path}: damaged, or not known here ({what})") from error
     if data is not None and found.model.shape != data.shape:
         wanted, have = ("×".join(map(str, one)) for one in (found.model.shape, data.shape))
         raise BadInput(f"{path} takes images of {wanted}, those of {data.name} are {have}")

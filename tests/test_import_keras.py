@@ -1,20 +1,20 @@
 """Whole models of Keras from their own description, and weights alone."""
 
-import os
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
-keras = pytest.importorskip("keras")
-
-import jax
-from keras import layers as L
-
 from bdjax import load_net
 from bdjax.exports import export
+from bdjax.foreign import runtime
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.types import BadInput
+
+pytest.importorskip("keras")
+keras: Any = runtime.keras()
+L = keras.layers
 
 FREE = jax.numpy_rank_promotion, jax.numpy_dtype_promotion
 """What Keras needs of JAX, which these tests keep strict."""

@@ -1,16 +1,10 @@
 """Nets of ONNX: equal to the original, looked into, trained, written back."""
 
+import foreign_nets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-pytest.importorskip("torch")
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
-
-import foreign_nets
-from onnx import TensorProto, helper, numpy_helper
 
 from bdjax import cli, load_model, load_net, save_net, testing
 from bdjax.exports import export
@@ -19,6 +13,10 @@ from bdjax.foreign.graph import ONNX, Node, Value, compute, plain
 from bdjax.models.graph import kernel_into
 from bdjax.train import Recipe, clean_set, fit
 from bdjax.types import BadInput, Split
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+TensorProto, helper, numpy_helper = onnx.TensorProto, onnx.helper, onnx.numpy_helper
 
 
 def apart(ours, theirs):
@@ -130,7 +128,7 @@ def test_a_net_of_the_house_from_then_on(file, tmp_path, capsys):
 @pytest.mark.parametrize("how", ["legacy", "training", "dynamo"])
 @pytest.mark.parametrize("name", foreign_nets.NETS)
 def test_it_is_written_back_with_its_names(file, tmp_path, name, how):
-    _net, path = file(name, how)
+    _, path = file(name, how)
     found = load_net(path, preprocess="0-1")
     other = jax.tree.map(lambda leaf: leaf * 1.01, found.variables)
     export(found.net, found.model, other, found.about, tmp_path / "out.onnx")

@@ -1,19 +1,18 @@
 """Bare weights: which architecture, which pixels, and what proves it."""
 
-import numpy as np
-import pytest
-
-torch = pytest.importorskip("torch")
+import dataclasses
 
 import foreign_nets
 import jax
-from foreign_nets import F, nn
+import numpy as np
+import pytest
+from foreign_nets import F, nn, torch
 from PIL import Image
 
-from bdjax import cli, load_model, load_net, save_net
+from bdjax import cli, export_net, load_model, load_net, save_net
 from bdjax.checkpoints import save_tree
 from bdjax.exports import export
-from bdjax.foreign import safetensors
+from bdjax.foreign import files, safetensors
 from bdjax.foreign.native import architecture
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.layers import build
@@ -230,8 +229,6 @@ def test_nets_of_torchvision_load_by_their_names(tmp_path, arch):
     torch.save({"state_dict": net.state_dict(), "epoch": 3}, tmp_path / "w.pt")
     given = architecture(arch)
     if arch == "vgg16_bn":
-        import dataclasses
-
         given = dataclasses.replace(given, hidden=64)
     found = load_net(tmp_path / "w.pt", arch=given, preprocess="0-1", size=(32, 32, 3))
     assert not any("in order" in line for line in found.lines)
@@ -259,8 +256,8 @@ def test_layers_called_otherwise_are_matched_in_order_and_that_is_said(tmp_path)
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """A net whose weights fit four computations, trained as one of them on 0–255 pixels, logits,
-    and images that its weights tell apart.
+    """A net whose weights fit four computations, made for one of them on 0–255 pixels, its logits,
+    and images labelled by it.
     """
     folder = tmp_path_factory.mktemp("planted")
     model = build(BadNetsCnn(pool="max", fc_linear=True), (28, 28, 1), 10)
@@ -335,10 +332,8 @@ def test_an_accuracy_is_a_reference_too_and_better_pixels_are_shown(planted, tmp
 
 
 def export_again(folder):
-    from bdjax.exports import export_net
-
     export_net(folder / "net2", folder / "repaired.safetensors")
-    _net, _model, variables, about = load_model(folder / "net2")
+    _, _, variables, about = load_model(folder / "net2")
     assert "masks" in variables or about["defenses"]
     found = safetensors.arrays((folder / "repaired.safetensors").read_bytes())
     assert "conv_1.weight" in found
@@ -373,8 +368,6 @@ def test_a_pruned_net_of_backdoorbench_is_read_as_it_computes(tmp_path):
     weights["1.weight_mask"][:, 3] = 0
     weights["1.bias"] = net[1].bias.data
     torch.save({"model_name": "x", "num_classes": 4, "model": weights}, tmp_path / "w.pt")
-    from bdjax.foreign import files
-
     raw = (tmp_path / "w.pt").read_bytes()
     found = files.plain_names(files.read(tmp_path / "w.pt", raw, "torch", None).arrays)
     assert set(found) == {"1.weight", "1.bias"} and not found["1.weight"][:, 3].any()

@@ -166,7 +166,7 @@ def config_of(raw: bytes) -> tuple[bytes, str] | None:
         raise BadInput(f"damaged ({' '.join(str(error).split())[:100]})") from error
     if config is None:
         return None
-    text = config if isinstance(config, bytes) else str(config).encode()
+    text = config if isinstance(config, bytes) else str(config).encode("utf-8", "replace")
     if len(text) > CONFIG:
         raise BadInput("its description is too large")
     return text, version

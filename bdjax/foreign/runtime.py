@@ -61,14 +61,20 @@ def _onnxruntime(raw: bytes, layout: str) -> tuple[str, Outputs]:
     return f"onnxruntime {onnxruntime.__version__}", outputs
 
 
-def _keras(path: Path) -> tuple[str, Outputs] | None:
+def keras() -> Any:
+    """Keras, on JAX unless the user has chosen another backend."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
+    return keras
+
+
+def _keras(path: Path) -> tuple[str, Outputs] | None:
+    program = keras()
     try:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             # nothing but standard layers is in it: the reader saw to that
-            model: Any = keras.saving.load_model(path, compile=False, safe_mode=True)
+            model: Any = program.saving.load_model(path, compile=False, safe_mode=True)
     except Exception:  # a file that this Keras cannot load proves nothing
         return None
 
@@ -76,7 +82,7 @@ def _keras(path: Path) -> tuple[str, Outputs] | None:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             return np.asarray(model(x, training=False)).reshape(len(x), -1)
 
-    return f"keras {keras.__version__}", outputs
+    return f"keras {program.__version__}", outputs
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, last: str) -> float:
