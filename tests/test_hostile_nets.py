@@ -260,6 +260,18 @@ def test_activations_of_billions_are_refused(onnx, tmp_path, nodes, arrays):
     refused(tmp_path / "a.onnx")
 
 
+def test_millions_of_small_messages_are_refused_before_they_are_parsed(onnx, monkeypatch):
+    from bdjax import schema
+    from bdjax.foreign.onnx import _model
+
+    monkeypatch.setattr(schema, "memory", lambda: 1 << 24)
+    body = b"\x0a\x00" * (1 << 18)
+    with pytest.raises(BadInput, match="are no weights: too large"):
+        _model(b"\x3a" + b"\x80\x80\x20" + body)
+    big = model(onnx, HEAD, {"w": np.ones((64, 3000), np.float32)}).SerializeToString()
+    assert len(big) > 1 << 16 and _model(big).graph.node
+
+
 def test_tensors_that_do_not_hold_what_they_say_are_refused(onnx, tmp_path):
     for dims in ([1 << 40, 3], [64, 4], [-1, 3]):
         made = model(onnx, HEAD, KERNEL)

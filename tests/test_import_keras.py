@@ -108,7 +108,7 @@ def logits(net, x):
         return np.asarray(net.model.apply(net.variables, x).logits)
 
 
-@pytest.mark.parametrize("ending", [".keras", ".h5"])
+@pytest.mark.parametrize("ending", [".keras", pytest.param(".h5", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NETS)
 def test_a_model_is_read_held_against_keras_and_written_back(tmp_path, name, ending):
     model = made(name)

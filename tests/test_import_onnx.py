@@ -43,8 +43,19 @@ def file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("how", ["legacy", "dynamic", "training", "dynamo"])
-@pytest.mark.parametrize("name", foreign_nets.NETS)
+LONG = pytest.mark.long
+SOME = [
+    pytest.param(name, how, marks=[] if (name, how) in quick else LONG)
+    for quick in [
+        {("resnet", "training"), ("mobile", "legacy"), ("vit", "dynamo"), ("vgg", "legacy")}
+    ]
+    for name in foreign_nets.NETS
+    for how in ("legacy", "dynamic", "training", "dynamo")
+]
+"""Every net by every exporter; in the bare suite one each."""
+
+
+@pytest.mark.parametrize("name, how", SOME)
 def test_logits_are_those_of_pytorch(file, name, how):
     net, path = file(name, how)
     found = load_net(path, preprocess="imagenet")
@@ -79,7 +90,7 @@ def test_names_and_shapes_are_those_that_defenses_look_for(file):
     assert (np.asarray(acts["conv_last"]) == np.maximum(acts["conv_last_pre"], 0)).all()
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit"])
+@pytest.mark.parametrize("name", ["resnet", pytest.param("vit", marks=LONG)])
 def test_it_is_a_net_like_any_other(file, name):
     _, path = file(name, "training")
     model = load_net(path, preprocess="0-1").model
@@ -125,8 +136,7 @@ def test_a_net_of_the_house_from_then_on(file, tmp_path, capsys):
     assert apart(model.apply(variables, x).logits, ran(path, x)) < 1e-5
 
 
-@pytest.mark.parametrize("how", ["legacy", "training", "dynamo"])
-@pytest.mark.parametrize("name", foreign_nets.NETS)
+@pytest.mark.parametrize("name, how", SOME)
 def test_it_is_written_back_with_its_names(file, tmp_path, name, how):
     _, path = file(name, how)
     found = load_net(path, preprocess="0-1")

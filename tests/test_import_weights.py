@@ -154,7 +154,10 @@ def preact(tmp_path_factory):
 HOW = {"arch": "preactresnet18", "preprocess": "cifar10", "size": (32, 32, 3)}
 
 
-@pytest.mark.parametrize("ending", ["pth", "old.pth", "safetensors"])
+@pytest.mark.parametrize(
+    "ending",
+    ["pth", *(pytest.param(e, marks=pytest.mark.long) for e in ("old.pth", "safetensors"))],
+)
 def test_weights_of_pytorch_are_read_and_written_back(preact, tmp_path, ending):
     net, image, logits, folder = preact
     path, weights = tmp_path / f"weights.{ending}", net.state_dict()
@@ -218,7 +221,12 @@ def test_what_backdoorbench_wrote_says_its_net_its_pixels_and_its_triggers(preac
     assert all(torch.equal(again["model"][k], v) for k, v in weights.items())
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "vgg16_bn"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet18", *(pytest.param(a, marks=LONG) for a in ("resnet50", "vgg16_bn"))]
+)
 def test_nets_of_torchvision_load_by_their_names(tmp_path, arch):
     made = {
         "resnet18": lambda: ResNet(Basic, (2, 2, 2, 2)),

@@ -20,8 +20,10 @@ from bdjax.types import BadInput, shown
 
 OLDEST = 11
 """The oldest opset that is read."""
-MESSAGES = 64
-"""Bytes of memory that a byte of an odd file may take, once parsed."""
+MESSAGES, PARTS = 256, 1_000_000
+"""What share of the memory a file may have whose size is not that of its weights: parsed, a byte of
+an odd one takes 80; and the most operators and tensors of a large file.
+"""
 
 
 def read(raw: bytes, size: Sequence[int] | None = None) -> Found:
@@ -107,15 +109,19 @@ def _bulky(raw: bytes) -> None:
     """Raises `BadInput` where a file is large, but not by plain numbers: its many small messages
     would take far more memory than the file.
     """
-    if len(raw) * MESSAGES < schema.memory():
+    most, small, count = schema.memory() // MESSAGES, 0, 0
+    if len(raw) < most:
         return
-    numbers = 0
     for field, _, part in _fields(raw, 0, len(raw)):
         for inner, _, piece in _fields(raw, *part) if field == 7 else ():  # graph
+            small += piece[1] - piece[0]
             for leaf, _, data in _fields(raw, *piece) if inner == 5 else ():  # initializer
-                numbers += data[1] - data[0] if leaf in (4, 9) else 0  # float_data, raw_data
-    if (len(raw) - numbers) * MESSAGES >= schema.memory():
-        raise BadInput(f"{schema.gigabytes(len(raw) - numbers)} of it are no weights: too large")
+                small -= data[1] - data[0] if leaf in (4, 9) else 0  # float_data, raw_data
+            count += 1
+            if small > most or count > PARTS:
+                raise BadInput(
+                    f"more than {schema.gigabytes(small)} of it are no weights: too large"
+                )
 
 
 def _fields(raw: bytes, at: int, end: int):
