@@ -114,7 +114,7 @@ def _bulky(raw: bytes) -> None:
         return
     for field, _, part in _fields(raw, 0, len(raw)):
         for inner, _, piece in _fields(raw, *part) if field == 7 else ():  # graph
-            small += piece[1] - piece[0]
+            small += piece[1] - piece[0] + 2
             for leaf, _, data in _fields(raw, *piece) if inner == 5 else ():  # initializer
                 small -= data[1] - data[0] if leaf in (4, 9) else 0  # float_data, raw_data
             count += 1
