@@ -25,6 +25,7 @@ from bdjax import datasets, own, plugins, registry
 from bdjax.datasets.files import Format
 from bdjax.identity import Stale
 from bdjax.registry import Entry
+from bdjax.trackers import Log
 from bdjax.types import BadInput, Seed, class_name
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
@@ -61,6 +62,7 @@ def run(
     only: str | None = None,
     quiet: bool = False,
     stale: Stale | None = None,
+    log: Log | None = None,
 ) -> None:
     """Run an experiment file: prints its table "paper vs ours", writes a results folder; goes on
     where it stopped.
@@ -75,10 +77,14 @@ def run(
         quiet: No progress.
         stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
             folder that has some is refused if not given.
+        log: Where else finished rows go: TensorBoard, Weights & Biases or MLflow, without a
+            network.
     """
     from bdjax import experiment
 
-    experiment.run(file, scale, out, seeds, quiet, lanes, changes=settings, only=only, stale=stale)
+    experiment.run(
+        file, scale, out, seeds, quiet, lanes, changes=settings, only=only, stale=stale, log=log
+    )
 
 
 def sweep(
@@ -96,6 +102,7 @@ def sweep(
     only: str | None = None,
     quiet: bool = False,
     stale: Stale | None = None,
+    log: Log | None = None,
 ) -> None:
     """Run a sweep: an experiment file with many cells, on any number of devices and machines.
 
@@ -116,6 +123,8 @@ def sweep(
         quiet: No progress.
         stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
             folder that has some is refused if not given.
+        log: Where else finished rows go: TensorBoard, Weights & Biases or MLflow, without a
+            network.
     """
     from bdjax import experiment
 
@@ -128,6 +137,7 @@ def sweep(
         "dry_run": dry_run,
         "changes": settings,
         "only": only,
+        "log": log,
     }
     experiment.run(file, scale, out, seeds, quiet, lanes, live=True, **options)
 
@@ -146,6 +156,7 @@ def study(
     dry_run: bool = False,
     quiet: bool = False,
     stale: Stale | None = None,
+    log: Log | None = None,
 ) -> None:
     """Run every attack, and the clean twin, under every defense: a study without writing Python.
 
@@ -167,6 +178,8 @@ def study(
         quiet: No progress.
         stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
             folder that has some is refused if not given.
+        log: Where else finished rows go: TensorBoard, Weights & Biases or MLflow, without a
+            network.
     """
     from bdjax import experiment, studies
 
@@ -176,7 +189,7 @@ def study(
         studies.save(text, save)
     with tempfile.TemporaryDirectory() if dry_run else contextlib.nullcontext(folder) as kept:
         file = studies.keep(text, Path(kept))
-        options = {"dry_run": dry_run, "live": True, "stale": stale}
+        options = {"dry_run": dry_run, "live": True, "stale": stale, "log": log}
         experiment.run(file, "cpu", folder, None, quiet, lanes, **options)
 
 

@@ -35,6 +35,7 @@ from bdjax.rows import Rows
 from bdjax.store import Store, read_rows, result_files
 from bdjax.study import Cell
 from bdjax.sweep import Clock, Runner, at_once, footprint, groups, say
+from bdjax.trackers import tracker
 from bdjax.types import BadInput, whole
 
 
@@ -69,6 +70,7 @@ def run(
     changes: Sequence[str] = (),
     only: str | None = None,
     stale: Stale | None = None,
+    log: str | None = None,
 ) -> Rows:
     """Runs a study, an experiment file or cells; returns its rows. What was finished by an earlier
     run is not done again.
@@ -80,7 +82,7 @@ def run(
     would be done; `live`: a table instead of bars; `changes`: fields of the cells that are set
     otherwise, `PATH=VALUE` each, see `bdjax.changes`; `only`: the cells whose table or row this
     pattern of a shell fits; `stale`: what to do with rows and victims that other code made, see
-    `Runner`.
+    `Runner`; `log`: where else finished rows go, see `bdjax.trackers`.
     """
     width = lanes if lanes in (None, "auto") else whole("lanes", lanes, 1)
     part = None if shard is None else part_of(shard)
@@ -133,6 +135,7 @@ def run(
         newer = f"Python 3.12 or newer takes a newer jax than {jax.__version__}"
         progress.say_once(f"{newer}, which is about 1.5 times as fast on a CPU")
 
+    told = None if log is None else tracker(log, Store(folder, part), path.stem)
     store, console, start, clock = Store(folder, part), Console(), time.monotonic(), Clock()
     on = f"the same command{'' if resume else ' without --no-resume'} goes on from there"
     with progress.kept(f"what was finished is kept in {folder}; {on}"):
@@ -140,6 +143,8 @@ def run(
         def finished(rows: list[dict[str, Any]]) -> None:
             for row in rows:
                 say(f"  {report.line(row)}", quiet)
+            if told is not None:
+                told(rows)
 
         runner = Runner(
             store, path.stem, scale, width, places, quiet, on_rows=finished, clock=clock,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
     {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets"}, {"train"},
-    {"store", "checkpoints", "channels", "migrate"}, {"attacks"},
+    {"store", "checkpoints", "channels", "migrate", "trackers"}, {"attacks"},
     {"defenses", "analysis", "zoo_veldanda", "testing"}, {"study", "changes", "studies", "poison"},
     {"sweep"},
     {"plots", "report"}, {"figures"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
