@@ -72,7 +72,7 @@ ASIDE = {
         "cli",
     ),
     *("experiment", "study", "studies", "changes", "rows", "sweep", "identity", "migrate"),
-    *("plugins", "poison", "testing", "__init__", "__main__"),
+    *("engine", "plugins", "poison", "testing", "__init__", "__main__"),
     *("models/conv", "datasets"),
 }
 """Modules of bdjax that decide no number, or only by what `CORE` names of them. Images count by

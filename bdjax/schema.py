@@ -138,7 +138,7 @@ KINDS = {
             "test?": Maybe({"n": Number(1, 2**53, True), "majority": Number(0, 1)}),
             "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
             "labels?": Maybe({"flagged?": [str], "target?": [str]}),
-            **dict.fromkeys(("oracle?", "kept?"), bool),
+            **dict.fromkeys(("oracle?", "kept?", "halved?"), bool),
             **dict.fromkeys(("device?", "jax?", "commit?"), str | None),
             **dict.fromkeys(("dataset?", "model?", "attack?", "defense?"), str | None),
             **dict.fromkeys(("error?", "verdict?"), str | None),
@@ -165,6 +165,8 @@ KINDS = {
             **dict.fromkeys(("state", "shard", "devices", "doing", "host"), str),
             **dict.fromkeys(("started", "updated"), Number(0, 2**53)),
             **dict.fromkeys(("total", "rows", "before", "groups", "group", "failed"), COUNT),
+            **dict.fromkeys(("nodes?", "tasks?", "retries?"), COUNT),
+            "workers?": {...: str},
         },
     ),
     "poison": Kind(
@@ -184,7 +186,7 @@ KINDS = {
     ),
     "members": Kind(
         2,
-        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)})},
+        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)}), "halved?": bool},
         "delete its folder, its victims are trained again",
         old=lambda value: {"victims": value} if isinstance(value, list) else value,
     ),

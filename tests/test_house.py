@@ -15,7 +15,7 @@ LAYERS = (
     {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets"}, {"train"},
     {"store", "checkpoints", "channels", "migrate"}, {"attacks"},
     {"defenses", "analysis", "zoo_veldanda", "testing"}, {"study", "changes", "studies", "poison"},
-    {"sweep"},
+    {"sweep"}, {"engine"},
     {"plots", "report"}, {"figures"}, {"experiment"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
