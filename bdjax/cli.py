@@ -89,6 +89,7 @@ def sweep(
     seeds: int | None = None,
     shard: str | None = None,
     hosts: str = "off",
+    engine: str | None = None,
     lanes: str = "auto",
     devices: int | None = None,
     resume: bool = True,
@@ -110,8 +111,11 @@ def sweep(
         seeds: How many seeds; the scale's own number if not given.
         shard: i/n, i from 0: do every n-th victim, as one of n processes unaware of each other.
         hosts: off; auto (TPU slice, Slurm); or ADDRESS:PORT,N,I: shard by jax.distributed.
+        engine: ray or ray:ADDRESS: on the workers of a Ray cluster, dealt out as they become free
+            and begun again where one is lost; a cluster of this machine if there is none.
         lanes: Runs side by side on a device: auto measures that once and remembers it, or a number.
-        devices: How many devices; all of this process if not given.
+        devices: How many devices; all of this process if not given. With an engine, how many a task
+            takes: all TPU chips of a host, one GPU, or a node's CPUs as one if not given.
         resume: Go on where an earlier run stopped; --no-resume refuses a folder that has rows.
         dry_run: Print cells, groups, memory and expected time; train nothing.
         target: With --dry-run, of which devices: tpu:v5e:4x4, gpu:h100, gpu:h100:8, cpu. Each
@@ -127,6 +131,7 @@ def sweep(
         "stale": stale,
         "shard": shard,
         "hosts": hosts,
+        "engine": engine,
         "devices": devices,
         "resume": resume,
         "dry_run": dry_run,

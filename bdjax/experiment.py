@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bdjax import engine as engines
 from bdjax import identity, mesh, plugins, progress, report
 from bdjax import target as targets
 from bdjax.changes import changed, read
@@ -63,6 +64,7 @@ def run(
     *,
     shard: str | None = None,
     hosts: str = "off",
+    engine: str | None = None,
     devices: int | None = None,
     resume: bool = True,
     dry_run: bool = False,
@@ -77,8 +79,9 @@ def run(
 
     >>> rows = bdjax.run(grid(cell, seed=range(5)), out="results/mine")
 
-    `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `devices`:
-    how many of this process's; `resume=False` refuses a folder that has rows; `dry_run` prints what
+    `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `engine`:
+    "ray" or "ray:ADDRESS", see `bdjax.engine`; `devices`: how many of this process's, or that a
+    task of the engine takes; `resume=False` refuses a folder that has rows; `dry_run` prints what
     would be done, `target` on which devices, see `bdjax.target`; `live`: a table instead of bars;
     `changes`: fields of the cells that are set
     otherwise, `PATH=VALUE` each, see `bdjax.changes`; `only`: the cells whose table or row this
@@ -93,6 +96,8 @@ def run(
         if part is not None:
             raise BadInput("--hosts shards by itself: leave --shard away")
         part = join(hosts)
+    if engine is not None and part is not None:
+        raise BadInput("--engine deals the work out by itself: leave --shard and --hosts away")
     filed = isinstance(study, (str, Path))
     path = Path(study) if filed else Path("cells")
     module = load(path) if filed else _module(study)
@@ -103,11 +108,13 @@ def run(
     if seeds is not None:
         whole("seeds", seeds, 1, SEEDS)
     aim = None if target is None else aimed(target, devices)
-    places = local_devices(devices) if aim is None else aim.devices
-    if aim is not None and aim.hosts > 1:
-        if part is not None:
+    share = None if engine is None else engines.joined(engine, devices)
+    places = local_devices(devices) if share is None else share.places
+    if aim is not None:
+        places = aim.devices
+        if aim.hosts > 1 and part is not None:
             raise BadInput(f"the {aim.hosts} hosts of {target} share the work: leave --shard away")
-        part = (0, aim.hosts)
+        part = (0, aim.hosts) if aim.hosts > 1 else part
     settings = read(changes)
     name = f"{path.stem}-{scale}" + (f"-{digest(settings)[:8]}" if settings else "")
     folder = Path("results") / name if out is None else Path(out)
@@ -158,9 +165,12 @@ def run(
             for row in rows:
                 say(f"  {report.line(row)}", quiet)
 
-        runner = Runner(
-            store, path.stem, scale, width, places, quiet, on_rows=finished, clock=clock,
-            live=live and not quiet, stale=stale, complete=filed and only is None
+        options: dict[str, Any] = {"devices": places}
+        if share is not None:
+            options = {"share": share, "file": path if filed else None}
+        runner = (Runner if share is None else engines.Driver)(
+            store, path.stem, scale, width, quiet=quiet, on_rows=finished, clock=clock,
+            live=live and not quiet, stale=stale, complete=filed and only is None, **options
         )  # fmt: skip
         rows = Rows(runner.run(cells), folder)
         if runner.unfit:

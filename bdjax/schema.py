@@ -147,7 +147,7 @@ KINDS = {
             "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
             "labels?": Maybe({"flagged?": [str], "target?": [str]}),
             "how?": Maybe(HOW),
-            **dict.fromkeys(("oracle?", "kept?"), bool),
+            **dict.fromkeys(("oracle?", "kept?", "halved?"), bool),
             **dict.fromkeys(("device?", "jax?", "commit?"), str | None),
             **dict.fromkeys(("dataset?", "model?", "attack?", "defense?"), str | None),
             **dict.fromkeys(("error?", "verdict?"), str | None),
@@ -174,6 +174,8 @@ KINDS = {
             **dict.fromkeys(("state", "shard", "devices", "doing", "host"), str),
             **dict.fromkeys(("started", "updated"), Number(0, 2**53)),
             **dict.fromkeys(("total", "rows", "before", "groups", "group", "failed"), COUNT),
+            **dict.fromkeys(("nodes?", "tasks?", "retries?"), COUNT),
+            "workers?": {...: str},
         },
     ),
     "poison": Kind(
@@ -193,7 +195,7 @@ KINDS = {
     ),
     "members": Kind(
         2,
-        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)})},
+        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)}), "halved?": bool},
         "delete its folder, its victims are trained again",
         old=lambda value: {"victims": value} if isinstance(value, list) else value,
     ),
