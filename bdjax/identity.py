@@ -69,8 +69,6 @@ ASIDE = {
         "report",
         "plots",
         "figures",
-        "latex",
-        "trackers",
         "cli",
     ),
     *("experiment", "study", "studies", "changes", "rows", "sweep", "target", "identity"),

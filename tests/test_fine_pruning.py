@@ -15,6 +15,7 @@ from bdjax import channels
 from bdjax.analysis.sensitivity import Sensitivity
 from bdjax.defenses.inputs.strip import Strip
 from bdjax.defenses.repair.fine_pruning import FinePruning
+from bdjax.models import conv as convolutions
 from bdjax.models.layers import Net, build, conv, dense, site
 from bdjax.registry import make, pytree
 from bdjax.train import Recipe, advance, begin, clean_set, evaluate, predict, stamped, unit
@@ -82,7 +83,8 @@ def test_activation_order_and_curve_equal_one_net_at_a_time(tiny, clean):
         assert float(right.mean()) == pytest.approx(float(got[count]), abs=1e-6)
 
 
-def test_what_stands_before_the_site_is_computed_once_a_batch(tiny, clean):
+def test_what_stands_before_the_site_is_computed_once_a_batch(tiny, clean, monkeypatch):
+    monkeypatch.setattr(convolutions, "_by_patches", lambda *_: False)  # to be told by its name
     model, variables = tiny
     order = jnp.arange(8)
     run = jax.jit(lambda v: channels.curve(model, v, "conv_last", order, clean.image, clean.label))
