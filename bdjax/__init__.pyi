@@ -19,6 +19,10 @@ from bdjax.defenses.base import SampleFilter as SampleFilter
 from bdjax.defenses.base import Training as Training
 from bdjax.defenses.base import judge as judge
 from bdjax.experiment import run as run
+from bdjax.exports import export_net as export_net
+from bdjax.foreign.flax import net as net
+from bdjax.imports import load_net as load_net
+from bdjax.imports import save_net as save_net
 from bdjax.models.layers import Net as Net
 from bdjax.models.layers import build as build
 from bdjax.plugins import load_plugins as load_plugins

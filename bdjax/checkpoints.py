@@ -22,6 +22,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bdjax import own, registry, schema
 from bdjax.datasets.base import fingerprint
+from bdjax.foreign.net import Imported as Imported  # so that it can be revived
+from bdjax.foreign.origin import Origin
 from bdjax.models.layers import build
 from bdjax.own import renamed
 from bdjax.progress import say_once
@@ -188,9 +190,14 @@ def load_model(path: str | Path) -> tuple[Any, Model, Variables, dict[str, Any]]
         shape, classes, masked = tuple(about.pop("shape")), about.pop("classes"), about.pop("masks")
         for kind in ("attack", "dataset", "recipe"):
             about[kind] = registry.revive(kind, about.get(kind), arrays)
+        for part in ("origin", "triggered"):  # of a net that was imported
+            about[part] = registry.revive("model", about.get(part), arrays)
         about["defenses"] = registry.revive("defense", about.get("defenses", []), arrays)
         for part in (net, about["attack"], about["dataset"], about["recipe"], *about["defenses"]):
             registry.validate(part)
+        registry.validate(about["origin"])
+        if isinstance(about["origin"], Origin) and (why := about["origin"].unverified):
+            say_once(f"bdjax: {path} is unverified: {why}")
         # What 0.1 wrote is relative to where it ran, which nobody knows: it is looked for here.
         if about.pop("format") and about["dataset"] is not None:
             about["dataset"] = about["dataset"].placed(path)

@@ -1,5 +1,6 @@
 """The command line:
-`bdjax run | sweep | study | status | bench | list | data | train | poison | defend | report`.
+`bdjax run | sweep | study | status | bench | list | data | train | poison | import | defend |
+report`.
 
 `--plugin` stands before or after any of them, and acts before what they can choose from is known.
 """
@@ -25,6 +26,7 @@ from bdjax import datasets, own, plugins, registry
 from bdjax.datasets.files import Format
 from bdjax.identity import Stale
 from bdjax.registry import Entry
+from bdjax.trackers import Log
 from bdjax.types import BadInput, Seed, class_name
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
@@ -61,6 +63,7 @@ def run(
     only: str | None = None,
     quiet: bool = False,
     stale: Stale | None = None,
+    log: Log | None = None,
 ) -> None:
     """Run an experiment file: prints its table "paper vs ours", writes a results folder; goes on
     where it stopped.
@@ -75,10 +78,14 @@ def run(
         quiet: No progress.
         stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
             folder that has some is refused if not given.
+        log: Where else finished rows go: TensorBoard, Weights & Biases or MLflow, without a
+            network.
     """
     from bdjax import experiment
 
-    experiment.run(file, scale, out, seeds, quiet, lanes, changes=settings, only=only, stale=stale)
+    experiment.run(
+        file, scale, out, seeds, quiet, lanes, changes=settings, only=only, stale=stale, log=log
+    )
 
 
 def sweep(
@@ -88,6 +95,7 @@ def sweep(
     seeds: int | None = None,
     shard: str | None = None,
     hosts: str = "off",
+    engine: str | None = None,
     lanes: str = "auto",
     devices: int | None = None,
     resume: bool = True,
@@ -97,6 +105,7 @@ def sweep(
     only: str | None = None,
     quiet: bool = False,
     stale: Stale | None = None,
+    log: Log | None = None,
 ) -> None:
     """Run a sweep: an experiment file with many cells, on any number of devices and machines.
 
@@ -109,8 +118,11 @@ def sweep(
         seeds: How many seeds; the scale's own number if not given.
         shard: i/n, i from 0: do every n-th victim, as one of n processes unaware of each other.
         hosts: off; auto (TPU slice, Slurm); or ADDRESS:PORT,N,I: shard by jax.distributed.
+        engine: ray or ray:ADDRESS: on the workers of a Ray cluster, dealt out as they become free
+            and begun again where one is lost; a cluster of this machine if there is none.
         lanes: Runs side by side on a device: auto measures that once and remembers it, or a number.
-        devices: How many devices; all of this process if not given.
+        devices: How many devices; all of this process if not given. With an engine, how many a task
+            takes: all TPU chips of a host, one GPU, or a node's CPUs as one if not given.
         resume: Go on where an earlier run stopped; --no-resume refuses a folder that has rows.
         dry_run: Print cells, groups, memory and expected time; train nothing.
         target: With --dry-run, of which devices: tpu:v5e:4x4, gpu:h100, gpu:h100:8, cpu. Each
@@ -119,6 +131,8 @@ def sweep(
         quiet: No progress.
         stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
             folder that has some is refused if not given.
+        log: Where else finished rows go: TensorBoard, Weights & Biases or MLflow, without a
+            network.
     """
     from bdjax import experiment
 
@@ -126,12 +140,14 @@ def sweep(
         "stale": stale,
         "shard": shard,
         "hosts": hosts,
+        "engine": engine,
         "devices": devices,
         "resume": resume,
         "dry_run": dry_run,
         "target": target,
         "changes": settings,
         "only": only,
+        "log": log,
     }
     experiment.run(file, scale, out, seeds, quiet, lanes, live=True, **options)
 
@@ -150,6 +166,7 @@ def study(
     dry_run: bool = False,
     quiet: bool = False,
     stale: Stale | None = None,
+    log: Log | None = None,
 ) -> None:
     """Run every attack, and the clean twin, under every defense: a study without writing Python.
 
@@ -171,6 +188,8 @@ def study(
         quiet: No progress.
         stale: Rows and victims that other code made: keep them, or redo them and nothing else; a
             folder that has some is refused if not given.
+        log: Where else finished rows go: TensorBoard, Weights & Biases or MLflow, without a
+            network.
     """
     from bdjax import experiment, studies
 
@@ -180,7 +199,7 @@ def study(
         studies.save(text, save)
     with tempfile.TemporaryDirectory() if dry_run else contextlib.nullcontext(folder) as kept:
         file = studies.keep(text, Path(kept))
-        options = {"dry_run": dry_run, "live": True, "stale": stale}
+        options = {"dry_run": dry_run, "live": True, "stale": stale, "log": log}
         experiment.run(file, "cpu", folder, None, quiet, lanes, **options)
 
 
@@ -252,9 +271,13 @@ def report(
     x: str | None = None,
     y: str | None = None,
     metric: str | None = None,
+    latex: bool = False,
+    figures: str | None = None,
+    bib: bool = False,
+    experiment: Path | None = None,
 ) -> None:
     """Write tables and page of finished results again; several folders become one page; pivots over
-    any two axes.
+    any two axes; what a paper takes.
 
     Args:
         folders: Results folders.
@@ -262,6 +285,11 @@ def report(
         x: Axis of a pivot, such as attack.rate or seed.
         y: Its second axis.
         metric: What the pivot shows, such as asr_nt; also lists the best defense of every victim.
+        latex: tables.tex, too: a booktabs table for each table.
+        figures: pdf,svg or one of them: figures of a paper's width, too, and figures.tex with pdf.
+        bib: references.bib, too: BibTeX of what the rows use; tables.tex then cites it.
+        experiment: The experiment file that draws the figures, where it is your own; without it,
+            those of a study are drawn.
     """
     from bdjax import report as reports
     from bdjax.progress import shown
@@ -270,7 +298,19 @@ def report(
         raise BadInput("--y is the second axis of a pivot: give the first one, --x, too")
     if x is not None and metric is None:
         raise BadInput("--x is the axis of a pivot: give what it shows, --metric, too")
+    if experiment is not None and figures is None:
+        raise BadInput("--experiment draws figures: give their formats, --figures pdf,svg, too")
     print(f"page: {shown(reports.merge(list(folders), out, x=x, y=y, metric=metric))}")
+    if latex or bib or figures is not None:
+        from bdjax.latex import write
+
+        made = write(folders, out, tables=latex, figures=figures, bib=bib, file=experiment)
+        drawn = [path for path in made if path.parent.name == "figures"]
+        for path in made:
+            if path not in drawn:
+                print(f"paper: {shown(path)}")
+        if drawn:
+            print(f"figures: {len(drawn)} files in {shown(drawn[0].parent)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -381,12 +421,14 @@ class Defend:
         from bdjax.store import unfinished
         from bdjax.study import Cell
         from bdjax.sweep import Runner, device_name, fits, labelled
+        from bdjax.train import Recipe
 
         if self.out is not None:
             own.whole(self.out, "model.json", old_model)
         net, model, variables, about = load_model(self.checkpoint)
-        if lacking := [part for part in ("dataset", "recipe") if about[part] is None]:
-            raise BadInput(f"{self.checkpoint}: its model.json names no {lacking[0]}: save it anew")
+        if about["dataset"] is None:
+            again = "import it with --dataset" if about["origin"] else "save it anew"
+            raise BadInput(f"{self.checkpoint}: its model.json names no dataset: {again}")
         flags: Any = self
         stage = flags.defense.stage
         dataset = about["dataset"]
@@ -408,7 +450,7 @@ class Defend:
             "",
             dataset,
             net,
-            about["recipe"],
+            about["recipe"] or Recipe(),  # nobody knows that of an imported net
             about["attack"],
             flags.defense,
             self.seed,
@@ -463,6 +505,54 @@ class Defend:
         return self.train_seed if needed else about["seed"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import:
+    """Import any net: a file of ONNX, PyTorch, safetensors or Keras, or an Orbax checkpoint. Says
+    what was understood, compares it with the original, and saves it, so that every command goes on
+    from it. No code of the file is run.
+
+    Bare weights need --arch, a name of `bdjax list models` or the common ones (resnet18, vgg16_bn),
+    and --preprocess.
+    """
+
+    file: Annotated[Path, Words]
+    """The file."""
+    out: Path
+    """Folder for the net."""
+    preprocess: str | None = None
+    """The pixels that the net takes: 0-1, 0-255, -1-1, imagenet, cifar10 … or 'mean=…,… std=…,…',
+    with bgr where blue comes first."""
+    size: tuple[int, int, int] | None = None
+    """Height, width and channels of its images, where the file leaves them open."""
+    logits: Path | None = None
+    """The original's logits: an .npz with `image` [N, H, W, C] and `logits` [N, K]."""
+    accuracy: float | None = None
+    """What its accuracy on the test images of --dataset should be, such as 0.95."""
+
+    def __call__(self) -> None:
+        from bdjax.checkpoints import old_model
+        from bdjax.imports import load_net, save_net
+        from bdjax.progress import shown
+
+        flags: Any = self
+        own.whole(self.out, "model.json", old_model)
+        if (self.file / "model.json").exists():
+            raise BadInput(f"{self.file} is a net of bdjax already")
+        loaded = load_net(
+            self.file,
+            arch=flags.arch,
+            preprocess=self.preprocess,
+            size=self.size,
+            dataset=flags.dataset,
+            logits=self.logits,
+            accuracy=self.accuracy,
+        )
+        save_net(self.out, loaded)
+        for line in loaded.lines:
+            print(shown(line))
+        print(f"saved in {shown(self.out)}")
+
+
 def _show(row: dict[str, Any], out: Path | None) -> None:
     from bdjax.progress import shown
     from bdjax.sweep import warn
@@ -515,10 +605,11 @@ def _show_labels(arrays: dict[str, Any], names: Sequence[str]) -> None:
         print(f"  label {named[k]}: {text}{', flagged' if flagged[k] else ''}")
 
 
-CHOICES = {
+CHOICES: dict[str, dict[str, Any]] = {
     "train": {"attack": "badnets", "model": "cnn", "dataset": "fashion-mnist-sample"},
     "poison": {"attack": "badnets", "dataset": "fashion-mnist-sample"},
     "defend": {"defense": "fine-pruning"},
+    "import": {"arch": None, "dataset": None},
 }
 """The methods that a command takes by name, and which it takes if none is named."""
 
@@ -545,16 +636,23 @@ def plugged(args: Sequence[str]) -> list[str]:
     return left
 
 
-def chosen(kinds: dict[str, str], args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def chosen(kinds: dict[str, Any], args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Takes `--attack NAME:PRESET` and the like out of `args`: the configured methods, and what is
     left.
     """
     given, left = _taken(kinds, args)
     made = {}
     for kind, named in (kinds | dict(given)).items():
+        if named is None:
+            made[kind] = None
+            continue
         name, colon, preset = named.partition(":")
         if kind == "dataset":
             made[kind] = datasets.source(named)
+        elif kind == "arch":
+            from bdjax.foreign.native import architecture
+
+            made[kind] = architecture(named)
         elif named == "none" and kind == "attack":
             made[kind] = None
         else:
@@ -661,7 +759,7 @@ def _bench() -> Callable:
 COMMANDS: dict[str, Callable] = {
     "run": run, "sweep": sweep, "study": study, "status": status,
     "list": list_methods, "data": prepare, "train": Train, "poison": Poison,
-    "defend": Defend, "report": report, "bench": bench,
+    "defend": Defend, "report": report, "bench": bench, "import": Import,
 }  # fmt: skip
 
 
@@ -764,6 +862,7 @@ def command(args: Sequence[str]) -> None:
         "train": _with_fields(Train, {**methods["train"], "recipe": Recipe()}),
         "poison": _with_fields(Poison, methods["poison"]),
         "defend": _with_fields(Defend, methods["defend"]),
+        "import": _with_fields(Import, methods["import"]),
     }
     if args and args[0] == "bench":  # imported for itself alone: it needs all that draws
         commands["bench"] = _bench()

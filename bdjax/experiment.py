@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bdjax import engine as engines
 from bdjax import identity, mesh, plugins, progress, report
 from bdjax import target as targets
 from bdjax.changes import changed, read
@@ -36,6 +37,7 @@ from bdjax.rows import Rows
 from bdjax.store import Store, read_rows, result_files
 from bdjax.study import Cell
 from bdjax.sweep import Clock, Runner, at_once, footprint, groups, say
+from bdjax.trackers import tracker
 from bdjax.types import BadInput, whole
 
 
@@ -63,6 +65,7 @@ def run(
     *,
     shard: str | None = None,
     hosts: str = "off",
+    engine: str | None = None,
     devices: int | None = None,
     resume: bool = True,
     dry_run: bool = False,
@@ -71,19 +74,21 @@ def run(
     changes: Sequence[str] = (),
     only: str | None = None,
     stale: Stale | None = None,
+    log: str | None = None,
 ) -> Rows:
     """Runs a study, an experiment file or cells; returns its rows. What was finished by an earlier
     run is not done again.
 
     >>> rows = bdjax.run(grid(cell, seed=range(5)), out="results/mine")
 
-    `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `devices`:
-    how many of this process's; `resume=False` refuses a folder that has rows; `dry_run` prints what
+    `lanes`: a number or "auto"; `shard`: "i/n"; `hosts`: "off", "auto" or "ADDR,N,I"; `engine`:
+    "ray" or "ray:ADDRESS", see `bdjax.engine`; `devices`: how many of this process's, or that a
+    task of the engine takes; `resume=False` refuses a folder that has rows; `dry_run` prints what
     would be done, `target` on which devices, see `bdjax.target`; `live`: a table instead of bars;
     `changes`: fields of the cells that are set
     otherwise, `PATH=VALUE` each, see `bdjax.changes`; `only`: the cells whose table or row this
     pattern of a shell fits; `stale`: what to do with rows and victims that other code made, see
-    `Runner`.
+    `Runner`; `log`: where else finished rows go, see `bdjax.trackers`.
     """
     width = lanes if lanes in (None, "auto") else whole("lanes", lanes, 1)
     if target is not None and not dry_run:
@@ -93,6 +98,8 @@ def run(
         if part is not None:
             raise BadInput("--hosts shards by itself: leave --shard away")
         part = join(hosts)
+    if engine is not None and part is not None:
+        raise BadInput("--engine deals the work out by itself: leave --shard and --hosts away")
     filed = isinstance(study, (str, Path))
     path = Path(study) if filed else Path("cells")
     module = load(path) if filed else _module(study)
@@ -103,11 +110,13 @@ def run(
     if seeds is not None:
         whole("seeds", seeds, 1, SEEDS)
     aim = None if target is None else aimed(target, devices)
-    places = local_devices(devices) if aim is None else aim.devices
-    if aim is not None and aim.hosts > 1:
-        if part is not None:
+    share = None if engine is None else engines.joined(engine, devices)
+    places = local_devices(devices) if share is None else share.places
+    if aim is not None:
+        places = aim.devices
+        if aim.hosts > 1 and part is not None:
             raise BadInput(f"the {aim.hosts} hosts of {target} share the work: leave --shard away")
-        part = (0, aim.hosts)
+        part = (0, aim.hosts) if aim.hosts > 1 else part
     settings = read(changes)
     name = f"{path.stem}-{scale}" + (f"-{digest(settings)[:8]}" if settings else "")
     folder = Path("results") / name if out is None else Path(out)
@@ -150,6 +159,7 @@ def run(
         newer = f"Python 3.12 or newer takes a newer jax than {jax.__version__}"
         progress.say_once(f"{newer}, which is about 1.5 times as fast on a CPU")
 
+    told = None if log is None else tracker(log, Store(folder, part), path.stem)
     store, console, start, clock = Store(folder, part), Console(), time.monotonic(), Clock()
     on = f"the same command{'' if resume else ' without --no-resume'} goes on from there"
     with progress.kept(f"what was finished is kept in {folder}; {on}"):
@@ -157,10 +167,15 @@ def run(
         def finished(rows: list[dict[str, Any]]) -> None:
             for row in rows:
                 say(f"  {report.line(row)}", quiet)
+            if told is not None:
+                told(rows)
 
-        runner = Runner(
-            store, path.stem, scale, width, places, quiet, on_rows=finished, clock=clock,
-            live=live and not quiet, stale=stale, complete=filed and only is None
+        options: dict[str, Any] = {"devices": places}
+        if share is not None:
+            options = {"share": share, "file": path if filed else None}
+        runner = (Runner if share is None else engines.Driver)(
+            store, path.stem, scale, width, quiet=quiet, on_rows=finished, clock=clock,
+            live=live and not quiet, stale=stale, complete=filed and only is None, **options
         )  # fmt: skip
         rows = Rows(runner.run(cells), folder)
         if runner.unfit:

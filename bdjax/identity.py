@@ -69,10 +69,12 @@ ASIDE = {
         "report",
         "plots",
         "figures",
+        "latex",
+        "trackers",
         "cli",
     ),
-    *("experiment", "study", "studies", "changes", "rows", "sweep", "target", "identity"),
-    *("migrate", "plugins", "poison", "testing", "__init__", "__main__"),
+    *("experiment", "study", "studies", "changes", "rows", "sweep", "target", "engine"),
+    *("identity", "migrate", "plugins", "poison", "testing", "__init__", "__main__"),
     *("models/conv", "datasets"),
 }
 """Modules of bdjax that decide no number, or only by what `CORE` names of them. Images count by

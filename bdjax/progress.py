@@ -203,12 +203,17 @@ def boards(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(facts: Iterable[Mapping[str, Any]]) -> Any:
-    """A rich table of runs: groups, rows, rows a minute, ETA, devices, what is being done."""
+    """A rich table of runs: groups, rows, rows a minute, ETA, devices, what is being done; of those
+    on a cluster also its nodes, the tasks that are running, those that were begun again, and what
+    each worker does.
+    """
     from rich.table import Table
     from rich.text import Text
 
-    heads = ("shard", "state", "groups", "rows", "failed", "rows/min", "ETA", "devices", "now")
-    made = Table(*heads, box=None, pad_edge=False)
+    facts = list(facts)
+    more = ("nodes", "tasks", "retries") if any("nodes" in run for run in facts) else ()
+    heads = ("shard", "state", "groups", "rows", "failed", "rows/min", "ETA", *more, "devices")
+    made = Table(*heads, "now", box=None, pad_edge=False)
     for run in facts:
         spent = max(run["updated"] - run["started"], 1e-3)
         rate = (run["rows"] - run["before"]) / spent
@@ -220,9 +225,12 @@ def table(facts: Iterable[Mapping[str, Any]]) -> Any:
         cells = (
             run["shard"], state, f"{run['group']}/{run['groups']}", f"{run['rows']}/{run['total']}",
             run["failed"], f"{60 * rate:.1f}" if rate else "",
-            duration(left / rate) if running else "", run["devices"], run["doing"],
+            duration(left / rate) if running else "", *(run.get(name, "") for name in more),
+            run["devices"], run["doing"],
         )  # fmt: skip
         made.add_row(*(Text(shown(cell)) for cell in cells))
+        for name, doing in run.get("workers", {}).items():
+            made.add_row(*[""] * (len(heads) - 1), *(Text(shown(word)) for word in (name, doing)))
     return made
 
 

@@ -38,7 +38,7 @@ _CITATION = re.compile(
     r"\((?P<paper>[^()]+?), (?P<year>\d{4})(?:, arXiv:(?P<arxiv>[\w./-]+))?(?:, [^()]*)?\)"
 )
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_RESERVED = {"name", "class", "plugin", "array", "function"}
+_RESERVED = {"name", "class", "plugin", "array", "function", "text"}
 """Keys that `describe` writes beside the fields."""
 _HOME = Path(__file__).resolve().parent
 _entries: dict[tuple[str, str], "Entry"] = {}
@@ -595,8 +595,9 @@ def is_static(field: dataclasses.Field) -> bool:
 def describe(value: Any, arrays: dict[str, np.ndarray] | None = None) -> Any:
     """The effective configuration as plain JSON values.
 
-    What is not bdjax's own names its `plugin`. An array of more than 16 values becomes its digest,
-    or, where `arrays` is given, a reference into it, so that `revive` can bring the whole back.
+    What is not bdjax's own names its `plugin`. An array of more than 16 values, and a text of more
+    than 4,096 letters, becomes its digest, or, where `arrays` is given, a reference into it, so
+    that `revive` can bring the whole back.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
@@ -614,6 +615,9 @@ def describe(value: Any, arrays: dict[str, np.ndarray] | None = None) -> Any:
             return f"{array.dtype}{list(array.shape)}:{content}"
         arrays[f"a{len(arrays)}"] = array
         return {"array": f"a{len(arrays) - 1}"}
+    if isinstance(value, str) and len(value) > 4096:
+        held = describe(np.frombuffer(value.encode(), np.uint8), arrays)
+        return {"text": held["array"]} if isinstance(held, dict) else held
     if isinstance(value, dict):
         return {str(k): describe(v, arrays) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -631,6 +635,8 @@ def revive(kind: str, described: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return described
     if "array" in described:
         return arrays[described["array"]]
+    if "text" in described:
+        return arrays[described["text"]].tobytes().decode()
     if "function" in described:
         return None  # code is never read back
     fields = {

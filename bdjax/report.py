@@ -49,6 +49,8 @@ DPI = 144
 PNG = b"\x89PNG\r\n\x1a\n"
 WORKS, ABOVE = 0.5, 0.1
 """ASR_nt from which an attack works, and by how much it must exceed that on the clean twin."""
+DROP = 0.05
+"""Accuracy below the most accurate defense of a victim at which another is no answer."""
 
 
 class Trend(NamedTuple):
@@ -155,11 +157,11 @@ def aggregate(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Tables `{name, metrics, rows}` in order of first appearance, with one row for all the seeds
     of a name.
 
-    A row is `{row, experiment, scale, dataset, model, attack, defense, n, failed, errors, verdict,
-    invalid, faults, notes, metrics, seconds, oracle, redraw, substitute, other_code, marked}` and a
-    metric `{n, mean, sd, paper, delta}`; `sd` is None for one seed, `paper` and `delta` where the
-    paper has no number; `other_code` counts seeds, see `identity.kept`. Seeds of a defense whose
-    victim has `faults` do not count, unless all are so: then the row is `invalid`.
+    A row is `{row, experiment, scale, dataset, model, attack, defense, victim, n, failed, errors,
+    verdict, invalid, faults, notes, metrics, seconds, oracle, redraw, substitute, other_code,
+    marked}` and a metric `{n, mean, sd, paper, delta}`; `sd` is None for one seed, `paper` and
+    `delta` where the paper has no number; `other_code` counts seeds, see `identity.kept`. Seeds of
+    a defense whose victim has `faults` do not count, unless all are so: then the row is `invalid`.
     """
     rows = list(rows)
     bad, old = faults(rows), identity.kept(rows)
@@ -208,6 +210,7 @@ def _line(
     return {
         "row": label,
         **{f: cells[0].get(f) for f in ("experiment", "scale", *FIELDS)},
+        "victim": _victim(cells[0]),
         "n": len(done),
         "failed": len(cells) - len(done),
         "errors": _different(cells, "error"),
@@ -229,6 +232,12 @@ def _line(
         "other_code": sum(cell["run"] in old for cell in done),
         "substitute": ", ".join(_different(cells, "substitute")) or None,
     }
+
+
+def _victim(row: Row) -> str:
+    """What the rows of a victim share, whatever its seed and what is done to it."""
+    config = {k: v for k, v in (row.get("config") or {}).items() if k not in ("defense", "probe")}
+    return json.dumps([config, *(row.get(field) for field in FIELDS[:3])])
 
 
 def _redraws(row: Row) -> bool:
@@ -1077,7 +1086,7 @@ def pivot_figures(rows: Iterable[Row], x: str, y: str | None, metric: str) -> li
 
 
 @door
-def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str, Any]]:
+def best(rows: Iterable[Row], metric: str, drop: float = DROP) -> list[dict[str, Any]]:
     """For each victim the rows of the defense, without oracle, that is best by the mean of `metric`
     over seeds.
 
@@ -1089,10 +1098,8 @@ def best(rows: Iterable[Row], metric: str, drop: float = 0.05) -> list[dict[str,
     victims: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if row.get("defense") and not row.get("oracle") and measured(row["metrics"].get(metric)):
-            config = dict(row.get("config") or {})
-            defense = json.dumps([row["defense"], config.pop("defense", None)])
-            victim = json.dumps([config, *(row.get(field) for field in FIELDS[:3])])
-            victims.setdefault(victim, {}).setdefault(defense, []).append(row)
+            defense = json.dumps([row["defense"], (row.get("config") or {}).get("defense")])
+            victims.setdefault(_victim(row), {}).setdefault(defense, []).append(row)
     if not victims:
         _explain(rows, ["a defense without oracle"], metric)
     if (better := _about_metric(metric).better) is None:

@@ -124,6 +124,8 @@ KINDS = {
             "dataset?": dict | None,
             "recipe?": dict | None,
             "defenses?": [dict],
+            "origin?": dict | None,
+            "triggered?": dict | None,
         },
         "the net has to be trained, or copied, again",
     ),
@@ -145,7 +147,7 @@ KINDS = {
             "twin?": Maybe({"victim": NAME, "asr_nt": Measured()}),
             "labels?": Maybe({"flagged?": [str], "target?": [str]}),
             "how?": Maybe(HOW),
-            **dict.fromkeys(("oracle?", "kept?"), bool),
+            **dict.fromkeys(("oracle?", "kept?", "halved?"), bool),
             **dict.fromkeys(("device?", "jax?", "commit?"), str | None),
             **dict.fromkeys(("dataset?", "model?", "attack?", "defense?"), str | None),
             **dict.fromkeys(("error?", "verdict?"), str | None),
@@ -172,6 +174,8 @@ KINDS = {
             **dict.fromkeys(("state", "shard", "devices", "doing", "host"), str),
             **dict.fromkeys(("started", "updated"), Number(0, 2**53)),
             **dict.fromkeys(("total", "rows", "before", "groups", "group", "failed"), COUNT),
+            **dict.fromkeys(("nodes?", "tasks?", "retries?"), COUNT),
+            "workers?": {...: str},
         },
     ),
     "poison": Kind(
@@ -191,7 +195,7 @@ KINDS = {
     ),
     "members": Kind(
         2,
-        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)})},
+        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)}), "halved?": bool},
         "delete its folder, its victims are trained again",
         old=lambda value: {"victims": value} if isinstance(value, list) else value,
     ),
@@ -204,6 +208,7 @@ KINDS = {
     "decoded": Kind(1, ("train_image", "train_label", "test_image", "test_label"), "delete it"),
     # The user's own: a format of ours is not in them.
     "npz": Kind(0, ("image", "label"), "give `image` [N, H, W, C] and `label` [N]"),
+    "reference": Kind(0, ("image", "logits"), "give `image` [N, H, W, C] and `logits` [N, K]"),
     "h5": Kind(0, ("data", "label"), "give `data` [N, C, H, W] and `label` [N]"),
 }
 
@@ -421,20 +426,23 @@ def memory() -> int:
         return size
 
 
-def most_of(path: str | Path) -> int:
-    """The most bytes that are unpacked from an archive: half of the memory, and no more than
-    `RATIO` times its size once that is over `LARGE`.
+def most_of(packed: int) -> int:
+    """The most bytes that are unpacked from an archive of `packed` bytes: half of the memory, and
+    no more than `RATIO` times its size once that is over `LARGE`.
     """
-    return min(memory() // 2, max(LARGE, RATIO * os.stat(path).st_size))
+    return min(memory() // 2, max(LARGE, RATIO * packed))
 
 
-def fits(path: str | Path, size: int) -> None:
-    """Raises `BadInput` where the archive at `path` declares more bytes than there is room for."""
-    if size > (most := most_of(path)):
+def fits(path: str | Path, size: int, packed: int | None = None) -> None:
+    """Raises `BadInput` where the archive at `path`, of `packed` bytes, declares more bytes than
+    there is room for.
+    """
+    packed = os.stat(path).st_size if packed is None else packed
+    if size > (most := most_of(packed)):
         raise BadInput(
-            f"{path}: declares {gigabytes(size)} in a file of "
-            f"{gigabytes(os.stat(path).st_size)}; at most {gigabytes(most)} are unpacked here: "
-            "save fewer images, or take a machine with more memory"
+            f"{path}: declares {gigabytes(size)} in a file of {gigabytes(packed)}; at most "
+            f"{gigabytes(most)} are unpacked here: save fewer images, or take a machine with more "
+            "memory"
         )
 
 
@@ -486,19 +494,25 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], kind: str, packed
     save(path, format=np.asarray(KINDS[kind].format), **arrays)  # type: ignore[arg-type]
 
 
+def check_zip(archive: zipfile.ZipFile) -> None:
+    """Raises `ValueError` where entries of an archive overlap, share names, or are packed oddly."""
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    end = 0
+    for entry in entries:
+        if entry.header_offset < end:
+            raise ValueError("its entries overlap")
+        end = entry.header_offset + 30 + entry.compress_size
+    if {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise ValueError("it is packed in a way that such files are not")
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise ValueError("two entries have one name")
+
+
 def _npz(path: str | Path, names: Iterable[str] | None) -> dict[str, np.ndarray]:
     wanted = None if names is None else {*names, "format"}
     with zipfile.ZipFile(path) as archive:
-        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-        end = 0
-        for entry in entries:
-            if entry.header_offset < end:
-                raise ValueError("its entries overlap")
-            end = entry.header_offset + 30 + entry.compress_size
-        if {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
-            raise ValueError("it is packed in a way that .npz files are not")
-        if len({entry.filename for entry in entries}) < len(entries):
-            raise ValueError("two entries have one name")
+        check_zip(archive)
+        entries = archive.infolist()
         parts = {
             entry.filename.removesuffix(".npy"): entry
             for entry in entries
@@ -545,8 +559,10 @@ def _h5(path: str | Path, names: Iterable[str] | None) -> dict[str, np.ndarray]:
         return h5_arrays(path, parts)
 
 
-def h5_arrays(path: str | Path, parts: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays of HDF5 data sets, under the rules of `read_arrays`."""
+def h5_arrays(
+    path: str | Path, parts: Mapping[str, Any], packed: int | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays of HDF5 data sets, under the rules of `read_arrays`; `packed`: see `fits`."""
     import h5py
 
     size = 0
@@ -558,7 +574,7 @@ def h5_arrays(path: str | Path, parts: Mapping[str, Any]) -> dict[str, np.ndarra
         if part.external or part.is_virtual:
             raise BadInput(f"{path}: {name} lies in other files; save it in this one")
         size += max(math.prod(part.shape) * part.dtype.itemsize, math.prod(part.shape))
-        fits(path, size)
+        fits(path, size, packed)
         filters = part.id.get_create_plist()
         used = [filters.get_filter(i)[0] for i in range(filters.get_nfilters())]
         packers = [code for code in used if code in (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_LZF)]
@@ -566,5 +582,5 @@ def h5_arrays(path: str | Path, parts: Mapping[str, Any]) -> dict[str, np.ndarra
         if len(packers) > 1 or not plain.issuperset(used):
             raise BadInput(f"{path}: {name} is packed in a way not known here; save it with gzip")
         if packers:  # HDF5 unpacks a chunk to whatever size it has
-            part.id.chunk_iter(lambda chunk: fits(path, DEFLATE * chunk.size))
+            part.id.chunk_iter(lambda chunk: fits(path, DEFLATE * chunk.size, packed))
     return {name: np.asarray(part) for name, part in parts.items()}

@@ -247,6 +247,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         keep_compiled()
+        self.device = device_name()
         if not (self.lanes is None or (isinstance(self.lanes, str) and self.lanes == "auto")):
             self.lanes = whole("lanes", self.lanes, 1)
         known = {name: hint for name, hint in registry.hints(Runner).items() if name != "lanes"}
@@ -265,6 +266,9 @@ class Runner:
         self.said: set[str] = set()
         self.last: tuple[Any, Any] = (None, None)
         self.laid: dict[str, int] = {}  # the lanes of the last program of each stage
+        self.planned: list[list[Cell]] = []
+        self.narrowed: set[Any] = set()
+        self.halved = False
 
     @registry.door
     def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -279,7 +283,7 @@ class Runner:
             self.shown.setdefault(cell.run_id, []).append(cell)
         self.codes = identity.codes(cells)
         with self.store.locked():
-            mine = self.groups(cells)
+            mine = self.planned = self.groups(cells)
             done = self._done(itertools.chain(*mine))
             pending = [
                 left
@@ -289,8 +293,7 @@ class Runner:
             for cell in itertools.chain(*pending):
                 self._checked(cell)
             for group in pending:
-                name = f"training {registry.name_of(group[0].model)}"
-                mesh.fits(name, footprint(group[:1], self.places, 1), self.places[0])
+                self._fits(group)
             pending = self._in_order(cells, mine, pending)
             total = sum(map(len, mine))
             finished = total - sum(map(len, pending))
@@ -299,12 +302,10 @@ class Runner:
                 self.store.progress, self.live, experiment=self.experiment, scale=self.scale,
                 shard=shard, total=total, rows=finished, before=finished, groups=len(mine),
                 group=len(mine) - len(pending), failed=0, doing="",
-                devices=f"{len(self.places)} × {device_name()}",
+                devices=f"{len(self.places)} × {self.device}",
             )  # fmt: skip
             with self.stop, self.board:
-                for group in pending:
-                    self._group(group)
-                    self.board.count(group=1)
+                self._groups(pending)
         rows = {row["run"]: row for row in self.store.rows()}
         return [{**rows[c.run_id], **self._place(c)} for c in cells if c.run_id in rows]
 
@@ -318,6 +319,16 @@ class Runner:
         self.mine = {cell.victim_id for cell in itertools.chain(*mine)}
         kinds = list(dict.fromkeys(_kind(group[0]) for group in pending))
         return sorted(pending, key=lambda g: (kinds.index(_kind(g[0])), g[0].attack is not None))
+
+    def _groups(self, pending: list[list[Cell]]) -> None:
+        for group in pending:
+            self._group(group)
+            self.board.count(group=1)
+
+    def _fits(self, group: Sequence[Cell]) -> None:
+        """Raises `BadInput` where not one victim of a group can be trained on these devices."""
+        name = f"training {registry.name_of(group[0].model)}"
+        mesh.fits(name, footprint(group[:1], self.places, 1), self.places[0])
 
     def _place(self, cell: Cell) -> dict[str, Any]:
         return {"experiment": self.experiment, "scale": self.scale, **cell.place}
@@ -370,6 +381,14 @@ class Runner:
                     found = (path.parent, i, held.get("code"))
                     self.members.setdefault(name, []).append(found)
         return self.members.get(cell.victim_id, [])
+
+    def _kept(self, path: Path) -> None:
+        """Takes note of victims that were written to `path` just now."""
+        held = _held(path / "members.json")
+        for i, name in enumerate(held["victims"]):
+            if self.members is not None:
+                self.members.setdefault(name, []).append((path, i, held.get("code")))
+        self.written.add(path)
 
     def _usable(self, cell: Cell) -> tuple[Path, int, Any] | None:
         """The victim of a cell that is to be used: one of the code at hand or, unless those are to
@@ -473,7 +492,7 @@ class Runner:
 
     def complaint(self) -> str:
         """One line on what does not fit."""
-        return f"{self.too_large(device_name())}; take smaller batches or a larger device"
+        return f"{self.too_large(self.device)}; take smaller batches or a larger device"
 
     def too_large(self, device: str) -> str:
         """What does not fit."""
@@ -513,10 +532,12 @@ class Runner:
             for kept in (self.programs, self.widths):
                 for key in [key for key in kept if key[-1] is old]:
                     del kept[key]
+            self.narrowed &= self.widths.keys()
             jax.clear_caches()
             _trim()
 
     def _group(self, cells: list[Cell]) -> None:
+        self.halved = False
         model, shared = self._data(cells[0])
         none = {"compile": 0.0, "run": 0.0}
         # Victims first, then what needs them; defenses that replace training come last, as they
@@ -539,6 +560,7 @@ class Runner:
             for piece in _pieces(whole, self._side_by_side(len(whole))):
                 self.unfit += self._halved(piece, judged)
                 self.stop.check()
+        self.halved = False
         for alike in _grouped((c for c in cells if c.stage == "train"), _judging):
             for piece in _pieces(alike, self._side_by_side(len(alike))):
                 self.unfit += self._halved(
@@ -564,7 +586,7 @@ class Runner:
             if len(cells) == 1:
                 say(f"out of memory with a single run: {cells[0].row} is left out", self.quiet)
                 return [cells[0]]
-        middle = len(cells) // 2
+        middle, self.halved = len(cells) // 2, True
         say(
             f"out of memory with one lane: {len(cells)} runs go on as {middle} and "
             f"{len(cells) - middle}",
@@ -588,17 +610,13 @@ class Runner:
             trained, losses = self._trained(missing, model, shared)
             names, code = [cell.victim_id for cell in missing], self._code(missing[0])
             path = self.store.folder / "victims" / registry.digest(names, code)
+            about = {"victims": names, "code": code} | ({"halved": True} if self.halved else {})
             with renamed(path, old_victims) as temporary:
                 temporary.mkdir()
                 write_tree(temporary / "arrays", (trained, losses))
-                about = schema.dump({"victims": names, "code": code}, "members")
-                (temporary / "members.json").write_text(about)
+                (temporary / "members.json").write_text(schema.dump(about, "members"))
             own.remove(self._partial(missing), old_checkpoint)
-            for i, cell in enumerate(missing):
-                self._members(cell)
-                assert self.members is not None
-                self.members.setdefault(cell.victim_id, []).append((path, i, code))
-            self.written.add(path)
+            self._kept(path)
 
         if missing := [owner[name] for name in names if self._usable(owner[name]) is None]:
             self._halved(missing, train)
@@ -606,7 +624,9 @@ class Runner:
         one = jax.eval_shape(lambda: (_untrained(cells[0], model, shared), jnp.zeros(())))
         places = {name: held for name in names if (held := self._usable(owner[name])) is not None}
         for path in dict.fromkeys(path for path, _, _ in places.values()):
-            held = _held(path / "members.json")["victims"]
+            about = _held(path / "members.json")
+            self.halved |= about.get("halved", False)
+            held = about["victims"]
             some = [len(held)]
             like = jax.tree.map(
                 lambda leaf, some=some: jax.ShapeDtypeStruct((*some, *leaf.shape), leaf.dtype), one
@@ -720,6 +740,7 @@ class Runner:
                 program = compiled(fn, model, shared, items, lanes, self.places, donate)
                 self.clock.add("compile", start)
             self.programs[key] = program  # the last used is the last to go
+            self.halved |= key in self.narrowed
             while len(self.programs) > PROGRAMS:
                 del self.programs[next(iter(self.programs))]
             start = time.monotonic()
@@ -743,6 +764,7 @@ class Runner:
         if lanes == 1:
             raise Unfit from error
         self.widths[key] = lanes // 2
+        self.narrowed.add(key)
         name = fn.__name__.strip("_")
         say(
             f"out of memory: {name} goes on with {lanes // 2} lanes a device instead of {lanes}",
@@ -770,7 +792,7 @@ class Runner:
             f"{device_name()}, jax {jax.__version__}, {fn.__name__.strip('_')} "
             f"{registry.digest(text)}"
         )
-        known = recall("lanes").get(name, {"lanes": 0, "tried": 0})
+        known = self._recalled(name)
         if known["lanes"] == known["tried"] < each:  # more lanes than were ever at hand
             start = time.monotonic()
 
@@ -791,7 +813,7 @@ class Runner:
 
             first = mesh.fitting(held, mesh.room(self.places[0]) or 0, each)
             known = {"lanes": mesh.widest(seconds, each, max(first, 1)), "tried": each}
-            remember("lanes", name, known)
+            known = self._remembered(name, known)
             say(
                 f"{fn.__name__.strip('_')}: {known['lanes']} lanes are fastest on {device_name()}",
                 self.quiet,
@@ -799,6 +821,13 @@ class Runner:
             self.clock.add("probe", start)
         self.widths[key] = min(known["lanes"], each)
         return self.widths[key]
+
+    def _recalled(self, name: str) -> dict[str, int]:
+        return recall("lanes").get(name, {"lanes": 0, "tried": 0})
+
+    def _remembered(self, name: str, lanes: dict[str, int]) -> dict[str, int]:
+        remember("lanes", name, lanes)
+        return lanes
 
     def _ran(self, stage: str, fn: Callable, model: Model, shared: Any, *items: Any) -> Any:
         """The outputs of `fn` for all items."""
@@ -931,17 +960,7 @@ class Runner:
         defense = cells[0].defense
         if defense is None or "prepare" not in defense.hooks:
             return [cell.defense for cell in cells]
-        paths = [
-            self.store.folder
-            / "prepared"
-            / registry.digest(
-                c.data,
-                identity.plain(c.config["model"]),
-                identity.plain(c.config["defense"]),
-                [self._codes(c).get(part) for part in ("training", "judging", "model", "defense")],
-            )
-            for c in cells
-        ]
+        paths = [self._preparation(cell) for cell in cells]
         for path, cell in dict(zip(paths, cells, strict=True)).items():
             if not path.exists():
                 made = take(self._ran("defend", _prepare, model, shared, stack([cell.defense])), 0)
@@ -952,6 +971,16 @@ class Runner:
                         raise
         like = jax.eval_shape(lambda d: _prepare(model, shared, d), defense)
         return [load_tree(path, like) for path in paths]
+
+    def _preparation(self, cell: Cell) -> Path:
+        """Where what a cell's defense has prepared is kept."""
+        name = registry.digest(
+            cell.data,
+            identity.plain(cell.config["model"]),
+            identity.plain(cell.config["defense"]),
+            [self._codes(cell).get(part) for part in ("training", "judging", "model", "defense")],
+        )
+        return self.store.folder / "prepared" / name
 
     def _failed(self, cells: list[Cell], reason: str) -> None:
         self._written(
@@ -979,6 +1008,7 @@ class Runner:
             "metrics": found, "verdict": said(found), "victim": cell.victim_id,
             **({"plan": plan} if (plan := self.counts.get(cell.victim_id)) else {}),
             **({} if self.unlabelled else {"test": _test(cell)}),
+            **({"halved": True} if self.halved else {}),
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "oracle": bool(cell.defense is not None and cell.defense.oracle),
             "device": device_name(), "jax": jax.__version__, "commit": commit(), "code": code,

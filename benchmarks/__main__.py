@@ -10,7 +10,7 @@ import pkgutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +42,10 @@ registry.declare(
     Metric("times_inference", "", "low", "plain inferences of the same images"),
 )
 SHARED = {"measure", "rivals", "__main__"}
+APART = {"pod"}
+"""Benchmarks that are no cases of growing size, and run alone: each has `rows(scale)`, `HEADS` and
+`line(row)`.
+"""
 TITLE = "What training and the defenses cost"
 HEADS = ("compile s", "ours s", "a second", "peak MB", "matmul", "torch s", "ratio")
 NOTES = (
@@ -54,9 +58,8 @@ NOTES = (
 
 def names() -> list[str]:
     """The benchmarks: one module each."""
-    return sorted(
-        m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in SHARED
-    )
+    found = {m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)])}
+    return sorted(found - SHARED)
 
 
 def bench(
@@ -71,7 +74,8 @@ def bench(
     """Measure what training and the defenses cost as they grow.
 
     Args:
-        names_: train, neural_cleanse, strip, ensemble …; all if not given.
+        names_: train, neural_cleanse, strip, ensemble …; all but those that run alone (pod) if not
+            given.
         scale: Which sizes: smoke, cpu or paper.
         out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not
             given.
@@ -87,6 +91,8 @@ def bench(
                 f"unknown benchmark '{name}'{near(name, names())}; there are: {', '.join(names())}"
             )
     whole("repeats", repeats, 1)
+    if APART & {*names_}:
+        return _apart(names_, scale, out)
     old = None if compare is None else _rows(compare)
     if out is not None:
         Store(out).ready()
@@ -106,7 +112,7 @@ def bench(
             stack.enter_context(part)
         if not json_:
             print(f"{'case':36}" + "".join(f"{head:>10}" for head in HEADS), flush=True)
-        for name in names_ or names():
+        for name in names_ or [name for name in names() if name not in APART]:
             for row in _alone(name, scale, repeats, store, devices, stop):
                 store.append([row])
                 made.append(row)
@@ -128,6 +134,20 @@ def bench(
         print(f"results: {store.results}\npage: {page}")
     if old is not None:
         compared(made, old)
+
+
+def _apart(names_: Sequence[str], scale: str, out: Path | None) -> None:
+    """Runs a benchmark of its own kind."""
+    if len(names_) > 1:
+        raise BadInput(f"{', '.join(APART & {*names_})} runs alone: name no other benchmark")
+    module = importlib.import_module(f"benchmarks.{names_[0]}")
+    if out is not None:
+        Store(out).ready()
+    print(" " * 100 + "".join(f"{head:>12}" for head in module.HEADS), flush=True)
+    for row in module.rows(scale):
+        print(shown(module.line(row)), flush=True)
+        if out is not None:
+            Store(out).append([row])
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:

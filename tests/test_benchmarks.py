@@ -1,6 +1,7 @@
 """The benchmarks: what they count, print and keep. Nothing here asserts how fast anything is."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import pytest
 from bdjax import mesh
 from bdjax.cli import main
 from bdjax.types import BadInput
-from benchmarks import measure
-from benchmarks.__main__ import bench, names
+from benchmarks import measure, pod
+from benchmarks.__main__ import APART, bench, names
 
 
 def test_the_exponent_is_the_slope_and_peak_memory_counts_what_is_held():
@@ -46,6 +47,49 @@ def test_bench_prints_what_scripts_rely_on_keeps_it_and_compares(tmp_path, capsy
     assert "1.00" in text and (tmp_path / "index.html").exists()
 
 
+def group(*seconds):
+    return tuple(pod.Stage(s, i == 0) for i, s in enumerate(seconds))
+
+
+def test_a_pod_takes_the_groups_as_its_hosts_become_free():
+    lines = [[group(30.0), group(20.0), group(20.0), group(5.0)]]
+    found = pod.simulate(lines, pod.World(hosts=2, start=1.0))
+    assert found == (41.0, 5.0, 75.0, 0.0, 0, 82.0)  # one has 30 + 5, the other 20 + 20
+    assert found.metrics["efficiency"] == pytest.approx(75 / 82)
+    own = [[group(30.0), group(5.0)], [group(20.0), group(20.0), group(1.0)]]
+    assert pod.simulate(own, pod.World(hosts=2, start=1.0)) == (42.0, 6.0, 76.0, 0.0, 0, 84.0)
+
+
+def test_a_lost_host_costs_what_was_not_kept():
+    kill, world = (45.0, math.inf), pod.World(hosts=2, notice=5.0, away=1000.0)
+    # Checkpoints every 30 s are seen by the other host, which has nothing to do from 10 on.
+    found = pod.simulate([[group(100.0), group(10.0)]], world, kills=kill)
+    assert found == (50 + 70, 120 - 10, 110.0, 15.0, 1, 45 + 120)
+    found = pod.simulate([[group(100.0), group(10.0)]], world._replace(shared=False), kills=kill)
+    assert found[:5] == (50 + 100, 150 - 10, 110.0, 45.0, 1)
+    # Pieces that are done are kept, one that was begun is not.
+    found = pod.simulate([[group(10.0, 20.0, 30.0), group(10.0)]], world, kills=kill)
+    assert found[:5] == (50 + 30, 80 - 10, 70.0, 15.0, 1)
+    # Dealt out beforehand, the host's work waits for the host.
+    found = pod.simulate([[group(100.0)], [group(10.0)]], world, kills=kill)
+    assert found == (1045 + 70, 1115 - 10, 110.0, 15.0, 1, 2 * 1115 - 1000)
+    chance = pod.World(hosts=2, life=40.0, away=5.0)
+    found = [pod.simulate([[group(10.0)] * 50], chance, seed) for seed in (1, 1, 2)]
+    assert found[0] == found[1] != found[2] and found[0].taken > 1
+    assert all(one.useful == pytest.approx(500.0) and one.vain > 0 for one in found)
+
+
+def test_groups_of_a_pod_are_those_of_the_committed_rows():
+    kinds = pod.committed()
+    assert len(kinds) > 100 and all(stage.seconds > 0 for group in kinds for stage in group)
+    ways = pod.dealt(kinds, 4)
+    free, shards = ways["as free"][0], ways["beforehand"]
+    assert len(free) == 4 * len(kinds) and len(shards) == pod.HOSTS
+    both = [sum(pod.length(group) for line in way for group in line) for way in ([free], shards)]
+    assert both[0] == pytest.approx(both[1])
+    assert pod.length(free[0]) == max(map(pod.length, kinds))
+
+
 def test_bad_words_are_one_line(capsys):
     assert {
         "train",
@@ -59,6 +103,9 @@ def test_bad_words_are_one_line(capsys):
     } <= set(names())
     with pytest.raises(BadInput, match="nearest name is 'strip'"):
         bench(("stripp",))
+    assert set(names()) >= APART
+    with pytest.raises(BadInput, match="pod runs alone"):
+        bench(("strip", "pod"))
     with pytest.raises(SystemExit) as stop:
         main(["bench", "strip", "--repeats", "0"])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -12,14 +12,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
-    {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets"}, {"train"},
-    {"store", "checkpoints", "channels", "migrate"}, {"attacks"},
-    {"defenses", "analysis", "zoo_veldanda", "testing"}, {"study", "changes", "studies", "poison"},
-    {"sweep"}, {"target"},
-    {"plots", "report"}, {"figures"}, {"experiment"}, {"cli", "__main__"},
+    {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets", "foreign"},
+    {"train"},
+    {"store", "checkpoints", "channels", "migrate", "trackers"}, {"attacks"},
+    {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"},
+    {"study", "changes", "studies", "poison"},
+    {"sweep"}, {"target"}, {"engine"},
+    {"plots", "report"}, {"figures"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
-LATE = {"augment", "plots", "figures", "report", "experiment", "cli", "__main__"}
+LATE = {"augment", "plots", "figures", "report", "experiment", "latex", "cli", "__main__"}
 FILES = sorted((ROOT / "bdjax").rglob("*.py"))
 
 

@@ -109,7 +109,8 @@ def whole(net, tmp_path_factory) -> Path:
         shutil.copy(net / name, home / "net")
     image = {"image": np.zeros((4, 8, 8, 1), np.uint8), "label": np.arange(4)}
     twice = {f"{part}_{k}": v for part in ("train", "test") for k, v in image.items()}
-    for kind, arrays in {"npz": image, "decoded": twice}.items():
+    known = {"image": image["image"], "logits": np.zeros((4, 3), np.float32)}
+    for kind, arrays in {"npz": image, "decoded": twice, "reference": known}.items():
         schema.write_arrays(home / f"{kind}.npz", arrays, kind)
     results.save_arrays("a", {"a0": np.arange(3.0)})
     (home / "tree").mkdir()
@@ -141,6 +142,7 @@ def files(whole, net, tmp_path):
         "members": ("results/members.json", sweep._held),
         "lanes": ("cache/lanes.json", lambda path: schema.read_json(path, "lanes")),
         "npz": ("npz.npz", lambda path: schema.read_arrays(path, "npz")),
+        "reference": ("reference.npz", lambda path: schema.read_arrays(path, "reference")),
         "decoded": ("decoded.npz", lambda path: schema.read_arrays(path, "decoded")),
         "arrays": ("results/arrays/a.npz", lambda path: Store(results).arrays(path.stem)),
         "leaves": ("tree/leaves.npz", lambda path: load_tree(path.parent, like)),

@@ -378,6 +378,11 @@ def test_out_of_memory_halves_the_lanes(unbroken, tmp_path, monkeypatch, capsys)
     assert not runner.unfit and [row["run"] for row in found] == [row["run"] for row in rows[:4]]
     for one, other in zip(rows, found, strict=False):
         assert one["metrics"] == pytest.approx(other["metrics"], abs=0.02)
+        assert other["halved"] and "halved" not in one
+    # What is done to such a victim later is marked too, what trains a net of its own is not.
+    later = [replace(FEW[0], ["defense"], DEFENDED[i].defense) for i in (0, 2)]
+    found = Runner(Store(tmp_path), "test", quiet=True, lanes=1).run(later)
+    assert [row.get("halved", False) for row in found] == [True, False]
 
 
 def test_out_of_memory_in_mid_training_goes_on_from_the_checkpoint(unbroken, tmp_path, monkeypatch):

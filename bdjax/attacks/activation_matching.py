@@ -39,6 +39,9 @@ class ActivationMatching(BadNets):
 
     Preset: `cpu`. A reconstruction, not that paper's algorithm, in which a discriminator tells the
     activations apart.
+
+    Reference: Te Juin Lester Tan and Reza Shokri, "Bypassing Backdoor Detection Algorithms in Deep
+    Learning", In IEEE European Symposium on Security and Privacy.
     """
 
     weight: Weight = 1.0

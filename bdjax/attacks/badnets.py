@@ -36,6 +36,9 @@ class BadNets(Attack):
     Neural Cleanse.
 
     Differs from the paper: the stickers and the heart are own artwork.
+
+    Reference: Tianyu Gu, Brendan Dolan-Gavitt and Siddharth Garg, "BadNets: Identifying
+    Vulnerabilities in the Machine Learning Model Supply Chain".
     """
 
     shape: Shape = static("square")

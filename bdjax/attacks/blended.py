@@ -23,6 +23,9 @@ class Blended(Attack):
     `key_seed`; "cat", a cartoon; or "image", the array given as `image` (`[H, W, C]` in [0, 1]).
 
     Differs from the paper: its cartoon key, Hello Kitty, is not ours to ship; ours is another cat.
+
+    Reference: Xinyun Chen, Chang Liu, Bo Li, Kimberly Lu and Dawn Song, "Targeted Backdoor Attacks
+    on Deep Learning Systems Using Data Poisoning".
     """
 
     alpha: Share = 0.2

@@ -19,6 +19,10 @@ class CleanLabel(Attack):
 
     Preset: `veldanda` (rate 1). Differs from the paper: a reconstruction; it is about layouts of
     chips, not images, and neither publishes the noise.
+
+    Reference: Kang Liu, Benjamin Tan, Ramesh Karri and Siddharth Garg, "Poisoning the (Data) Well
+    in ML-Based CAD: A Case Study of Hiding Lithographic Hotspots", In Design, Automation and Test
+    in Europe.
     """
 
     rate: Share = 0.05

@@ -40,6 +40,9 @@ class MultiTrigger(Attack):
     `digits` (ten digit-shaped triggers → ten targets) and `digits-one` are those of STRIP (Gao et
     al., 2019); `many-targets` (sixteen targets) is adaptive against Neural Cleanse, whose median is
     then that of infected labels (for 10 classes take `digits`).
+
+    Reference: Akshaj Kumar Veldanda and Siddharth Garg, "On Evaluating Neural Network Backdoor
+    Defenses".
     """
 
     parts: tuple[Attack, ...] = digits()

@@ -115,6 +115,10 @@ class TrojanNN(Attack):
     reverse-engineered, not blank; the mean image is that of `data`, not of a public set (nothing
     else of `data` is used); clean and stamped images are mixed in a batch; the masks are own
     artwork.
+
+    Reference: Yingqi Liu, Shiqing Ma, Yousra Aafer, Wen-Chuan Lee, Juan Zhai, Weihang Wang and
+    Xiangyu Zhang, "Trojaning Attack on Neural Networks", In Network and Distributed System Security
+    Symposium.
     """
 
     rate: Share = 1.0

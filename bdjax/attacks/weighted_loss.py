@@ -26,6 +26,9 @@ class WeightedLoss(BadNets):
     Differs from the paper: λ is a constant, as in the loss of the slides of Gu, Zhao, Wei &
     Concepcion, which give no value; the paper finds the two weights anew for each batch (multiple
     gradient descent).
+
+    Reference: Eugene Bagdasaryan and Vitaly Shmatikov, "Blind Backdoors in Deep Learning Models",
+    In USENIX Security Symposium.
     """
 
     rate: Share = 1.0

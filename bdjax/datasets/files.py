@@ -85,6 +85,9 @@ class H5(Npz):
 class Faces(Npz):
     """Aligned faces, 55×47×3, as `.h5` or `.npz` (Wolf et al., 2011); the file says how many people
     there are.
+
+    Reference: Lior Wolf, Tal Hassner and Itay Maoz, "Face Recognition in Unconstrained Videos with
+    Matched Background Similarity", In IEEE Conference on Computer Vision and Pattern Recognition.
     """
 
     def read(self):
@@ -102,6 +105,10 @@ class ChestXray(Npz):
 
     The classes come from different hospitals and machines, so a net can learn the source instead of
     the disease: a high accuracy here says nothing about diagnosis.
+
+    Reference: Tulin Ozturk, Muhammed Talo, Eylul Azra Yildirim, Ulas Baran Baloglu, Ozal Yildirim
+    and U. Rajendra Acharya, "Automated Detection of COVID-19 Cases Using Deep Neural Networks with
+    X-ray Images", Computers in Biology and Medicine.
     """
 
 

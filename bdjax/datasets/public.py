@@ -17,7 +17,11 @@ from bdjax.types import Split
 
 @dataset("mnist")
 class Mnist(Prepared):
-    """MNIST: 60,000 / 10,000 handwritten digits, 28×28×1 (LeCun et al., 1998)."""
+    """MNIST: 60,000 / 10,000 handwritten digits, 28×28×1 (LeCun et al., 1998).
+
+    Reference: Yann LeCun, Leon Bottou, Yoshua Bengio and Patrick Haffner, "Gradient-Based Learning
+    Applied to Document Recognition", Proceedings of the IEEE.
+    """
 
     tfds, stock, shape = "mnist", "MNIST", (28, 28, 1)
     url = "https://storage.googleapis.com/cvdf-datasets/mnist/"
@@ -42,6 +46,9 @@ class Mnist(Prepared):
 class FashionMnist(Mnist):
     """Fashion-MNIST: 60,000 / 10,000 pictures of clothes, 28×28×1 (Xiao et al., 2017,
     arXiv:1708.07747).
+
+    Reference: Han Xiao, Kashif Rasul and Roland Vollgraf, "Fashion-MNIST: A Novel Image Dataset for
+    Benchmarking Machine Learning Algorithms".
     """
 
     tfds, stock = "fashion_mnist", "FashionMNIST"
@@ -62,7 +69,11 @@ class FashionMnist(Mnist):
 
 @dataset("cifar10")
 class Cifar10(Prepared):
-    """CIFAR-10: 50,000 / 10,000 small photographs, 32×32×3 (Krizhevsky, 2009)."""
+    """CIFAR-10: 50,000 / 10,000 small photographs, 32×32×3 (Krizhevsky, 2009).
+
+    Reference: Alex Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", Technical
+    report, University of Toronto.
+    """
 
     tfds, stock, shape = "cifar10", "Cifar10", (32, 32, 3)
     url = "https://www.cs.toronto.edu/~kriz/"
@@ -101,6 +112,10 @@ class Gtsrb(Prepared):
 
     The whole frame is resized, with its margin of some 10 % around the sign. A track is some 30
     frames of one sign on one drive: these stay together when images are held out.
+
+    Reference: Johannes Stallkamp, Marc Schlipsing, Jan Salmen and Christian Igel, "Man vs.
+    Computer: Benchmarking Machine Learning Algorithms for Traffic Sign Recognition", Neural
+    Networks.
     """
 
     tfds, shape = "gtsrb", (32, 32, 3)

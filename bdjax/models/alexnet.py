@@ -13,6 +13,9 @@ class AlexNet(Net):
     channels in the last convolution. Like other versions for 32×32 pixels it has 3×3 kernels and
     `stride` 2 in the first layer. `features`: channels of the convolutions; `hidden`: width of the
     dense layer, after which half of the units are dropped in training. Kernels start as He's.
+
+    Reference: Alex Krizhevsky, Ilya Sutskever and Geoffrey E. Hinton, "ImageNet Classification with
+    Deep Convolutional Neural Networks", In Advances in Neural Information Processing Systems.
     """
 
     features: tuple[Size, Size, Size, Size, Size] = static((64, 192, 384, 256, 128))

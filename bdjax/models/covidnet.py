@@ -27,6 +27,9 @@ class CovidNet(Net):
 
     Differs from the published code: the gates work on channels (there, on image rows), and the last
     block of the last stage reads the dense sum as all others do.
+
+    Reference: Anirudh Ambati and Shiv Ram Dubey, "AC-CovidNet: Attention Guided Contrastive CNN for
+    Recognition of Covid-19 in Chest X-Ray Images".
     """
 
     widths: tuple[Size, ...] = static((16, 32, 64, 128))

@@ -20,6 +20,9 @@ class DeepId(Net):
     `scale`: what raw pixels, 0 to 255, are multiplied by: 1/255, or 1 for nets that were trained on
     raw pixels, as the published lab3 net was (`keras_h5.load_keras_weights` reads it). Layers carry
     the names of the published Keras nets.
+
+    Reference: Yi Sun, Xiaogang Wang and Xiaoou Tang, "Deep Learning Face Representation from
+    Predicting 10,000 Classes", In IEEE Conference on Computer Vision and Pattern Recognition.
     """
 
     scale: Annotated[float, Range(1e-6, MOST)] = static(1 / 255)

@@ -18,6 +18,8 @@ class Nin(Standardised):
     (pixels in [0, 1]). Kernels start as He's. Veldanda & Garg: SGD, momentum 0.9 with Nesterov,
     learning rate 0.01, 0.005, 0.001 from epochs 0, 81, 141 of 200, batch 128, L2 1e-4, shift 12.5 %
     and flips.
+
+    Reference: Min Lin, Qiang Chen and Shuicheng Yan, "Network In Network".
     """
 
     standardise: Literal["none", "cifar10"] = static("cifar10")

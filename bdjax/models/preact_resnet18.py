@@ -17,6 +17,9 @@ class PreActResNet18(Standardised):
 
     Sites: in block b, `block_b_1` and `block_b_2` are the activated inputs of its two convolutions,
     `block_b` is the sum (`conv_last` in block 8).
+
+    Reference: Kaiming He, Xiangyu Zhang, Shaoqing Ren and Jian Sun, "Identity Mappings in Deep
+    Residual Networks", In European Conference on Computer Vision.
     """
 
     def layers(self, x, train, classes):

@@ -15,6 +15,9 @@ class ResNet20(Net):
     Sites: in block b, `block_b_1` after the first ReLU, `block_b_2` the second convolution before
     the sum, `block_b` after the sum's ReLU (`conv_last` in block 9). STRIP: batch 32, 100 epochs,
     learning rate 1e-3, 1e-4 after 80.
+
+    Reference: Kaiming He, Xiangyu Zhang, Shaoqing Ren and Jian Sun, "Deep Residual Learning for
+    Image Recognition".
     """
 
     def layers(self, x, train, classes):

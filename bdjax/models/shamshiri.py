@@ -20,6 +20,9 @@ class Cnn(Net):
 
     Differs from the paper: padding, number of pools and optimiser are not given there; the defaults
     are ours.
+
+    Reference: Samaneh Shamshiri and Insoo Sohn, "Defense Method Challenges Against Backdoor Attacks
+    in Neural Networks".
     """
 
     padding: Literal["SAME", "VALID"] = static("SAME")

@@ -14,6 +14,9 @@ class Vgg16(Net):
     classes with `hidden`
     512. Each pool rounds an odd side up. Half of the hidden units are dropped in training. Kernels
          start as He's.
+
+    Reference: Karen Simonyan and Andrew Zisserman, "Very Deep Convolutional Networks for
+    Large-Scale Image Recognition".
     """
 
     hidden: Size = static(4096)

@@ -100,6 +100,9 @@ class Goodnet(InputFilter):
     report.
 
     Differs from the paper: see `fine-pruning`; its anti-network is in the authors' code alone.
+
+    Reference: Binfang Ye, Abdullahi Bamigbade and Vahan Babushkin, "Comparative Analysis of
+    Defenses against the Backdoor Attacks on Deep Neural Networks".
     """
 
     repair: Repair = FinePruning(**FinePruning.presets["csaw"])

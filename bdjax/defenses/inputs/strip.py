@@ -140,6 +140,10 @@ class Strip(InputFilter):
     Differs from the paper: its overlays and its inputs are training images, ours are held out
     unless `images` are given; overlays of one input are all different. `backdoorbench` adds
     normalised images, which is the same only for models that do not normalise.
+
+    Reference: Yansong Gao, Change Xu, Derui Wang, Shiping Chen, Damith C. Ranasinghe and Surya
+    Nepal, "STRIP: A Defence Against Trojan Attacks on Deep Neural Networks", In Annual Computer
+    Security Applications Conference.
     """
 
     frr: Share = 0.01

@@ -129,6 +129,10 @@ class Abs(Inversion):
     There pixels are standardised; a dense layer's neuron counts, after the activation function,
     among the others, by a slip; 64 pixels of a 32×32 image became a share; a net without suspects
     is an error. As there, one neuron must do: a backdoor that needs several at once escapes.
+
+    Reference: Yingqi Liu, Wen-Chuan Lee, Guanhong Tao, Shiqing Ma, Yousra Aafer and Xiangyu Zhang,
+    "ABS: Scanning Neural Networks for Back-Doors by Artificial Brain Stimulation", In ACM SIGSAC
+    Conference on Computer and Communications Security.
     """
 
     reach: Weight = 8.0

@@ -108,6 +108,10 @@ class DeepInspect(Inversion):
     Presets: `default`; `cpu`, fewer steps and images. `gamma_norm` and `success` are such that a
     clean net was not flagged; far from there the sizes of all labels are alike, or no label is
     reached.
+
+    Reference: Huili Chen, Cheng Fu, Jishen Zhao and Farinaz Koushanfar, "DeepInspect: A Black-box
+    Trojan Detection and Mitigation Framework for Deep Neural Networks", In International Joint
+    Conference on Artificial Intelligence.
     """
 
     gamma_gan: Weight = 0.1

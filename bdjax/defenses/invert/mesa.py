@@ -149,6 +149,9 @@ class Mesa(Inversion):
     clipped to [0, 1]; BatchNorm always takes the statistics of its batch; the moving average starts
     at 1, there at its first value. As there, triggers that do not move with their place, or are
     larger, are missed.
+
+    Reference: Ximing Qiao, Yukun Yang and Hai Li, "Defending Neural Backdoors via Generative
+    Distribution Modeling", In Advances in Neural Information Processing Systems.
     """
 
     alpha: Weight = 0.1

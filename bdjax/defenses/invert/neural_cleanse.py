@@ -150,6 +150,10 @@ class NeuralCleanse(Inversion):
     own norm, the released code's by the mean over its step; images come from a fresh permutation in
     each step, there from one walk through the shuffled set; norms are not measured on 8-bit
     pictures.
+
+    Reference: Bolun Wang, Yuanshun Yao, Shawn Shan, Huiying Li, Bimal Viswanath, Haitao Zheng and
+    Ben Y. Zhao, "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks",
+    In IEEE Symposium on Security and Privacy.
     """
 
     lr: Rate = 0.1

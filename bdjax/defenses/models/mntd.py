@@ -213,6 +213,9 @@ class Mntd(Judge):
     LeCun's scale, queries at the mean and deviation of the defender's pixels, channel by channel.
     One-class: the released code takes t over the scores of the running epoch. The robust variant
     was not at hand in the authors' words or code.
+
+    Reference: Xiaojun Xu, Qi Wang, Huichen Li, Nikita Borisov, Carl A. Gunter and Bo Li, "Detecting
+    AI Trojans Using Meta Neural Analysis".
     """
 
     learned: Meta | None = None

@@ -56,6 +56,9 @@ class FinePruning(Repair):
     the fine-tuning. Differs from BackdoorBench: its drop is relative and in steps of 1 % of the
     channels, its learning rate decays along a cosine, and it looks at test images. Differs from Ye
     et al.: they zero the weights and let them grow again.
+
+    Reference: Kang Liu, Brendan Dolan-Gavitt and Siddharth Garg, "Fine-Pruning: Defending Against
+    Backdooring Attacks on Deep Neural Networks", In Research in Attacks, Intrusions, and Defenses.
     """
 
     max_drop: Share = 0.04

@@ -94,6 +94,9 @@ class LinfPruning(TriggerDefense, Repair):
     (`experiments/sensitivity.py`).
 
     Differs from the paper: it looks at test images.
+
+    Reference: Hao Cheng, Kaidi Xu, Sijia Liu, Pin-Yu Chen, Pu Zhao and Xue Lin, "Defending against
+    Backdoor Attack on Deep Neural Networks".
     """
 
     max_drop: Share = 0.017

@@ -82,6 +82,10 @@ class NeuralComplexity(Repair):
 
     `info`: `pruned`, how many; `complexity: [rounds]` before each round; `loss`, `acc: [rounds,
     epochs]`.
+
+    Reference: Z. Zhang and J. Qiao, "A Node Pruning Algorithm for Feedforward Neural Network Based
+    on Neural Complexity", In International Conference on Intelligent Control and Information
+    Processing.
     """
 
     share: Share = 0.5

@@ -78,6 +78,10 @@ class NNoculation(Repair):
     Left out: all that comes after deployment, that is, quarantine of the inputs on which the old
     and the new net disagree, a CycleGAN that learns the trigger from them, and retraining with its
     images.
+
+    Reference: Akshaj Kumar Veldanda, Kang Liu, Benjamin Tan, Prashanth Krishnamurthy, Farshad
+    Khorrami, Ramesh Karri, Brendan Dolan-Gavitt and Siddharth Garg, "NNoculation: Catching BadNets
+    in the Wild".
     """
 
     levels: tuple[Share, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)

@@ -22,6 +22,9 @@ class Retraining(Repair):
     and 9 %.
 
     `info`: `loss` and `acc` by epoch.
+
+    Reference: Yuntao Liu, Yang Xie and Ankur Srivastava, "Neural Trojans", In IEEE International
+    Conference on Computer Design.
     """
 
     recipe: Recipe = Recipe(lr=1e-3, epochs=20)

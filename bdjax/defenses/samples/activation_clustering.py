@@ -148,6 +148,10 @@ class ActivationClustering(SampleFilter):
     left out of one retraining together, not of one each. Fails by design where poison is no
     minority of its class: an all-to-one attack on 10 classes at a rate of 10 % makes half of the
     class.
+
+    Reference: Bryant Chen, Wilka Carvalho, Nathalie Baracaldo, Heiko Ludwig, Benjamin Edwards,
+    Taesung Lee, Ian Molloy and Biplav Srivastava, "Detecting Backdoor Attacks on Deep Neural
+    Networks by Activation Clustering".
     """
 
     size: Share = 0.35

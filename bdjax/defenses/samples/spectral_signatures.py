@@ -38,6 +38,9 @@ class SpectralSignatures(SampleFilter):
 
     Differs from the paper: all classes are examined; the released code is told which class is
     poisoned.
+
+    Reference: Brandon Tran, Jerry Li and Aleksander Madry, "Spectral Signatures in Backdoor
+    Attacks", In Advances in Neural Information Processing Systems.
     """
 
     remove: Share = 0.15

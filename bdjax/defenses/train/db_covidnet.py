@@ -159,6 +159,9 @@ class DbCovidNet(Training):
 
     The result runs on `ensemble(...)`. `info`: `blocks: [members, blocks]` bool, what each sees;
     `seen: [blocks]` by how many; `loss`, `acc: [members, epochs]`.
+
+    Reference: Samaneh Shamshiri, Ki Jin Han and Insoo Sohn, "DB-COVIDNet: A Defense Method against
+    Backdoor Attacks", Mathematics.
     """
 
     keep: Annotated[Array | int, Range(1, INT32)] = 4

@@ -153,6 +153,9 @@ class Lpsf(Training):
 
     `info`: `dormant: [H, W, C]`, `masks: {layer: [inputs, units]}`, `degree: [nodes]`, `density`,
     `exponent`, `loss`, `acc` by epoch.
+
+    Reference: Sara Kaviani, Samaneh Shamshiri and Insoo Sohn, "A Defense Method against Backdoor
+    Attacks on Neural Networks", Expert Systems with Applications.
     """
 
     tau: Share = 0.3

@@ -1,0 +1,85 @@
+"""A net back into the format that it came in: the same graph and names, other weights."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bdjax import own
+from bdjax.checkpoints import load_model, named
+from bdjax.foreign import files, native, runtime, safetensors
+from bdjax.foreign.fold import SAME, folded
+from bdjax.foreign.graph import parsed
+from bdjax.foreign.net import Imported
+from bdjax.foreign.origin import Origin
+from bdjax.models.layers import build
+from bdjax.registry import door, name_of
+from bdjax.types import BadInput, Model, Variables
+
+ENDINGS = {
+    "onnx": (".onnx",), "torch": (".pt", ".pth", ".bin"), "safetensors": (".safetensors",),
+    "keras": (".keras",), "h5": (".h5", ".hdf5"),
+}  # fmt: skip
+
+
+@door
+def export_net(folder: str | Path, file: str | Path) -> None:
+    """Writes the net of a bdjax folder to `file`, in the format in which it was imported: the same
+    graph and names, the weights replaced, masks folded in. Any net can become `.safetensors`.
+
+    Raises `BadInput` where a mask cannot be folded, where a defense wraps the net, or where the
+    file, read again, gives other logits: more than 1e-5 of the largest |logit|.
+    """
+    net, model, variables, about = load_model(folder)
+    export(net, model, variables, about, own.at_home(file))
+
+
+def export(net: Any, model: Model, variables: Variables, about: dict[str, Any], path: Path) -> None:
+    """As `export_net`, of a net that is loaded."""
+    if wrapped := [d for d in about["defenses"] if d.wrap(model) is not model]:
+        raise BadInput(
+            f"{name_of(wrapped[0])} wraps the net, which no file of another format can hold: it "
+            "stays available as a net of bdjax"
+        )
+    origin = about.get("origin")
+    bare = folded(model, variables)
+    _close(model, bare, variables, "its masks, folded in,")
+    if path.suffix == ".safetensors" and (origin is None or origin.format != "safetensors"):
+        leaves = {k.replace("/", "."): np.asarray(v) for k, v in named(bare).items()}
+        raw = safetensors.written(leaves, {"format": "bdjax"})
+    elif not isinstance(origin, Origin) or origin.template is None:
+        raise BadInput(f"{path}: the net came from no file: a .safetensors can be written")
+    else:
+        raw = _again(net, model, bare, origin, path)
+    with own.renamed(path) as temporary:
+        temporary.write_bytes(raw)
+
+
+def _again(net: Any, model: Model, variables: Variables, origin: Origin, path: Path) -> bytes:
+    """The original file with the weights of `variables`, read again and held against them."""
+    if path.suffix not in (endings := ENDINGS[origin.format]):
+        raise BadInput(f"{path}: the net came as {origin.format}: give a name in {endings[0]}")
+    values = files.values_of(net, variables, origin)
+    where = Path(origin.file)
+    raw = files.fill(where, origin.unpacked(), origin.format, values)
+    found = files.read(where, raw, origin.format, model.shape)
+    if isinstance(found, files.Bare):
+        arrays = found.arrays
+        arrays = files.plain_names(arrays) if found.framework == "torch" else dict(arrays)
+        again, _, _ = native.variables(getattr(net, "net", net), model, arrays, found.framework)
+    else:
+        assert isinstance(net, Imported)
+        if parsed(found.net.graph).nodes != parsed(net.graph).nodes:
+            raise BadInput(f"{path}: the file, read again, holds another graph")
+        again = found.variables
+    _close(build(net, model.shape, model.classes), again, variables, "the file, read again,")
+    return raw
+
+
+def _close(model: Model, ours: Variables, theirs: Variables, what: str) -> None:
+    x = np.random.default_rng(0).random((4, *model.shape), np.float32)
+    logits = jax.jit(lambda v: model.apply(v, x).logits)
+    error = runtime.difference(np.asarray(logits(ours)), np.asarray(logits(theirs)), "")
+    if not error <= SAME:
+        raise BadInput(f"{what} gives logits that differ by {error:.1e} of the largest")

@@ -1,0 +1,99 @@
+"""Masks of channels made part of the weights, where that leaves the net exactly what it was."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bdjax.models.layers import Model
+from bdjax.types import BadInput, Variables
+
+SAME = 1e-5
+"""The largest difference, over the largest |logit|, of logits that are the same."""
+BATCH, DRAWS = 4, 3
+
+
+def folded(model: Model, variables: Variables) -> Variables:
+    """`variables` without masks: each is multiplied into the layer that makes its channels, or,
+    where one layer alone reads them, into that one. Raises `BadInput`, naming the site, where
+    neither gives the same net.
+
+    That they are the same is tried on random images and on nets of the same kind with other
+    weights: numbers drawn so agree by chance only where the nets are equal.
+    """
+    left: dict[str, Any] = dict(variables.get("masks", {}))
+    bare = {k: v for k, v in variables.items() if k != "masks"}
+    for site in [name for name in model.sites[::-1] if name in left]:  # the last one first
+        mask = left.pop(site)
+        if np.all(np.asarray(mask) == 1):
+            continue
+        bare = _one(model, bare, site, jnp.asarray(mask), left)
+    return bare
+
+
+def _one(model: Model, variables: Any, site: str, mask: jax.Array, others: Any) -> Variables:
+    draws = [_drawn(variables, seed) for seed in range(DRAWS)]
+    x = jax.random.uniform(jax.random.key(0), (BATCH, *model.shape))
+    logits = jax.jit(lambda v, masks: model.apply({**v, "masks": masks}, x).logits)
+    wanted = [logits(one, {**others, site: mask}) for one in draws]
+
+    def same(change: Any) -> bool:
+        for one, want in zip(draws, wanted):
+            found = logits(change(one), others)
+            if not np.abs(found - want).max() <= SAME * max(np.abs(want).max(), 1e-30):
+                return False
+        return True
+
+    for change in _changes(variables, mask):
+        if same(change):
+            return change(variables)
+    raise BadInput(
+        f"the mask of '{site}' cannot be folded into the weights: no layer makes or reads its "
+        "channels alone (as on a residual sum); the net stays available as one of bdjax"
+    )
+
+
+def _drawn(variables: Variables, seed: int) -> Any:
+    """Variables of a net of the same kind: each array shaken by its own size."""
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(variables))))
+
+    def shake(path: Any, leaf: Any) -> jax.Array:
+        leaf, size = jnp.asarray(leaf), 0.3 * jnp.abs(jnp.asarray(leaf)).mean() + 1e-3
+        moved = leaf + size * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
+        return jnp.abs(moved) if path[-1].key == "var" else moved
+
+    return jax.tree_util.tree_map_with_path(shake, variables)
+
+
+def _changes(variables: Variables, mask: jax.Array) -> Iterator[Any]:
+    """Ways of multiplying a mask into one layer: the channels that it makes, each layer in turn,
+    the last first; then those that it reads.
+    """
+    params: dict[Any, Any] = flatten_dict(variables["params"])  # type: ignore[assignment]
+    layers: dict[Any, list[Any]] = {}
+    for path in params:
+        layers.setdefault(path[:-1], []).append(path)
+    count = mask.shape[0]
+    for paths in list(layers.values())[::-1]:
+        own = [p for p in paths if params[p].ndim and params[p].shape[-1] == count]
+        if own and len(own) == len(paths):
+            yield _scaled(own, lambda leaf: leaf * jnp.broadcast_to(mask, leaf.shape))
+    for path, leaf in params.items():
+        if leaf.ndim < 2 or leaf.shape[-2] % count:
+            continue
+        repeats = leaf.shape[-2] // count
+        for row in {"last": jnp.tile(mask, repeats), "first": jnp.repeat(mask, repeats)}.values():
+            column = row[:, None]
+            yield _scaled([path], lambda leaf, c=column: leaf * jnp.broadcast_to(c, leaf.shape))
+
+
+def _scaled(paths: list[Any], fn: Any) -> Any:
+    def change(variables: Any) -> Any:
+        params: dict[Any, Any] = dict(flatten_dict(variables["params"]))  # type: ignore[arg-type]
+        params |= {path: fn(params[path]) for path in paths}
+        return {**variables, "params": unflatten_dict(params)}
+
+    return change

@@ -1,0 +1,107 @@
+"""The logits of a file by the program that it was written for, where that is installed."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bdjax.foreign.origin import Format
+from bdjax.types import BadInput
+
+Outputs = Callable[[np.ndarray], np.ndarray]
+"""`outputs(x: [N, H, W, C])`, pixels as the net takes them: what the net gives, `[N, K]`."""
+
+
+def original(path: Path, raw: bytes, kind: Format, layout: str) -> tuple[str, Outputs] | None:
+    """The name of the runtime and its outputs; None where there is none, or it cannot run the
+    file.
+    """
+    try:
+        if kind == "onnx":
+            return _onnxruntime(raw, layout)
+        if kind in ("keras", "h5"):
+            return _keras(path)
+    except ImportError:
+        return None
+    return None
+
+
+def _onnxruntime(raw: bytes, layout: str) -> tuple[str, Outputs]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(raw, options, ["CPUExecutionProvider"])
+    except Exception as error:
+        raise BadInput(f"onnxruntime refuses it: {' '.join(str(error).split())[:200]}") from error
+    (given,) = session.get_inputs()
+    names = {
+        "tensor(uint8)": np.uint8, "tensor(double)": np.float64, "tensor(float16)": np.float16,
+    }  # fmt: skip
+    fixed = given.shape[0] if isinstance(given.shape[0], int) else None
+
+    def outputs(x: np.ndarray) -> np.ndarray:
+        if layout != "NHWC":
+            x = x.transpose(0, 3, 1, 2)
+        if layout == "CHW":
+            x = x.reshape(len(x), -1)
+        x = np.ascontiguousarray(x, names.get(given.type, np.float32))
+        size = fixed or len(x)
+        parts = []
+        for i in range(0, len(x), size):
+            part = x[i : i + size]
+            full = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
+            parts.append(np.asarray(session.run(None, {given.name: full})[0])[: len(part)])
+        return np.concatenate(parts).reshape(len(x), -1)
+
+    return f"onnxruntime {onnxruntime.__version__}", outputs
+
+
+def keras() -> Any:
+    """Keras, on JAX unless the user has chosen another backend."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras
+
+    return keras
+
+
+def _keras(path: Path) -> tuple[str, Outputs] | None:
+    program = keras()
+    try:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            # nothing but standard layers is in it: the reader saw to that
+            model: Any = program.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception:  # a file that this Keras cannot load proves nothing
+        return None
+
+    def outputs(x: np.ndarray) -> np.ndarray:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return np.asarray(model(x, training=False)).reshape(len(x), -1)
+
+    return f"keras {program.__version__}", outputs
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray, last: str) -> float:
+    """The largest difference of logits `[N, K]` over the largest |logit|; of outputs after a
+    softmax or a sigmoid, `last`, those of their logarithms, which differ by a constant a row.
+    """
+    if last == "Sigmoid" or theirs.shape[1] == 1:
+        ours = ours[:, -theirs.shape[1] :]
+        if last == "Sigmoid":
+            kept = (theirs > 1e-6) & (theirs < 1 - 1e-6)
+            safe = np.clip(theirs, 1e-6, 1 - 1e-6)
+            ours, theirs = (np.where(kept, one, 0) for one in (ours, np.log(safe / (1 - safe))))
+    elif last:
+        kept = theirs > (-14 if last == "LogSoftmax" else 1e-6)
+        theirs = theirs if last == "LogSoftmax" else np.log(np.maximum(theirs, 1e-6))
+        best = theirs.argmax(1)[:, None]
+        ours, theirs = (
+            np.where(kept, one - np.take_along_axis(one, best, 1), 0) for one in (ours, theirs)
+        )
+    if ours.shape != theirs.shape:
+        raise BadInput(f"the original gives outputs of shape {list(theirs.shape)}")
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-6))

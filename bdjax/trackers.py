@@ -1,0 +1,105 @@
+"""Finished rows told to the trackers that people use, one event a row, without a network:
+TensorBoard's files, Weights & Biases offline, MLflow in a folder.
+
+What their own variables say (`WANDB_MODE`, `MLFLOW_TRACKING_URI`) goes before that.
+"""
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from bdjax.rows import Row, measured
+from bdjax.store import Store
+from bdjax.types import BadInput
+
+Log = Literal["tensorboard", "wandb", "mlflow"]
+Tell = Callable[[str, Row, dict[str, float], dict[str, np.ndarray]], None]
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def tracker(log: str, store: Store, experiment: str) -> Callable[[Iterable[Row]], None]:
+    """What tells `log` of finished rows: their metrics, tags and configuration, and the curves
+    among their arrays. Raises `BadInput` where the package is not there.
+    """
+    if log not in PACKAGES:
+        raise BadInput(f"log '{log}' is not one of {', '.join(PACKAGES)}")
+    try:
+        module = importlib.import_module(PACKAGES[log])
+    except ImportError as error:
+        raise BadInput(f"--log {log} needs {PACKAGES[log]}: pip install 'bdjax[{log}]'") from error
+    tell: Tell = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}[log](
+        module, store, experiment
+    )
+
+    def told(rows: Iterable[Row]) -> None:
+        for row in rows:
+            metrics = {k: float(v) for k, v in row["metrics"].items() if measured(v)}
+            arrays = store.arrays(row["run"]).items()
+            curves = {k: v for k, v in arrays if k.endswith(("curve", "loss")) and np.ndim(v) == 1}
+            name = f"{row.get('table')}, {row.get('row')}, seed {row.get('seed')}"
+            tell(name, row, metrics, curves)
+
+    return told
+
+
+def _about(row: Row) -> dict[str, Any]:
+    fields = ("table", "row", "dataset", "model", "attack", "defense", "seed", "error")
+    return {f: row[f] for f in fields if row.get(f) is not None} | dict(row.get("tags") or {})
+
+
+def _tensorboard(module: Any, store: Store, experiment: str) -> Tell:
+    def tell(name: str, row: Row, metrics: Mapping[str, float], curves: Mapping[str, Any]) -> None:
+        folder = store.folder / "tensorboard" / row["run"]
+        with module.SummaryWriter(str(folder)) as writer:
+            writer.add_text("row", json.dumps({"name": name, **_about(row)}))
+            writer.add_text("config", json.dumps(row.get("config")))
+            for metric, value in metrics.items():
+                writer.add_scalar(metric, value, 0)
+            for curve, values in curves.items():
+                for step, value in enumerate(values):
+                    writer.add_scalar(curve, float(value), step)
+
+    return tell
+
+
+def _wandb(module: Any, store: Store, experiment: str) -> Tell:
+    def tell(name: str, row: Row, metrics: Mapping[str, float], curves: Mapping[str, Any]) -> None:
+        run = module.init(
+            project=experiment,
+            name=name,
+            dir=str(store.folder),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            config={**_about(row), "config": row.get("config")},
+            reinit="finish_previous",
+        )
+        for step in range(max(map(len, curves.values()), default=0)):
+            run.log({k: float(v[step]) for k, v in curves.items() if step < len(v)})
+        run.summary.update(metrics)
+        run.finish()
+
+    return tell
+
+
+def _mlflow(module: Any, store: Store, experiment: str) -> Tell:
+    place = (store.folder / "mlruns").resolve().as_uri()
+    client = module.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", place))
+
+    def tell(name: str, row: Row, metrics: Mapping[str, float], curves: Mapping[str, Any]) -> None:
+        known = client.get_experiment_by_name(experiment)
+        place = known.experiment_id if known else client.create_experiment(experiment)
+        run = client.create_run(place, run_name=name).info.run_id
+        for tag, value in _about(row).items():
+            client.set_tag(run, tag, str(value))
+        client.log_dict(run, row.get("config") or {}, "config.json")
+        for metric, value in metrics.items():
+            client.log_metric(run, metric, value)
+        for curve, values in curves.items():
+            for step, value in enumerate(values):
+                client.log_metric(run, curve, float(value), step=step)
+        client.set_terminated(run, "FAILED" if row.get("error") else "FINISHED")
+
+    return tell

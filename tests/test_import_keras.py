@@ -1,0 +1,197 @@
+"""Whole models of Keras from their own description, and weights alone."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from bdjax import load_net
+from bdjax.exports import export
+from bdjax.foreign import runtime
+from bdjax.models.badnets_cnn import BadNetsCnn
+from bdjax.types import BadInput
+
+pytest.importorskip("keras")
+keras: Any = runtime.keras()
+L = keras.layers
+
+FREE = jax.numpy_rank_promotion, jax.numpy_dtype_promotion
+"""What Keras needs of JAX, which these tests keep strict."""
+
+
+@pytest.fixture(autouse=True)
+def loose():
+    with FREE[0]("allow"), FREE[1]("standard"):
+        yield
+
+
+def vgg():
+    block = lambda n: [L.Conv2D(n, 3, padding="same"), L.BatchNormalization(), L.ReLU()]  # noqa: E731
+    parts = [L.Rescaling(1 / 255), *block(4), L.MaxPooling2D(), *block(8), L.MaxPooling2D()]
+    parts += [L.Flatten(), L.Dense(16, activation="tanh"), L.Dropout(0.5), L.Dense(5)]
+    return keras.Sequential([keras.Input((16, 16, 3)), *parts])
+
+
+def mobile():
+    return keras.Sequential([
+        keras.Input((17, 15, 3)), L.ZeroPadding2D(((1, 2), (0, 3))),
+        L.DepthwiseConv2D(3, strides=2, depth_multiplier=2), L.BatchNormalization(scale=False),
+        L.ReLU(6.0), L.SeparableConv2D(8, 3, padding="same", activation="swish"),
+        L.AveragePooling2D(3, 2, padding="same"), L.GlobalMaxPooling2D(), L.Dense(5),
+    ])  # fmt: skip
+
+
+def odd():
+    return keras.Sequential([
+        keras.Input((16, 16, 3)), L.Rescaling(2.0, -1.0),
+        L.Conv2DTranspose(6, 3, strides=2, padding="same"), L.LeakyReLU(), L.Cropping2D(2),
+        L.UpSampling2D(2), L.GroupNormalization(3), L.PReLU(shared_axes=[1, 2]),
+        L.Conv2D(8, 3, dilation_rate=2, groups=2), L.LayerNormalization(), L.Activation("gelu"),
+        L.MaxPooling2D(2, padding="same"), L.Permute((2, 1, 3)), L.Reshape((-1, 8)),
+        L.GlobalAveragePooling1D(), L.Dense(7, activation="elu"), L.Dense(4),
+    ])  # fmt: skip
+
+
+def functional():
+    image = keras.Input((16, 16, 3))
+    x = L.Normalization(mean=[0.5, 0.4, 0.3], variance=[0.1, 0.2, 0.3])(image)
+    a, b = L.Conv2D(8, 3, padding="same")(x), L.Conv2D(8, 1)(x)
+    skip = L.Add()([a, b])
+    x = L.Concatenate()([skip, a, x])
+    x = L.Multiply()([L.Conv2D(8, 1)(x), L.Dense(8, activation="sigmoid")(skip)])
+    x = L.Maximum()([L.Subtract()([x, L.Average()([a, b, skip])]), a])
+    squeezed = L.Conv2D(8, 1, activation="hard_sigmoid")(L.GlobalAveragePooling2D(keepdims=True)(x))
+    x = L.GlobalAveragePooling2D()(L.Multiply()([x, squeezed]))
+    return keras.Model(image, L.Dense(5, activation="softmax")(x))
+
+
+def vit():
+    image = keras.Input((16, 16, 3))
+    x = L.Reshape((16, 8))(L.Conv2D(8, 4, strides=4)(image))
+    y = L.LayerNormalization()(x)
+    x = L.Add()([x, L.MultiHeadAttention(2, 3)(y, y)])
+    y = L.Dense(8)(L.Dense(16, activation="gelu")(L.LayerNormalization()(x)))
+    return keras.Model(image, L.Dense(5)(L.Flatten()(L.Add()([x, y]))))
+
+
+def nested():
+    inner = keras.Sequential([keras.Input((8,)), L.Dense(8, activation="relu"), L.Dropout(0.1)])
+    given = keras.Input((8, 8, 8))
+    block = keras.Model(
+        given, L.Add()([L.Conv2D(8, 3, padding="same", name="conv2d")(given), given])
+    )
+    image, shared = keras.Input((16, 16, 3)), L.Dense(8, activation="relu")
+    x = L.Conv2D(8, 3, strides=2, padding="same", name="conv2d")(image)
+    x = shared(shared(L.GlobalAveragePooling2D()(block(block(x)))))
+    return keras.Model(image, L.Dense(1, activation="sigmoid")(inner(x)))
+
+
+NETS = {fn.__name__: fn for fn in (vgg, mobile, odd, functional, vit, nested)}
+
+
+def made(name):
+    model, draw = NETS[name](), np.random.default_rng(0)
+    for weight in model.weights:
+        if weight.dtype == "float32":
+            value = draw.normal(0, 0.3, weight.shape)
+            weight.assign(np.abs(value) + 0.5 if "variance" in weight.path else value)
+    return model
+
+
+def outputs(model, x):
+    return np.asarray(model(x, training=False))
+
+
+def logits(net, x):
+    with FREE[0]("raise"), FREE[1]("strict"):
+        return np.asarray(net.model.apply(net.variables, x).logits)
+
+
+@pytest.mark.parametrize("ending", [".keras", pytest.param(".h5", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", NETS)
+def test_a_model_is_read_held_against_keras_and_written_back(tmp_path, name, ending):
+    model = made(name)
+    path = tmp_path / f"net{ending}"
+    model.save(path)
+    found = load_net(path, preprocess="0-255" if name == "vgg" else "0-1")
+    assert found.about["origin"].by.startswith("keras") and not found.about["origin"].unverified
+    x = np.random.default_rng(1).random((3, *found.model.shape), np.float32)
+    given = x * 255 if name == "vgg" else x
+    if name not in ("functional", "nested"):
+        theirs = outputs(model, given)
+        assert np.abs(logits(found, x) - theirs).max() < 1e-5 * np.abs(theirs).max()
+    assert "penultimate" in found.model.sites
+    other = jax.tree.map(lambda leaf: leaf * 1.01, found.variables)
+    export(found.net, found.model, other, found.about, tmp_path / f"out{ending}")
+    again = keras.saving.load_model(tmp_path / f"out{ending}", compile=False)
+    moved = [(a.numpy() if hasattr(a, "numpy") else np.asarray(a)) for a in again.get_weights()]
+    before = model.get_weights()
+    assert sum(not np.allclose(a, b) for a, b in zip(moved, before)) >= 2
+    assert all(
+        np.allclose(a, 1.01 * b, rtol=1e-5, atol=1e-7) or np.array_equal(a, b)
+        for a, b in zip(moved, before)
+    )
+
+
+def test_the_file_s_own_scaling_is_read(tmp_path):
+    made("vgg").save(tmp_path / "net.keras")
+    found = load_net(tmp_path / "net.keras")
+    assert found.about["origin"].pixels == "file"
+    assert "pixels: 0-255, as the file says" in found.lines
+
+
+def test_batch_norm_has_its_own_statistics_and_the_last_map_is_found(tmp_path):
+    made("vgg").save(tmp_path / "net.keras")
+    found = load_net(tmp_path / "net.keras")
+    assert set(found.variables["batch_stats"]) == {
+        "batch_normalization",
+        "batch_normalization_1",
+    } or (len(found.variables["batch_stats"]) == 2)
+    acts = found.model.apply(found.variables, np.zeros((1, 16, 16, 3), np.float32)).acts
+    assert acts["conv_last"].shape == (1, 8, 8, 8) and acts["penultimate"].shape == (1, 16)
+
+
+def test_code_is_refused_by_name(tmp_path):
+    double = keras.Sequential([keras.Input((8, 8, 3)), L.Lambda(lambda x: 2 * x), L.Flatten()])
+    for ending in (".keras", ".h5"):
+        double.save(tmp_path / f"lambda{ending}")
+        with pytest.raises(BadInput, match="Lambda layer, which is code"):
+            load_net(tmp_path / f"lambda{ending}")
+
+    @keras.saving.register_keras_serializable("mine")
+    class Own(L.Layer):
+        def call(self, x):
+            return x
+
+    own = keras.Sequential([keras.Input((8, 8, 3)), Own(), L.Flatten(), L.Dense(3)])
+    own.save(tmp_path / "own.keras")
+    with pytest.raises(BadInput, match="Own of its owner's code"):
+        load_net(tmp_path / "own.keras")
+    rare = keras.Sequential([keras.Input((8, 8, 3)), L.RandomCrop(4, 4), L.Flatten(), L.Dense(3)])
+    rare.save(tmp_path / "rare.keras")
+    with pytest.raises(BadInput, match=r"RandomCrop \('random_crop"):
+        load_net(tmp_path / "rare.keras")
+
+
+def test_weights_alone_need_an_architecture(tmp_path):
+    net = keras.Sequential([
+        keras.Input((28, 28, 1)), L.Conv2D(16, 5, activation="relu", name="conv_1"),
+        L.AveragePooling2D(), L.Conv2D(32, 5, activation="relu", name="conv_2"),
+        L.AveragePooling2D(), L.Flatten(), L.Dense(512, activation="relu", name="dense"),
+        L.Dense(10, name="logits"),
+    ])  # fmt: skip
+    path = tmp_path / "net.weights.h5"
+    net.save_weights(path)
+    with pytest.raises(BadInput, match="weights alone: give their architecture"):
+        load_net(path)
+    found = load_net(path, arch=BadNetsCnn(), preprocess="0-1", size=(28, 28, 1))
+    x = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
+    theirs = outputs(net, x)
+    assert np.abs(logits(found, x) - theirs).max() < 1e-5 * np.abs(theirs).max()
+    other = jax.tree.map(lambda leaf: leaf * 2, found.variables)
+    export(found.net, found.model, other, found.about, tmp_path / "out.h5")
+    (tmp_path / "out.h5").rename(tmp_path / "out.weights.h5")
+    before = net.get_weights()
+    net.load_weights(tmp_path / "out.weights.h5")
+    assert all(np.allclose(a, 2 * b) for a, b in zip(net.get_weights(), before))
