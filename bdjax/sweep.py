@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import itertools
 import math
+import operator
 import os
 import re
 import subprocess
@@ -39,6 +40,7 @@ from bdjax.defenses.base import (
     split_scalars,
     targets_flagged,
 )
+from bdjax.loops import Loops, forget
 from bdjax.models.layers import build
 from bdjax.own import renamed
 from bdjax.progress import Board, Progress, Stop, shown
@@ -72,6 +74,8 @@ from bdjax.types import (
 
 CHECKPOINT_EVERY = 30.0
 """Seconds of training between two checkpoints."""
+SEEN, LASTING = 32, 3e13
+"""Images a step, and the flops of a search that takes minutes on two cores."""
 GROUP = 8, 64
 """How many victims a CPU and an accelerator take at a time: their rows are written before the next
 ones are begun.
@@ -268,6 +272,7 @@ class Runner:
         self.laid: dict[str, int] = {}  # the lanes of the last program of each stage
         self.planned: list[list[Cell]] = []
         self.narrowed: set[Any] = set()
+        self.loops = Loops(self.stop)
         self.halved = False
 
     @registry.door
@@ -730,7 +735,8 @@ class Runner:
         Raises `Again` where it did not fit and has fewer lanes now.
         """
         # Last the architecture at hand, which a defense may have wrapped in another one.
-        key = (fn, model, compile_key(shared, items), *self.models[-1:])
+        kept = self.loops.place is not None
+        key = (fn, model, compile_key(shared, items), kept, *self.models[-1:])
         each = -(-len(jax.tree.leaves(items)[0]) // len(self.places))
         try:
             program = self.programs.pop(key, None)
@@ -745,6 +751,9 @@ class Runner:
                 del self.programs[next(iter(self.programs))]
             start = time.monotonic()
             out = jax.block_until_ready(program(shared, *items))
+            if self.loops.stopped:
+                say("saved as far as it was: the same command goes on from there", self.quiet)
+                self.stop.check()
         except jax.errors.JaxRuntimeError as error:
             self._narrow(key, each, fn, error)
         self.clock.add(stage, start)
@@ -866,7 +875,7 @@ class Runner:
         recipes = [cell.recipe for cell in cells]
         items = zip(keys, defenses, victims, recipes, known, strict=True)
         keys, defenses, (attacks, variables), recipes, known = self._stacked(list(items))
-        found, arrays, judged, repaired = {}, {}, model, None
+        found, arrays, judged, repaired, searching = {}, {}, model, None, None
         if defense is not None:
             say(label, self.quiet or self.board.live)
             parts = {"variables": variables, "attack": attacks, "recipe": recipes, "key": known}
@@ -875,7 +884,8 @@ class Runner:
             needs = {*defense.needs, *(["attack"] if "report" in defense.hooks else [])}
             parts = {name: part if name in needs else None for name, part in parts.items()}
             items = (keys, defenses, parts)
-            found, arrays, repaired = self._ran("defend", _defended, model, shared, *items)
+            with self.loops.within(searching := self._searching(cells, model)):
+                found, arrays, repaired = self._ran("defend", _defended, model, shared, *items)
             if repaired is not None:
                 variables, judged = repaired, defense.wrap(model)
         # What passes a filter is measured there.
@@ -907,7 +917,17 @@ class Runner:
                 row["labels"] = _labels(cell, arrays["flagged"][i])
             rows.append(row | ({"twin": twins[cell.run_id]} if cell.run_id in twins else {}))
         self._written(rows)
+        if searching is not None:
+            forget(searching)
         return rows[0], take(repaired, 0) if keep and repaired is not None else None
+
+    def _searching(self, cells: Sequence[Cell], model: Model) -> Path | None:
+        """Where a long search of one victim on one device is kept; None for what is not one."""
+        (cell, *more), judge = cells, cells[0].defense
+        if more or len(self.places) > 1 or not isinstance(judge, Judge) or not lasts(judge, model):
+            return None
+        name = registry.digest("search", cell.run_id, self._code(cell))
+        return self.store.folder / "partial" / name
 
     def _twins(
         self, cells: Sequence[Cell], model: Model, shared: Any, keys: Any, attacks: Any
@@ -1051,6 +1071,19 @@ def traced(
     program = jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate)
     with mesh.aiming(devices[0].platform):
         return program.trace(shared, *items)
+
+
+def lasts(judge: Judge, model: Model) -> bool:
+    """Whether a judge may take minutes: by the flops of the model and the fields that count work,
+    as if each of its steps saw `SEEN` images.
+    """
+    image = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    cost = jax.jit(lambda v, x: model.apply(v, x).logits).lower(variables, image).cost_analysis()
+    fields = (operator.attrgetter(name)(judge) for name in judge.budget_fields)
+    times = math.prod(int(np.max(value)) for value in fields if np.ndim(value) == 0)
+    searches = 3 * SEEN * times * model.classes * judge.seeds
+    return (cost or {}).get("flops", 0.0) * searches > LASTING
 
 
 def bytes_with(lanes: int, *program: Any) -> float:

@@ -16,7 +16,7 @@ LAYERS = (
     {"train"},
     {"store", "checkpoints", "channels", "migrate", "trackers"}, {"attacks"},
     {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"},
-    {"study", "changes", "studies", "poison"},
+    {"study", "changes", "studies", "poison", "loops"},
     {"sweep"}, {"target"}, {"engine"},
     {"plots", "report"}, {"figures"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
 )  # fmt: skip
