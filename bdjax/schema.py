@@ -195,7 +195,12 @@ KINDS = {
     ),
     "members": Kind(
         2,
-        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)}), "halved?": bool},
+        {
+            "victims": [NAME],
+            "code?": Maybe({...: Maybe(HASH)}),
+            "halved?": bool,
+            "how?": Maybe(HOW),
+        },
         "delete its folder, its victims are trained again",
         old=lambda value: {"victims": value} if isinstance(value, list) else value,
     ),
