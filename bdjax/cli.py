@@ -210,9 +210,9 @@ def status(folder: Annotated[Path, Words]) -> None:
     Args:
         folder: The results folder.
     """
-    from bdjax import experiment
+    from bdjax import progress
 
-    experiment.status(folder)
+    progress.status(folder)
 
 
 def list_methods(
@@ -885,27 +885,11 @@ def command(args: Sequence[str]) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
+    """Any command. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
     143 terminated.
     """
     from bdjax import mesh
-    from bdjax.progress import Terminated, shown, terminable
+    from bdjax.progress import ended
 
     mesh.tune()
-    with contextlib.suppress(BrokenPipeError), terminable():
-        try:
-            command(sys.argv[1:] if args is None else args)
-        except BadInput as error:
-            text = shown(error)
-            text = text if len(text) <= 900 else f"{text[:450]} … {text[-350:]}"
-            print(f"bdjax: {text}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt as stop:
-            ended = isinstance(stop, Terminated)
-            what = "terminated" if ended else "interrupted"
-            words = [
-                *getattr(stop, "__notes__", []),
-                "nothing is kept; the same command begins anew",
-            ]
-            print(f"bdjax: {what}; {shown(words[0])}", file=sys.stderr)
-            sys.exit(143 if ended else 130)
+    ended(lambda: command(sys.argv[1:] if args is None else args))

@@ -392,20 +392,3 @@ def rehearsed(rows: Iterable[Sequence[str]], lines: Iterable[str]) -> None:
 PARTS = ("dataset", "model", "attack", "defense")
 SEEDS, DEVICES = 10_000, 1_024
 """The most that one run takes: a list of cells, and a CPU that counts as many, grow with them."""
-
-
-def status(folder: str | Path) -> None:
-    """Prints what the runs that work on `folder` are doing, from its files alone."""
-    found = progress.boards(Path(folder))
-    if not found:
-        raise BadInput(
-            f"{folder} has no progress.json: give the results folder of `bdjax run` or `bdjax "
-            "sweep`"
-        )
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(progress.table(found))
-    rows, left = (
-        len({row["run"] for row in read_rows(result_files(Path(folder)))}),
-        sum(run["total"] - run["rows"] for run in found),
-    )
-    print(f"{rows} rows are there, {left} are to come from these")

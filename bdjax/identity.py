@@ -60,6 +60,7 @@ file; all of it where none is named.
 ASIDE = {
     *(
         "registry",
+        "errors",
         "types",
         "mesh",
         "own",

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bdjax.types import BadInput
+from bdjax.errors import BadInput
 
 DEPTH = 64
 """The deepest nesting of a JSON file."""

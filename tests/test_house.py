@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
+    {"errors"}, {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
     {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets", "foreign"},
     {"train"},
     {"store", "checkpoints", "channels", "migrate", "trackers"}, {"attacks"},
