@@ -35,8 +35,8 @@ def overview() -> str:
     lines = ["usage: bdjax COMMAND …", ""]
     for command, function in named.items():
         text = " ".join(about[function].partition("\n\n")[0].split())
-        gap = {"initial_indent": f"  {command}".ljust(wide), "subsequent_indent": " " * wide}
-        lines += textwrap.wrap(text, max(width, 40), **gap)
+        first, gap = f"  {command}".ljust(wide), " " * wide
+        lines += textwrap.wrap(text, max(width, 40), initial_indent=first, subsequent_indent=gap)
     return "\n".join([*lines, "", "`bdjax COMMAND --help` shows its flags."])
 
 

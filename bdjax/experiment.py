@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bdjax import engine as engines
-from bdjax import identity, mesh, plugins, progress, report
+from bdjax import identity, mesh, plugins, progress, report, shipped
 from bdjax import target as targets
 from bdjax.changes import changed, read
 from bdjax.figures import figures as drawn
@@ -43,8 +43,8 @@ from bdjax.types import BadInput, whole
 
 @door
 def load(path: str | Path) -> ModuleType:
-    """The experiment file as a module."""
-    path = Path(path)
+    """The experiment file as a module; one of bdjax's own by its name, too."""
+    path = shipped.file(path)
     module = executed(path, f"experiment_{path.stem}", "experiment")
     for name, form in (("cells", "cells(scale, seeds)"), ("SCALES", "SCALES"), ("TITLE", "TITLE")):
         if not hasattr(module, name):
@@ -52,6 +52,18 @@ def load(path: str | Path) -> ModuleType:
     known = {"SCALES": Iterable[str], "TITLE": str, "cells": Callable[..., Any]}
     check_given(str(path), known, {name: getattr(module, name) for name in known})
     return module
+
+
+def listed() -> Table:
+    """The experiments that come with bdjax: name, scales, and at which of them their rows lie by,
+    title.
+    """
+    table = Table("name", "scales", "rows at hand", "title", box=None)
+    for name in shipped.names():
+        module = load(name)
+        there = [path.stem.removeprefix(f"{name}-") for path in shipped.results(name)]
+        table.add_row(name, ", ".join(module.SCALES), ", ".join(there), module.TITLE)
+    return table
 
 
 @door
@@ -76,8 +88,8 @@ def run(
     stale: Stale | None = None,
     log: str | None = None,
 ) -> Rows:
-    """Runs a study, an experiment file or cells; returns its rows. What was finished by an earlier
-    run is not done again.
+    """Runs a study: an experiment file, one of bdjax's own by its name, or cells; returns its rows.
+    What was finished by an earlier run is not done again.
 
     >>> rows = bdjax.run(grid(cell, seed=range(5)), out="results/mine")
 
@@ -101,7 +113,7 @@ def run(
     if engine is not None and part is not None:
         raise BadInput("--engine deals the work out by itself: leave --shard and --hosts away")
     filed = isinstance(study, (str, Path))
-    path = Path(study) if filed else Path("cells")
+    path = shipped.file(study) if filed else Path("cells")
     module = load(path) if filed else _module(study)
     # What a script's own cells raise is that script's to see.
     blamed = functools.partial(raised_in, path) if filed else contextlib.nullcontext
@@ -188,7 +200,7 @@ def run(
         Store(folder).append(store.rows())  # what the shards have
         begun = time.monotonic()
         report.print_table(rows, console)
-        typed = shlex.quote(path.as_posix())
+        typed = shlex.quote(Path(study).as_posix()) if filed else ""
         more = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in settings.items())
         more += plugins.flags()
         more += "" if only is None else f" --only {shlex.quote(only)}"

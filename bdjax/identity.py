@@ -61,6 +61,7 @@ ASIDE = {
     *(
         "registry",
         "errors",
+        "shipped",
         "types",
         "mesh",
         "own",

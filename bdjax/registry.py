@@ -153,7 +153,8 @@ def plugin_of(cls: type) -> str | None:
     notebook. None for bdjax's own.
     """
     source, module = Path(_source(cls)), cls.__module__
-    if source.is_relative_to(_HOME):
+    # An installed bdjax has its experiments within it; what they are is the same as in a clone.
+    if source.is_relative_to(_HOME) and not source.is_relative_to(_HOME / "_experiments"):
         return None
     place = source.parent if source.name == "__init__.py" else source.with_suffix("")
     parts = tuple(module.split("."))

@@ -27,7 +27,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from bdjax import identity, metrics, plots, schema
+from bdjax import identity, metrics, plots, schema, shipped
 from bdjax.own import beside, clear, kind, renamed
 from bdjax.progress import kept, shown
 from bdjax.registry import declare, declared, door
@@ -631,7 +631,9 @@ def _names(path: Path) -> list[Any]:
 
 @door
 def load(folder: str | Path) -> Section:
-    """A results folder, also one whose run was interrupted before it wrote its page."""
+    """A results folder, also one whose run was interrupted before it wrote its page; or a results
+    file.
+    """
     folder = Path(folder)
     if not result_files(folder):
         raise BadInput(
@@ -680,6 +682,23 @@ def plain_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[^/\\:\0]+", name) is not None
 
 
+def placed(folders: Sequence[str | Path], out: str | Path | None) -> tuple[list[str | Path], Path]:
+    """What a report is of, an experiment of bdjax's own standing for the rows that came with it;
+    and where it goes to.
+    """
+    found: list[str | Path] = []
+    for one in folders:
+        own = (
+            []
+            if Path(one).exists() or str(one) not in shipped.names()
+            else shipped.results(str(one))
+        )
+        found += own or [one]
+    if out is None and any(Path(one).suffix == ".jsonl" for one in found):
+        raise BadInput(f"{folders[0]} is no results folder to write into: give --out")
+    return found, Path(("report" if len(found) > 1 else found[0]) if out is None else out)
+
+
 @door
 def merge(
     folders: Sequence[str | Path],
@@ -696,8 +715,8 @@ def merge(
     """
     if not folders:
         raise BadInput("report needs at least one results folder")
+    folders, out = placed(folders, out)
     several = len(folders) > 1
-    out = Path(("report" if several else folders[0]) if out is None else out)
     loaded, sections = [load(folder) for folder in folders], []
     ready(out)
     for section in loaded:

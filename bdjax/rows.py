@@ -125,7 +125,9 @@ class Rows(Sequence[Row]):
 
 
 def result_files(folder: Path) -> list[Path]:
-    """The results files of a folder, that of an unsharded run first."""
+    """The results files of a folder, that of an unsharded run first; a results file is its own."""
+    if folder.suffix == ".jsonl" and folder.is_file():
+        return [folder]
     return [
         path
         for path in (folder / "results.jsonl", *sorted(folder.glob("results-*-of-*.jsonl")))
