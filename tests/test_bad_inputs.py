@@ -123,6 +123,8 @@ def kind_of(hint: Any) -> str:
 
 
 FLAGS = list(flags())
+NAMED = {"arch": "resnet18", "dataset": "fashion-mnist-sample"}
+"""Methods for flags that take none if not given."""
 
 
 def base(command: str) -> list[str]:
@@ -206,7 +208,7 @@ def of_values() -> Iterator[Case]:
         args = base(flag.command)
         for value in HOSTILE[flag.kind]:
             if flag.kind == "method":
-                name = cli.CHOICES[flag.command][flag.name]
+                name = cli.CHOICES[flag.command][flag.name] or NAMED[flag.name]
                 other = next(e.name for e in registry.entries() if e.kind != flag.name)
                 value = value.replace("NAME", name).replace("OTHER", other)
             if flag.positional:

@@ -315,6 +315,7 @@ def test_files_cut_at_every_kilobyte_are_one_line(onnx, tmp_path):
             refused(path, **(HOW if path.suffix in (".pt", ".safetensors") else {}))
 
 
+@pytest.mark.long
 def test_files_with_a_byte_changed_are_read_or_one_line(onnx, tmp_path):
     draw = np.random.default_rng(0)
     for path in whole(tmp_path, onnx):

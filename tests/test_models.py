@@ -32,6 +32,7 @@ SMALL = {  # name: (shape, fields) that compile fast; 8×8×3 for the others
     "deepid": ((31, 33, 3), {}),
     "mntd-mnist": ((16, 16, 1), {}),
     "nc-gtsrb": ((22, 22, 3), {}),
+    "vgg-bn": ((32, 32, 3), {"hidden": 8}),
     "vgg16": ((8, 8, 3), {"hidden": 8}),
 }
 # name, fields, shape, classes, trainable parameters, with BatchNorm's running statistics

@@ -2,14 +2,14 @@
 
 import json
 import zlib
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from bdjax import schema
 from bdjax.foreign.native import Move
 from bdjax.registry import pytree, static
-from bdjax.types import Array, BadInput
+from bdjax.types import INT32, Array, BadInput, Range
 
 Format = Literal["onnx", "torch", "safetensors", "keras", "h5", "orbax", ""]
 Said = Literal["given", "file", "data", "assumed"]
@@ -32,10 +32,10 @@ class Origin:
     last: str = static("")
     pixels: Said = static("assumed")
     by: str = static("")
-    images: int = static(0)
-    error: float | None = static(None)
-    accuracy: float | None = static(None)
-    template: Array | None = None
+    images: Annotated[int, Range(0, INT32)] = static(0)
+    error: Annotated[float, Range(0, 1)] | None = static(None)
+    accuracy: Annotated[float, Range(0, 1)] | None = static(None)
+    template: Annotated[Array, Range(0, 255)] | None = None
 
     @property
     def unverified(self) -> str:
@@ -70,8 +70,8 @@ class Triggered:
     [N]` that counts as a hit.
     """
 
-    image: Array | None = None
-    label: Array | None = None
+    image: Annotated[Array, Range(0, 255)] | None = None
+    label: Annotated[Array, Range(0, INT32)] | None = None
 
 
 def packed(raw: bytes) -> np.ndarray:

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from bdjax.registry import pytree, static
-from bdjax.types import BadInput
+from bdjax.types import BadInput, Range
 
 NORMS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -23,6 +24,10 @@ WORDS = (
 )
 
 
+_Shift = Annotated[float, Range(-1e6, 1e6)]
+_Scale = Annotated[float, Range(1e-6, 1e6)]
+
+
 @pytree
 class Pixels:
     """From pixels in [0, 1], RGB, to those that the net takes: `(x · scale − mean) / std`, of the
@@ -30,9 +35,9 @@ class Pixels:
     all, or none.
     """
 
-    scale: float = static(1.0)
-    mean: tuple[float, ...] = static(())
-    std: tuple[float, ...] = static(())
+    scale: _Scale = static(1.0)
+    mean: tuple[_Shift, ...] = static(())
+    std: tuple[_Scale, ...] = static(())
     bgr: bool = static(False)
 
     def of(self, x: jax.Array) -> jax.Array:
