@@ -172,7 +172,12 @@ def run(
         progress.say_once(f"{newer}, which is about 1.5 times as fast on a CPU")
 
     told = None if log is None else tracker(log, Store(folder, part), path.stem)
-    store, console, start, clock = Store(folder, part), Console(), time.monotonic(), Clock()
+    store, console, start = Store(folder, part), Console(), time.monotonic()
+    # Seconds go on counting where an earlier part of the run, or of this shard, left off.
+    boards = progress.boards(folder) if earlier else []
+    label = "" if part is None else "{}/{}".format(*part)
+    clock = Clock(progress.spent(board for board in boards if board["shard"] == label))
+    others = progress.spent(board for board in boards if board["shard"] != label)
     on = f"the same command{'' if resume else ' without --no-resume'} goes on from there"
     with progress.kept(f"what was finished is kept in {folder}; {on}"):
 
@@ -180,7 +185,7 @@ def run(
             for row in rows:
                 say(f"  {report.line(row)}", quiet)
             if told is not None:
-                told(rows)
+                told(rows, runner.curves)
 
         options: dict[str, Any] = {"devices": places}
         if share is not None:
@@ -211,7 +216,9 @@ def run(
             )
             trends = claims(module, rows)
         clock.add("report", begun)
-        seconds = clock.seconds | {"total": time.monotonic() - start}
+        clock.add("total", start)
+        stages = [*clock.seconds, *(stage for stage in others if stage not in clock.seconds)]
+        seconds = {s: clock.seconds.get(s, 0.0) + others.get(s, 0.0) for s in stages}
         page = report.write(
             folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends,
             seconds=seconds,

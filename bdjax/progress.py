@@ -202,6 +202,19 @@ def boards(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def spent(runs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by stage, `total` among them, that runs of a folder have taken, all their parts
+    included: of what `boards` gives.
+    """
+    found: dict[str, float] = {}
+    for run in runs:
+        seconds = dict(run.get("seconds") or {})
+        seconds["total"] = seconds.get("total", 0.0) + max(run["updated"] - run["started"], 0.0)
+        for stage, value in seconds.items():
+            found[stage] = found.get(stage, 0.0) + value
+    return found
+
+
 def table(facts: Iterable[Mapping[str, Any]]) -> Any:
     """A rich table of runs: groups, rows, rows a minute, ETA, devices, what is being done; of those
     on a cluster also its nodes, the tasks that are running, those that were begun again, and what

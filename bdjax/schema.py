@@ -176,6 +176,7 @@ KINDS = {
             **dict.fromkeys(("total", "rows", "before", "groups", "group", "failed"), COUNT),
             **dict.fromkeys(("nodes?", "tasks?", "retries?"), COUNT),
             "workers?": {...: str},
+            "seconds?": {...: Number(0, 2**53)},
         },
     ),
     "poison": Kind(
