@@ -172,7 +172,7 @@ def run(
         progress.say_once(f"{newer}, which is about 1.5 times as fast on a CPU")
 
     told = None if log is None else tracker(log, Store(folder, part), path.stem)
-    store, console, start = Store(folder, part), Console(), time.monotonic()
+    store, console = Store(folder, part), Console()
     # Seconds go on counting where an earlier part of the run, or of this shard, left off.
     boards = progress.boards(folder) if earlier else []
     label = "" if part is None else "{}/{}".format(*part)
@@ -210,15 +210,14 @@ def run(
         more += plugins.flags()
         more += "" if only is None else f" --only {shlex.quote(only)}"
         with blamed():
-            mine = hasattr(module, "figures")
-            figures = list(
-                module.figures(rows, store, scale) if mine else drawn(rows, store, cells)
-            )
+            own = hasattr(module, "figures")
+            figures = list(module.figures(rows, store, scale) if own else drawn(rows, store, cells))
             trends = claims(module, rows)
         clock.add("report", begun)
-        clock.add("total", start)
-        stages = [*clock.seconds, *(stage for stage in others if stage not in clock.seconds)]
-        seconds = {s: clock.seconds.get(s, 0.0) + others.get(s, 0.0) for s in stages}
+        mine = clock.whole()
+        runner.board.tell(seconds=mine)
+        runner.board.write()
+        seconds = progress.spent([{"seconds": mine}, {"seconds": others}])
         page = report.write(
             folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends,
             seconds=seconds,

@@ -181,10 +181,15 @@ class Clock:
 
     def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
         self.seconds = dict(seconds or {})  # those of the parts before this one
+        self.begun = time.monotonic() - self.seconds.pop("total", 0.0)
 
     def add(self, stage: str, since: float) -> None:
         """Books the time from `since` until now."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - since
+
+    def whole(self) -> dict[str, float]:
+        """Seconds by stage, and in all."""
+        return {**self.seconds, "total": time.monotonic() - self.begun}
 
     def split(self, before: dict[str, float] | None = None, cells: int = 1) -> dict[str, float]:
         """Seconds of compiling, and of anything else for one of `cells`, since `before`."""
@@ -304,7 +309,7 @@ class Runner:
                 self.store.progress, self.live, experiment=self.experiment, scale=self.scale,
                 shard=shard, total=total, rows=finished, before=finished, groups=len(mine),
                 group=len(mine) - len(pending), failed=0, doing="",
-                devices=f"{len(self.places)} × {self.device}", seconds=dict(self.clock.seconds),
+                devices=f"{len(self.places)} × {self.device}", seconds=self.clock.whole(),
             )  # fmt: skip
             with self.stop, self.board:
                 self._groups(pending)
@@ -697,7 +702,7 @@ class Runner:
                 note = f"loss {curves[epoch].mean():.3f}"
                 bar.step(note)
                 doing = f"{label}, epoch {epoch + 1}/{epochs}, {note}"
-                self.board.tell(doing=doing, seconds=dict(self.clock.seconds))
+                self.board.tell(doing=doing, seconds=self.clock.whole())
                 last, ending = epoch + 1 == epochs, self.stop.asked is not None
                 if not last and (ending or time.monotonic() - saved > CHECKPOINT_EVERY):
                     if writing is not None:
@@ -998,7 +1003,7 @@ class Runner:
 
     def _written(self, rows: list[dict[str, Any]]) -> None:
         self.store.append(rows)
-        self.board.tell(seconds=dict(self.clock.seconds))
+        self.board.tell(seconds=self.clock.whole())
         self.board.count(rows=len(rows), failed=sum("error" in row for row in rows))
         self.on_rows(rows)
 
