@@ -60,6 +60,8 @@ file; all of it where none is named.
 ASIDE = {
     *(
         "registry",
+        "errors",
+        "shipped",
         "types",
         "mesh",
         "own",

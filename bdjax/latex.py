@@ -19,7 +19,7 @@ import matplotlib.figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from bdjax import experiment, own, registry, report
+from bdjax import experiment, own, registry, report, shipped
 from bdjax.figures import figures as drawn
 from bdjax.plots import STYLE
 from bdjax.plugins import raised_in
@@ -63,7 +63,7 @@ def write(
     formats = [] if figures is None else figures.split(",")
     if odd := [kind for kind in formats if kind not in FORMATS]:
         raise BadInput(f"figures '{odd[0]}' is not one of {', '.join(FORMATS)}")
-    out = Path(("report" if len(folders) > 1 else folders[0]) if out is None else out)
+    folders, out = report.placed(folders, out)
     sections = [report.load(folder) for folder in folders]
     found: dict[str, bytes] = {}
     if tables:
@@ -325,11 +325,8 @@ def _drawings(
 
 
 def _shipped(name: Any) -> Path | None:
-    """The file of bdjax's own experiment `name`, beside the package; None where it is none."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
-        return None
-    path = Path(__file__).resolve().parents[1] / "experiments" / f"{name}.py"
-    return path if path.is_file() else None
+    """The file of bdjax's own experiment `name`; None where it is none."""
+    return shipped.file(name) if name in shipped.names() else None
 
 
 def _sized(figure: matplotlib.figure.Figure) -> str:

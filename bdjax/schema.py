@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bdjax.types import BadInput
+from bdjax.errors import BadInput
 
 DEPTH = 64
 """The deepest nesting of a JSON file."""
@@ -176,6 +176,7 @@ KINDS = {
             **dict.fromkeys(("total", "rows", "before", "groups", "group", "failed"), COUNT),
             **dict.fromkeys(("nodes?", "tasks?", "retries?"), COUNT),
             "workers?": {...: str},
+            "seconds?": {...: Number(0, 2**53)},
         },
     ),
     "poison": Kind(

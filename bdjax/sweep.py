@@ -183,12 +183,17 @@ def footprint(cells: Sequence[Cell], devices: Sequence[Any], lanes: int | str | 
 class Clock:
     """Seconds spent, by stage: data, compile, train, defend, report."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds = dict(seconds or {})  # those of the parts before this one
+        self.begun = time.monotonic() - self.seconds.pop("total", 0.0)
 
     def add(self, stage: str, since: float) -> None:
         """Books the time from `since` until now."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - since
+
+    def whole(self) -> dict[str, float]:
+        """Seconds by stage, and in all."""
+        return {**self.seconds, "total": time.monotonic() - self.begun}
 
     def split(self, before: dict[str, float] | None = None, cells: int = 1) -> dict[str, float]:
         """Seconds of compiling, and of anything else for one of `cells`, since `before`."""
@@ -275,6 +280,8 @@ class Runner:
         self.narrowed: set[Any] = set()
         self.loops = Loops(self.stop)
         self.halved = False
+        # The loss by epoch of the victims that were trained here, by name: NaN before a checkpoint.
+        self.curves: dict[str, np.ndarray] = {}
 
     @registry.door
     def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -308,7 +315,7 @@ class Runner:
                 self.store.progress, self.live, experiment=self.experiment, scale=self.scale,
                 shard=shard, total=total, rows=finished, before=finished, groups=len(mine),
                 group=len(mine) - len(pending), failed=0, doing="",
-                devices=f"{len(self.places)} × {self.device}",
+                devices=f"{len(self.places)} × {self.device}", seconds=self.clock.whole(),
             )  # fmt: skip
             with self.stop, self.board:
                 self._groups(pending)
@@ -728,6 +735,7 @@ class Runner:
             states, losses = load_tree(folder, (states, losses))
             states, losses = self._placed(shared, (states, losses))[1]
         first = int(np.asarray(states.epoch)[0])
+        curves = np.full((epochs, len(losses)), np.nan)
         saved, writing = time.monotonic(), None
         with (
             ThreadPoolExecutor(1) as writer,
@@ -737,9 +745,11 @@ class Runner:
                 states, losses = self._call(
                     "train", _epoch, model, shared, *items, states, donate=(len(items) + 1,)
                 )
-                note = f"loss {float(jnp.mean(losses)):.3f}"
+                curves[epoch] = np.asarray(losses)
+                note = f"loss {curves[epoch].mean():.3f}"
                 bar.step(note)
-                self.board.tell(doing=f"{label}, epoch {epoch + 1}/{epochs}, {note}")
+                doing = f"{label}, epoch {epoch + 1}/{epochs}, {note}"
+                self.board.tell(doing=doing, seconds=self.clock.whole())
                 last, ending = epoch + 1 == epochs, self.stop.asked is not None
                 if not last and (ending or time.monotonic() - saved > CHECKPOINT_EVERY):
                     if writing is not None:
@@ -754,6 +764,7 @@ class Runner:
                         self.stop.check()
             if writing is not None:
                 writing.result()
+        self.curves |= {cell.victim_id: curves[:, i] for i, cell in enumerate(cells)}
         return states, losses
 
     def _stacked(self, items: Sequence[Any]) -> Any:
@@ -1057,6 +1068,7 @@ class Runner:
 
     def _written(self, rows: list[dict[str, Any]]) -> None:
         self.store.append(rows)
+        self.board.tell(seconds=self.clock.whole())
         self.board.count(rows=len(rows), failed=sum("error" in row for row in rows))
         self.on_rows(rows)
 

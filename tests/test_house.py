@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
+    {"errors"}, {"types", "shipped", "__version__"},
+    {"registry", "schema", "own", "plugins", "identity"},
     {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets", "foreign"},
     {"train"},
     {"store", "checkpoints", "channels", "migrate", "trackers"}, {"attacks"},

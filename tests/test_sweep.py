@@ -655,3 +655,19 @@ def test_a_probe_measures_the_net_that_the_row_is_about(tmp_path):
     assert [row["config"]["probe"]["power"] for row in rows] == [1.0, 2.0, 1.0, 2.0]
     each = Store(tmp_path).arrays(cells[1].run_id)["each"]
     assert np.isclose(each.mean(), sure[1], atol=1e-6)
+
+
+def test_a_run_that_went_on_keeps_the_seconds_of_all_its_parts(tmp_path):
+    clean = replace(BASE, ["attack"], None)
+    experiment.run(list(grid(clean, seed=range(1))), out=tmp_path, quiet=True)
+    one = schema.read_json(tmp_path / "report.json", "report")["seconds"]
+    experiment.run(list(grid(clean, seed=range(2))), out=tmp_path, quiet=True)
+    two = schema.read_json(tmp_path / "report.json", "report")["seconds"]
+    assert one["train"] > 0 and two["train"] > one["train"] and two["total"] > one["total"]
+    assert two["total"] >= sum(s for stage, s in two.items() if stage != "total") - 0.1
+    # What another shard took is added, not lost.
+    other = {**progress.boards(tmp_path)[0], "shard": "1/2", "seconds": {"train": 1000.0}}
+    (tmp_path / "progress-1-of-2.json").write_text(schema.dump(other, "progress"))
+    experiment.run(list(grid(clean, seed=range(2))), out=tmp_path, quiet=True)
+    three = schema.read_json(tmp_path / "report.json", "report")["seconds"]
+    assert three["train"] == pytest.approx(two["train"] + 1000, abs=1)
