@@ -36,6 +36,7 @@ from bdjax.registry import make as make
 from bdjax.registry import model as model
 from bdjax.registry import pytree as pytree
 from bdjax.registry import static as static
+from bdjax.repairs import repair_net as repair_net
 from bdjax.rows import Rows as Rows
 from bdjax.studies import crossed as crossed
 from bdjax.study import Cell as Cell

@@ -1,6 +1,6 @@
 """The command line:
 `bdjax run | sweep | study | status | bench | list | data | train | poison | import | defend |
-report`.
+repair | scan | report`.
 
 `--plugin` stands before or after any of them, and acts before what they can choose from is known.
 """
@@ -27,7 +27,7 @@ from bdjax.datasets.files import Format
 from bdjax.identity import Stale
 from bdjax.registry import Entry
 from bdjax.trackers import Log
-from bdjax.types import BadInput, Seed, class_name
+from bdjax.types import BadInput, Positive, Seed, class_name
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
 Words = tyro.conf.Positional
@@ -553,6 +553,64 @@ class Import:
         print(f"saved in {shown(self.out)}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repair:
+    """Repair a net that was given to you, the trigger unknown, and write it in the format in which
+    it came.
+
+    `--defense auto` tries the repairs that apply and leave a net that can be exported, and picks on
+    images that none of them saw: by accuracy, less the share that triggers found still move.
+    --defense takes a name of `bdjax list defenses`, or NAME:PRESET, too. --attack: a trigger that
+    is known, to be measured before and after and used for nothing else.
+    """
+
+    net: Annotated[Path, Words]
+    """Folder of a net, or its file."""
+    out: Path
+    """Folder for the repaired net."""
+    export: Path | None = None
+    """File for the repaired net, in the format in which it came; any net can be .safetensors."""
+    labels: Literal["given", "net"] = "given"
+    """Labels of the images: those of the data set, or the net's own answers: accuracy then says how
+    often the repaired one still answers the same."""
+    minutes: Positive = 10.0
+    """No repair is begun after so many minutes."""
+    seed: Seed = 0
+
+    def __call__(self) -> None:
+        from bdjax.checkpoints import old_model, save_model
+        from bdjax.exports import check_file, export
+        from bdjax.imports import load_net
+        from bdjax.progress import shown
+        from bdjax.repairs import repair_net
+
+        flags: Any = self
+        own.whole(self.out, "model.json", old_model)
+        if self.export is not None:
+            check_file(load_net(self.net).about, self.export)
+        made = repair_net(
+            self.net,
+            flags.dataset,
+            defense=flags.defense,
+            labels=self.labels,
+            attack=flags.attack,
+            minutes=self.minutes,
+            seed=self.seed,
+            say=lambda line: print(shown(line), flush=True),
+        )
+        print(f"picked: {registry.name_of(made.defense)}")
+        width = max(len(line.what) for line in made.table)
+        print(f"{'':{width}}  before   after")
+        for what, *both, share in made.table:
+            numbers = (f"{100 * n:.1f} %" if share else _number(float(n)) for n in both)
+            print(f"{shown(what):{width}}  {'  '.join(f'{text:>6}' for text in numbers)}")
+        save_model(self.out, made.net, made.model, made.variables, **made.about)
+        print(f"saved in {shown(self.out)}")
+        if self.export is not None:
+            export(made.net, made.model, made.variables, made.about, self.export)
+            print(f"exported to {shown(self.export)}")
+
+
 def _show(row: dict[str, Any], out: Path | None) -> None:
     from bdjax.progress import shown
     from bdjax.sweep import warn
@@ -610,6 +668,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "poison": {"attack": "badnets", "dataset": "fashion-mnist-sample"},
     "defend": {"defense": "fine-pruning"},
     "import": {"arch": None, "dataset": None},
+    "repair": {"defense": "auto", "dataset": None, "attack": None},
 }
 """The methods that a command takes by name, and which it takes if none is named."""
 
@@ -643,7 +702,7 @@ def chosen(kinds: dict[str, Any], args: Sequence[str]) -> tuple[dict[str, Any], 
     given, left = _taken(kinds, args)
     made = {}
     for kind, named in (kinds | dict(given)).items():
-        if named is None:
+        if named is None or named == kinds[kind] == "auto":
             made[kind] = None
             continue
         name, colon, preset = named.partition(":")
@@ -760,6 +819,7 @@ COMMANDS: dict[str, Callable] = {
     "run": run, "sweep": sweep, "study": study, "status": status,
     "list": list_methods, "data": prepare, "train": Train, "poison": Poison,
     "defend": Defend, "report": report, "bench": bench, "import": Import,
+    "repair": Repair,
 }  # fmt: skip
 
 
@@ -863,6 +923,7 @@ def command(args: Sequence[str]) -> None:
         "poison": _with_fields(Poison, methods["poison"]),
         "defend": _with_fields(Defend, methods["defend"]),
         "import": _with_fields(Import, methods["import"]),
+        "repair": _with_fields(Repair, methods["repair"]),
     }
     if args and args[0] == "bench":  # imported for itself alone: it needs all that draws
         commands["bench"] = _bench()
