@@ -19,7 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import __version__, checkpoints, datasets, metrics, own, registry, schema, sweep, target
+from bdjax import (
+    __version__,
+    datasets,
+    metrics,
+    own,
+    references,
+    registry,
+    schema,
+    sweep,
+    target,
+)
 from bdjax.datasets.base import Source, pick
 from bdjax.defenses.base import Judge
 from bdjax.defenses.invert.abs import shapes_of
@@ -30,6 +40,7 @@ from bdjax.foreign.origin import Origin
 from bdjax.imports import Loaded, load_net
 from bdjax.progress import Stop, duration, kept
 from bdjax.registry import door
+from bdjax.rule import Seed, combined, decide, known, smallest
 from bdjax.train import predict, unit
 from bdjax.types import (
     BadInput,
@@ -41,120 +52,6 @@ from bdjax.types import (
     Word,
     class_name,
 )
-
-MOVES = 0.9
-"""The share of other labels' held-out images that the trigger of a backdoor moves, at least."""
-
-
-# --- The rule ---
-
-
-class Seed(NamedTuple):
-    """What one seed of a judge says: `p_value`, NaN where it has none; the `labels` that it calls
-    targets, the first one the most suspicious; and, of those that it has a trigger for, the share
-    of other labels' held-out images that it moves there.
-    """
-
-    p_value: float
-    labels: tuple[int, ...] = ()
-    moved: Mapping[int, float] = {}
-
-
-class Decision(NamedTuple):
-    """What the rule says: the `word`; why, in a sentence; on which judge and label that rests; and
-    the smallest p-value, corrected for the number of judges, NaN where none has one.
-    """
-
-    word: Word
-    reason: str
-    judge: str | None = None
-    label: int | None = None
-    p_value: float = math.nan
-
-
-def decide(
-    said: Mapping[str, Sequence[Seed]], alpha: float, complete: bool, names: Sequence[str] = ()
-) -> Decision:
-    """The one rule. `said`: of each judge what its seeds say; `complete`: whether one search for
-    triggers was over all labels.
-
-    Only judges with a p-value count, J of them; that of several seeds is `metrics.combined_p`. A
-    judge *accuses* where Holm's (1979) step-down procedure rejects its null at `alpha`, a seed
-    where its own p, times what its judge's is multiplied by there (J, if that does not accuse), is
-    at most `alpha`.
-
-    - *infected*: a judge accuses; all its accusing seeds name a label in common; and its trigger
-      for that moves `MOVES` of other labels' held-out images.
-    - *undecided*: a judge accuses, but its seeds have no label in common, or two judges have none,
-      or its trigger moves fewer, or it has none; or some seed accuses and its judge does not; or
-      the time ran out before one search was complete; or no judge has a p-value.
-    - *no sign*: else.
-    """
-    p = {name: _combined([seed.p_value for seed in seeds]) for name, seeds in said.items()}
-    p = {name: value for name, value in p.items() if not math.isnan(value)}
-    if not p:
-        why = "no judge has a p-value here" if complete else _OUT_OF_TIME
-        return Decision("undecided", why)
-    order = sorted(p, key=lambda name: p[name])
-    first, least = order[0], min(1.0, p[order[0]] * len(p))
-    times, guilty = dict.fromkeys(order, len(p)), []
-    for i, name in enumerate(order):
-        if p[name] * (len(p) - i) > alpha:
-            break
-        times[name] = len(p) - i
-        guilty.append(name)
-    accusing = {
-        name: [seed for seed in said[name] if seed.p_value * times[name] <= alpha] for name in p
-    }
-    if not guilty:
-        torn = [name for name in order if accusing[name]]
-        if torn:
-            some, all_ = len(accusing[torn[0]]), len(said[torn[0]])
-            why = f"{some} of {all_} seeds of {torn[0]} accuse the net, together they do not"
-            return Decision("undecided", why, torn[0], None, least)
-        if not complete:
-            return Decision("undecided", _OUT_OF_TIME, None, None, least)
-        return Decision("no sign", "no judge accuses the net", None, None, least)
-    named = {name: _common(accusing[name]) for name in guilty}
-    if not named[first]:
-        why = f"the seeds of {first} accuse the net, but name no label in common"
-        return Decision("undecided", why, first, None, least)
-    for other in guilty[1:]:
-        if named[other] and not set(named[other]) & set(named[first]):
-            mine, theirs = (class_name(named[name][0], names) for name in (first, other))
-            why = f"{first} names {mine}, {other} {theirs}"
-            return Decision("undecided", why, first, None, least)
-    moved = {
-        label: max((seed.moved.get(label, math.nan) for seed in accusing[first]), key=_known)
-        for label in named[first]
-    }
-    label = max(moved, key=lambda label: _known(moved[label]))
-    what = class_name(label, names)
-    if math.isnan(moved[label]):
-        why = f"{first} accuses the net, but has no trigger to show"
-        return Decision("undecided", why, first, None, least)
-    share = f"its trigger moves {100 * moved[label]:.1f} % of other labels' images to {what}"
-    if moved[label] < MOVES:
-        why = f"{first} accuses the net, but {share}: fewer than {100 * MOVES:.0f} %"
-        return Decision("undecided", why, first, label, least)
-    return Decision("infected", f"{first} accuses the net: {share}", first, label, least)
-
-
-_OUT_OF_TIME = "the time ran out before a search for triggers was over all labels"
-
-
-def _combined(p: Sequence[float]) -> float:
-    return float(metrics.combined_p(jnp.asarray(p, jnp.float32))) if len(p) else math.nan
-
-
-def _common(seeds: Sequence[Seed]) -> tuple[int, ...]:
-    """The labels that all seeds name, in the order of the first of them."""
-    return tuple(k for k in seeds[0].labels if all(k in seed.labels for seed in seeds))
-
-
-def _known(share: float) -> float:
-    return -1.0 if math.isnan(share) else share
-
 
 # --- What is left behind ---
 
@@ -187,6 +84,10 @@ class Audit(NamedTuple):
     folder: Path | None
 
 
+CODES: dict[Word, int] = {"no sign": 0, "infected": 3, "undecided": 4}
+"""The exit codes of `bdjax audit`."""
+
+
 @door
 def triggers(found: Audit | str | Path) -> list[Found]:
     """The triggers of an audit, or of the folder that it left: one for each judge and label, those
@@ -212,9 +113,9 @@ def triggers(found: Audit | str | Path) -> list[Found]:
                 float(arrays["moved"][i]), int(sizes[i]), accused,
             )  # fmt: skip
             known = best.get((judge, label))
-            if known is None or _known(one.moved) > _known(known.moved):
+            if known is None or known(one.moved) > known(known.moved):
                 best[judge, label] = one
-    return sorted(best.values(), key=lambda f: (not f.accused, -_known(f.moved), f.norm))
+    return sorted(best.values(), key=lambda f: (not f.accused, -known(f.moved), f.norm))
 
 
 @door
@@ -322,6 +223,8 @@ def _examined(
     parts = ("norms", "qualified", "success", "neuron", "elevation", "threshold")
     out = {name: verdict.info[name] for name in parts if name in verdict.info}
     out |= {name: getattr(verdict, name) for name in ("index", "infected", "flagged", "p_value")}
+    if "success" in out and "qualified" not in out:
+        out["qualified"] = out["success"] >= judge.success  # type: ignore[attr-defined]
     found = offered(jax.random.fold_in(key, 1), judge, model, variables, search, verdict)
     if found is not None:
         out |= {**found._asdict(), "moved": moves(model, variables, held, found)}
@@ -417,13 +320,17 @@ class Work:
             self.rate = timed.flops / max(timed.seconds or 0.0, 1e-4)
         return found.flops / self.rate + COMPILING
 
+    def shown(self, judge: Judge, variables: Variables) -> dict[str, np.ndarray]:
+        """What the first seed of a judge says of another net of this architecture."""
+        args = (_key(0), judge, variables, self.images.search, self.images.held)
+        return program(_examined, self.model, *args)(*args)
+
     def keep(self, name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Keeps what a step found."""
         kept = {key: np.asarray(value) for key, value in arrays.items()}
         if self.folder is not None:
             with own.renamed(self.folder / "steps" / f"{name}.npz", zipfile.is_zipfile) as path:
-                with open(path, "wb") as file:
-                    schema.write_arrays(file, kept, "arrays", packed=True)  # type: ignore[arg-type]
+                schema.write_arrays(path, kept, "arrays", packed=True)
         self.steps[name] = kept
         return kept
 
@@ -479,7 +386,9 @@ def work_through(work: Work, tried: Sequence[Judge], stop: Stop) -> None:
             ]  # fmt: skip
             # What would not fit anyway is not waited for.
             reserve = min((need for need in ahead if need <= work.left()), default=0.0)
-            what = f"{name} on {len(work.images.search.label)} images" + f", seed {seed}" * (seed > 0)
+            what = f"{name} on {len(work.images.search.label)} images" + f", seed {seed}" * (
+                seed > 0
+            )
             args = (_key(seed), judge, work.variables, work.images.search, work.images.held)
             step = f"{name}-{seed}"
             fresh = step not in work.steps
@@ -520,7 +429,7 @@ def _controlled(work: Work, step: str, judge: Judge) -> None:
     if labels is None or "screen-0" not in work.steps:
         return
     drawn = np.random.default_rng(0).choice(work.model.classes, CONTROLS, replace=False)
-    least = _smallest(arrays)
+    least = smallest(arrays)
     if least is None:
         return
     controls = arrays["norms"][[k for k in drawn if k != least]]
@@ -528,27 +437,301 @@ def _controlled(work: Work, step: str, judge: Judge) -> None:
     work.keep(step, arrays | {"p_value": np.asarray(p), "searched": np.asarray(labels)})
 
 
-def _smallest(arrays: Mapping[str, np.ndarray]) -> int | None:
-    """The label with the smallest norm among those whose trigger works."""
-    if "norms" not in arrays:
+# --- The door ---
+
+PARTS = "steps", "references"
+"""Folders of an audit."""
+
+
+@door
+def audit(
+    net: str | Path | Loaded,
+    dataset: str | Path | Source,
+    *,
+    minutes: Annotated[float, Range(0, 1e6)] = 10.0,
+    out: str | Path | None = None,
+    alpha: Annotated[float, Range(1e-9, 0.5)] = 0.05,
+    reference: Annotated[int, Range(0, 10_000)] = 0,
+    tried: Sequence[Judge] | None = None,
+    quiet: bool = False,
+) -> Audit:
+    """Whether a net is backdoored, by all judges that need no attack; see `decide` for the rule.
+
+    `net`: a folder of `bdjax train` or `import`, or a file that `load_net` takes, or what that
+    gave; `dataset`: a few hundred clean images, as `bdjax train` takes them; where its classes are
+    not the net's, the net labels them. `minutes` of this call: judges for which it is too short are
+    listed; the same call goes on from what is kept in `out` (None: nothing is kept). `reference`:
+    so many clean nets, and as many backdoored ones, are trained for nulls and power, on top of the
+    minutes. `tried`: these judges instead of all.
+    """
+    loaded = net if isinstance(net, Loaded) else _loaded(net)
+    source = dataset if isinstance(dataset, Source) else datasets.source(str(dataset))
+    data = source.load()
+    model, variables = loaded.model, loaded.variables
+    folder = None if out is None else own.at_home(out)
+    called = "net" if isinstance(net, Loaded) else Path(net).name
+    if folder is not None:
+        own.beside(folder, ("audit.json", "index.html"), PARTS)
+    sweep.fits(model, data._replace(classes=model.classes))
+    sweep.keep_compiled()
+    images = images_of(model, variables, data)
+    key = _identity(variables, images)
+    if folder is not None and (folder / "audit.json").exists():
+        if schema.read_json(folder / "audit.json", "audit")["key"] != key:
+            raise BadInput(
+                f"{folder} holds the audit of another net, of other images or by another bdjax: "
+                "give another --out"
+            )
+    chosen, others = judges(model, images.search) if tried is None else (list(tried), {})
+    for judge in chosen if tried is not None else ():
+        registry.admit(judge, model, images.search)
+    work = Work(model, variables, images, folder, 60 * minutes, quiet)
+    before = sum(float(arrays.get("seconds", 0.0)) for arrays in work.steps.values())
+    start = time.monotonic()
+    origin = loaded.about.get("origin")
+    about = {
+        "key": key, "version": __version__, "net": {
+            "name": called, "shape": list(model.shape), "classes": model.classes,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {}))),
+            "unverified": origin.unverified or None if isinstance(origin, Origin) else None,
+        },
+        "data": {
+            "name": images.name, "searched": len(images.search.label),
+            "held": len(images.held.label), "labelled": images.labelled,
+            "accuracy": images.accuracy, "names": list(images.names),
+        },
+        "alpha": alpha, "minutes": minutes,
+    }  # fmt: skip
+
+    def result() -> Audit:
+        found = _summary(work, chosen, others, about, before + time.monotonic() - start)
+        return Audit(
+            found["verdict"]["word"], found["verdict"]["reason"], found, work.steps, folder
+        )
+
+    where = "nothing is kept" if folder is None else f"what was finished is kept in {folder}"
+    with kept(f"{where}; the same command goes on from there"), Stop() as stop:
+        _begin(work, about, chosen, others)
+        work_through(work, chosen, stop)
+        if reference and stop.asked is None:
+            seen = {name: judge for judge in chosen
+                    if f"{(name := str(registry.name_of(judge)))}-0" in work.steps}  # fmt: skip
+            references.calibrate(work, seen, reference, loaded.net, data, stop)
+        found = result()
+        if folder is not None:
+            write(found)
+        stop.check()
+    return found
+
+
+def _begin(work: Work, about: Mapping[str, Any], chosen: Sequence[Judge], others: Any) -> None:
+    """Says whose folder it is before the first step, so that it can be gone on with."""
+    if work.folder is not None:
+        own.clear(work.folder)
+        _write_json(work.folder, _summary(work, chosen, others, about, 0.0))
+
+
+def _loaded(net: str | Path) -> Loaded:
+    path = own.at_home(net)
+    if not own.nameable(path) or not path.exists():
+        raise BadInput(f"{net}: no such file or folder; give a net")
+    return load_net(path)
+
+
+def _identity(variables: Variables, images: Images) -> str:
+    """What decides the numbers of an audit but for its judges: 16 hex digits."""
+    digest = hashlib.sha256(repr((__version__, images.labelled)).encode())
+    leaves = jax.tree_util.tree_leaves_with_path((variables, images.search, images.held))
+    for place, leaf in leaves:
+        array = np.ascontiguousarray(leaf)
+        digest.update(repr((str(place), array.dtype.str, array.shape)).encode())
+        digest.update(array.data)
+    return digest.hexdigest()[:16]
+
+
+def write(found: Audit) -> Path:
+    """Writes `audit.json` and the page into the audit's folder; returns the page."""
+    from bdjax.audit_page import page
+
+    assert found.folder is not None
+    _write_json(found.folder, found.about)
+    place = found.folder / "index.html"
+    with own.renamed(place) as path:
+        path.write_text(page(found), encoding="utf-8")
+    return place
+
+
+def _write_json(folder: Path, about: Mapping[str, Any]) -> None:
+    with own.renamed(folder / "audit.json") as path:
+        path.write_text(schema.dump(about, "audit", indent=1), encoding="utf-8")
+
+
+def _summary(
+    work: Work, chosen: Sequence[Judge], others: Mapping[str, str], about: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    """All of `audit.json`."""
+    names = about["data"]["names"]
+    called = {str(registry.name_of(judge)): judge for judge in chosen}
+    done = {
+        name: [work.steps[step] for i in range(SEEDS) if (step := f"{name}-{i}") in work.steps]
+        for name in called
+    }
+    done = {name: steps for name, steps in done.items() if steps}
+    calibration = references.nulls_of(work.steps, list(done), about["alpha"])
+    said = {
+        name: [calibration.seed(name, arrays) for arrays in steps] for name, steps in done.items()
+    }
+    complete = any(searches(called[name]) for name in done)
+    verdict = decide(said, about["alpha"], complete, names)
+    entries = [
+        _entry(work.model, called[name], name, done[name], said[name], names) for name in done
+    ]
+    skipped = {
+        step.rpartition("-")[0]: why for step, why in work.skipped.items()
+        if step.endswith("-0") and step not in work.steps
+    }  # fmt: skip
+    missing = [name for name in called if name not in done and name not in skipped]
+    left = others | skipped | dict.fromkeys(missing, "the audit ended before")
+    return {
+        **about,
+        "verdict": {**verdict._asdict(), "complete": complete,
+                    "name": None if verdict.label is None else class_name(verdict.label, names)},
+        **calibration.about(),
+        "judges": entries,
+        "screened": _screen_entry(work.steps, names),
+        "not_tried": [{"judge": name, "reason": why} for name, why in left.items()],
+        "seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+def _entry(
+    model: Model, judge: Judge, name: str, steps: Sequence[Mapping[str, np.ndarray]],
+    said: Sequence[Seed], names: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
+    """What `audit.json` says of a judge."""
+    infected = [bool(arrays["infected"]) for arrays in steps]
+    first = steps[0]
+    labels = []
+    shown = {int(k) for k in first["label"]} if "label" in first else set()
+    shown |= set(np.flatnonzero(first["flagged"]).tolist())
+    for k in sorted(shown):
+        entry: dict[str, Any] = {
+            "label": k, "name": class_name(k, names), "flagged": bool(first["flagged"][k]),
+            "norm": float(first["norms"][k]) if "norms" in first else None, "moved": None,
+            "pixels": None,
+        }  # fmt: skip
+        best = _best_of(first, k)
+        if best is not None:
+            mask = first["mask"][best]
+            entry |= {"moved": float(first["moved"][best]), "pixels": int(pixels(mask[None])[0])}
+            entry["norm"] = float(mask.max(-1).sum()) if entry["norm"] is None else entry["norm"]
+        labels.append(entry)
+    return {
+        "judge": name, "settings": registry.describe(judge),
+        "word": "infected" if all(infected) else "undecided" if any(infected) else "no sign",
+        "index": float(np.median([float(arrays["index"]) for arrays in steps])),
+        "p_value": combined([seed.p_value for seed in said]),
+        "seeds": [{"p_value": s.p_value, "index": float(a["index"]), "labels": list(s.labels)}
+                  for s, a in zip(said, steps, strict=True)],
+        "labels": labels, "neuron": _neuron(model, judge, first),
+        "seconds": round(sum(float(arrays["seconds"]) for arrays in steps), 2),
+    }  # fmt: skip
+
+
+def _best_of(arrays: Mapping[str, np.ndarray], label: int) -> int | None:
+    """The trigger for a label that moves most."""
+    if "label" not in arrays:
         return None
-    able = arrays.get("qualified", arrays.get("flagged")).astype(bool)
-    if "qualified" not in arrays and not able.any():
-        able = np.ones(len(able), bool)
-    norms = np.where(able & np.isfinite(arrays["norms"]), arrays["norms"], np.inf)
-    return int(norms.argmin()) if np.isfinite(norms).any() else None
+    rows = np.flatnonzero((arrays["label"] == label) & arrays["valid"].astype(bool))
+    return int(max(rows, key=lambda i: known(float(arrays["moved"][i])))) if len(rows) else None
 
 
-def seeds_of(arrays: Mapping[str, np.ndarray], p_value: float | None = None) -> Seed:
-    """What a step of a judge says, as the rule reads it."""
-    least = _smallest(arrays)
-    flagged = np.flatnonzero(arrays["flagged"]).tolist()
-    if "norms" in arrays:
-        flagged.sort(key=lambda k: arrays["norms"][k])
-    labels = tuple(dict.fromkeys([*([] if least is None else [least]), *flagged]))
-    moved: dict[int, float] = {}
-    if "moved" in arrays:
-        for k, share, valid in zip(arrays["label"], arrays["moved"], arrays["valid"], strict=True):
-            if valid and _known(float(share)) > _known(moved.get(int(k), math.nan)):
-                moved[int(k)] = float(share)
-    return Seed(float(arrays["p_value"]) if p_value is None else p_value, labels, moved)
+def _neuron(model: Model, judge: Judge, arrays: Mapping[str, np.ndarray]) -> dict | None:
+    """The site and the channel of the neuron whose trigger moves most."""
+    if "neuron" not in arrays or not arrays["valid"].any():
+        return None
+    moved = np.where(arrays["valid"], arrays["moved"], -1)
+    best = int(np.nan_to_num(moved, nan=-1).argmax())
+    number, shapes = int(arrays["neuron"][best]), shapes_of(model)
+    for site in judge.places(model):  # type: ignore[attr-defined]
+        if number < shapes[site][-1]:
+            return {"site": site, "channel": number, "label": int(arrays["label"][best])}
+        number -= shapes[site][-1]
+    return None
+
+
+def _screen_entry(steps: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+    if "screen-0" not in steps:
+        return None
+    order = steps["screen-0"]["order"]
+    leaders = [class_name(int(k), names) for k in order[:LEADERS]]
+    return {"labels": len(order), "leaders": leaders, "order": [int(k) for k in order[:100]],
+            "seconds": round(float(steps["screen-0"]["seconds"]), 1)}  # fmt: skip
+
+
+def lines(found: Audit) -> Iterator[str]:
+    """What the terminal says of an audit."""
+    about = found.about
+    net, data = about["net"], about["data"]
+    if net["unverified"]:
+        yield f"UNVERIFIED     {net['unverified']}"
+    verdict = about["verdict"]
+    yield f"verdict        {verdict['word']}: {verdict['reason']}"
+    if verdict["p_value"] is not None and not math.isnan(verdict["p_value"]):
+        yield (
+            f"p              {verdict['p_value']:.2g}, corrected for the number of judges, at most "
+            f"{about['alpha']:g} accuses; {null_words(about)}"
+        )
+    yield f"power          {power_words(about)}"
+    if data["accuracy"] is not None:
+        yield f"accuracy       {100 * data['accuracy']:.1f} % of {data['held']} held-out images"
+    if about["screened"]:
+        yield f"screening      of {about['screened']['labels']} labels lead " + ", ".join(
+            about["screened"]["leaders"]
+        )
+    for judge in about["judges"]:
+        p = judge["p_value"]
+        said = "no p-value" if p is None or math.isnan(p) else f"p {p:.2g}"
+        best = max(
+            judge["labels"], key=lambda k: (k["flagged"], known(_nan(k["moved"]))), default=None
+        )
+        shown = ""
+        if best is not None and best["moved"] is not None:
+            shown = (
+                f", {best['name']}: {100 * best['moved']:.0f} % of others moved on "
+                f"{best['pixels']} pixels"
+            )
+        seeds = f" ({len(judge['seeds'])} seeds)" if len(judge["seeds"]) > 1 else ""
+        yield f"  {judge['judge']:18} {judge['word']}, {said}{seeds}{shown}, {judge['seconds']:.0f} s"
+    for one in about["not_tried"]:
+        yield f"  {one['judge']:18} not tried: {one['reason']}"
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def null_words(about: Mapping[str, Any]) -> str:
+    """By what p-values are."""
+    if about["null"] == "references":
+        return f"the null is that of {about['references']['each']} clean nets"
+    why = (about["references"] or {}).get("why")
+    return "the null is parametric" + (f": {why}" if why else ", no clean nets were trained")
+
+
+def power_words(about: Mapping[str, Any]) -> str:
+    """What is known of what this audit finds, and accuses wrongly."""
+    if about["power"] is None:
+        return "not measured (--reference N)"
+    power, alarms = about["power"], about["false_alarms"]
+    text = (
+        f"finds {power['hits']} of {power['n']} planted backdoors "
+        f"({100 * power['low']:.0f}–{100 * power['high']:.0f} %)"
+    )
+    if alarms is not None:
+        text += (
+            f"; accuses {alarms['hits']} of {alarms['n']} clean nets "
+            f"({100 * alarms['low']:.0f}–{100 * alarms['high']:.0f} %)"
+        )
+    return text

@@ -1,6 +1,6 @@
 """The command line:
-`bdjax run | sweep | study | status | bench | list | data | train | poison | import | defend |
-report`.
+`bdjax run | sweep | study | status | bench | list | data | train | poison | import | audit |
+defend | report`.
 
 `--plugin` stands before or after any of them, and acts before what they can choose from is known.
 """
@@ -553,6 +553,49 @@ class Import:
         print(f"saved in {shown(self.out)}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Is this net backdoored, which label, by what trigger? Needs a few hundred clean images and no
+    attack: runs all model judges that apply, and decides by one rule. Writes audit.json and a page.
+
+    Exit codes: 0 no sign, 3 infected, 4 undecided. Ctrl-C and the end of the time leave the page of
+    what is there; the same command goes on from it.
+
+    --dataset as in `bdjax train`; where its classes are not the net's, the net labels the images.
+    """
+
+    net: Annotated[Path, Words]
+    """A folder of `bdjax train` or `bdjax import`, or a file of ONNX or Keras that holds a whole
+    net."""
+    minutes: float = 10.0
+    """The time; judges for which it is too short are listed."""
+    out: Path | None = None
+    """Folder for the results; results/audit-NET if not given."""
+    alpha: float = 0.05
+    """The chance of accusing a clean net that the rule is held to, as far as its nulls are right."""
+    reference: int = 0
+    """Train so many clean nets and as many backdoored ones for nulls and power; says first how long
+    that takes, on top of the minutes."""
+    quiet: bool = False
+
+    def __call__(self) -> int:
+        from bdjax.audits import CODES, audit, lines
+        from bdjax.progress import shown
+
+        flags: Any = self
+        if flags.dataset is None:
+            raise BadInput("an audit needs clean images of the net's kind: give --dataset")
+        out = self.out or Path("results") / f"audit-{self.net.resolve().name}"
+        found = audit(
+            self.net, flags.dataset, minutes=self.minutes, out=out, alpha=self.alpha,
+            reference=self.reference, quiet=self.quiet,
+        )  # fmt: skip
+        for line in lines(found):
+            print(shown(line))
+        print(f"page: {shown(out / 'index.html')}")
+        return CODES[found.word]
+
+
 def _show(row: dict[str, Any], out: Path | None) -> None:
     from bdjax.progress import shown
     from bdjax.sweep import warn
@@ -610,6 +653,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "poison": {"attack": "badnets", "dataset": "fashion-mnist-sample"},
     "defend": {"defense": "fine-pruning"},
     "import": {"arch": None, "dataset": None},
+    "audit": {"dataset": None},
 }
 """The methods that a command takes by name, and which it takes if none is named."""
 
@@ -760,6 +804,7 @@ COMMANDS: dict[str, Callable] = {
     "run": run, "sweep": sweep, "study": study, "status": status,
     "list": list_methods, "data": prepare, "train": Train, "poison": Poison,
     "defend": Defend, "report": report, "bench": bench, "import": Import,
+    "audit": Audit,
 }  # fmt: skip
 
 
@@ -841,8 +886,8 @@ def _at_home(word: str) -> str:
     return re.sub(r"^(--[^=]*=)?~(?=/|$)", lambda flag: (flag[1] or "") + str(Path.home()), word)
 
 
-def command(args: Sequence[str]) -> None:
-    """Parses and runs one command."""
+def command(args: Sequence[str]) -> int:
+    """Parses and runs one command; its exit code."""
     from bdjax.train import Recipe
 
     methods = {name: {} for name in CHOICES}
@@ -863,6 +908,7 @@ def command(args: Sequence[str]) -> None:
         "poison": _with_fields(Poison, methods["poison"]),
         "defend": _with_fields(Defend, methods["defend"]),
         "import": _with_fields(Import, methods["import"]),
+        "audit": _with_fields(Audit, methods["audit"]),
     }
     if args and args[0] == "bench":  # imported for itself alone: it needs all that draws
         commands["bench"] = _bench()
@@ -881,12 +927,12 @@ def command(args: Sequence[str]) -> None:
             name, _, rest = fault.partition(" ")
             raise BadInput(f"--{name.replace('_', '-')} {rest}")
         _all_read(made, args)
-    made()  # type: ignore[operator]
+    return made() or 0  # type: ignore[operator]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
-    143 terminated.
+    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 3 and 4 an audit's
+    *infected* and *undecided*, 130 interrupted, 143 terminated.
     """
     from bdjax import mesh
     from bdjax.progress import Terminated, shown, terminable
@@ -894,7 +940,8 @@ def main(args: Sequence[str] | None = None) -> None:
     mesh.tune()
     with contextlib.suppress(BrokenPipeError), terminable():
         try:
-            command(sys.argv[1:] if args is None else args)
+            if code := command(sys.argv[1:] if args is None else args):
+                sys.exit(code)
         except BadInput as error:
             text = shown(error)
             text = text if len(text) <= 900 else f"{text[:450]} … {text[-350:]}"

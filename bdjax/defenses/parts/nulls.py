@@ -59,9 +59,10 @@ def pooled(sizes: Array) -> Pooled:
     return Pooled(effect, spread, float(n), freedom)
 
 
-def against_clean(sizes: Array, able: Array, null: Pooled) -> jax.Array:
+def against_clean(sizes: Array, able: Array, null: Pooled) -> tuple[jax.Array, jax.Array]:
     """The p-value `[]` of the smallest of `sizes: [K]`, each held against its own label on clean
-    nets; only labels that are `able: [K]`, whose trigger works, can be it.
+    nets, and which label that is: `[]`; only one that is `able: [K]`, whose trigger works, can be
+    it.
 
     The net's own level is the mean of its other labels: t = (log x − effect − level) / (s·√((1 +
     1/N)·K/(K − 1))); K times the tail of the smallest.
@@ -74,7 +75,7 @@ def against_clean(sizes: Array, able: Array, null: Pooled) -> jax.Array:
     t = (rest - level) / (null.spread * jnp.sqrt((1 + 1 / null.nets) * k / (k - 1)))
     t = jnp.where(known & jnp.asarray(able), t, jnp.inf)
     found = jnp.minimum(1.0, k * student(t.min(), null.freedom))
-    return jnp.where(jnp.isfinite(t.min()), found, jnp.where(k > 1, 1.0, jnp.nan))
+    return jnp.where(jnp.isfinite(t.min()), found, jnp.where(k > 1, 1.0, jnp.nan)), t.argmin()
 
 
 def ranked(index: Array, clean: Array) -> jax.Array:
