@@ -32,8 +32,10 @@ from bdjax import (
 )
 from bdjax.datasets.base import Source, pick
 from bdjax.defenses.base import Judge
+from bdjax.defenses.inputs.strip import entropies
 from bdjax.defenses.invert.abs import shapes_of
 from bdjax.defenses.parts import nulls
+from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.defenses.parts.offers import moves, offered, pixels
 from bdjax.defenses.parts.screen import screened
 from bdjax.foreign.origin import Origin
@@ -99,7 +101,7 @@ def triggers(found: Audit | str | Path) -> list[Found]:
     best: dict[tuple[str, int], Found] = {}
     for name, arrays in found.steps.items():
         judge = name.rpartition("-")[0]
-        if "mask" not in arrays:
+        if "moved" not in arrays:
             continue
         sizes = pixels(arrays["mask"])
         for i in np.flatnonzero(arrays["valid"]):
@@ -144,6 +146,8 @@ were drawn at random.
 """
 COMPILING = 10.0
 """Seconds that a program is taken to need before it runs."""
+SHOWN, SHOWN_BY, BLENDS = 5, 100, 10
+"""Images on which a trigger is shown, those by which its effect is drawn, and blends of each."""
 RATE = 32
 """Images of the batch by which the net is timed."""
 
@@ -176,8 +180,7 @@ def images_of(model: Model, variables: Variables, data: Dataset) -> Images:
         search = search[pick(np.asarray(search.label), SEARCHED, 0)]
     elif (missing := min(SEARCHED - len(search.label), len(data.train.label))) > 0:
         more = data.train[pick(np.asarray(data.train.label), missing, 0)]
-        search = Split(*(np.concatenate([np.asarray(a), np.asarray(b)])
-                         for a, b in ((search.image, more.image), (search.label, more.label))))  # fmt: skip
+        search = Split(*map(np.concatenate, zip(search[:2], more[:2], strict=True)))
     answer = jax.jit(lambda image: metrics.labels(predict(model, variables, image)))
     answers = [np.asarray(answer(split.image)) for split in (search, held)]
     if min(map(np.min, answers)) < 0:
@@ -229,6 +232,28 @@ def _examined(
     if found is not None:
         out |= {**found._asdict(), "moved": moves(model, variables, held, found)}
     return {name: jnp.asarray(value) for name, value in out.items()}
+
+
+def _pictured(
+    model: Model, variables: Variables, search: Split, held: Split, mask: jax.Array,
+    pattern: jax.Array,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """What a trigger does to the net: the mean activation of each channel at a site, `[C]`, and
+    the entropies of blends with other images (Strip's), of images without and with it.
+    """
+    clean = unit(held.image[:SHOWN_BY])
+    stamped = stamp(Trigger(mask, pattern), clean)
+    site = next((s for s in ("conv_last", "penultimate", *model.sites) if s in model.sites), None)
+    found = {"image": clean[:SHOWN], "stamped": stamped[:SHOWN]}
+    for name, x in (("clean", clean), ("trojan", stamped)):
+        bits = entropies(
+            jax.random.key(0), model, variables, x, search.image, BLENDS, blend="average"
+        )
+        found[f"entropy_{name}"] = bits.mean(1)
+        if site is not None:
+            act = model.apply(variables, x).acts[site]
+            found[f"act_{name}"] = act.mean(range(act.ndim - 1))
+    return found
 
 
 def _screening(
@@ -356,6 +381,19 @@ def _key(seed: int) -> jax.Array:
     return jax.random.key(seed)
 
 
+def picture(work: Work, found: Found | None) -> None:
+    """What the page shows of the leading trigger, as a step."""
+    if found is None:
+        return
+    same = work.steps.get("pictures-0", {})
+    if "mask" in same and np.array_equal(same["mask"], found.mask):
+        return
+    args = (work.variables, work.images.search, work.images.held, found.mask, found.pattern)
+    made = program(_pictured, work.model, *args)(*args)
+    shown = {"label": np.asarray(found.label), "judge": np.asarray(found.judge)}
+    work.keep("pictures-0", made | shown | {"mask": found.mask, "pattern": found.pattern})
+
+
 def searches(judge: Judge) -> bool:
     """Whether a judge looks for a trigger of every label on the user's images."""
     return hasattr(judge, "labels") and judge.images_needed > 0
@@ -386,9 +424,7 @@ def work_through(work: Work, tried: Sequence[Judge], stop: Stop) -> None:
             ]  # fmt: skip
             # What would not fit anyway is not waited for.
             reserve = min((need for need in ahead if need <= work.left()), default=0.0)
-            what = f"{name} on {len(work.images.search.label)} images" + f", seed {seed}" * (
-                seed > 0
-            )
+            what = f"{name}, seed {seed}" if seed else name
             args = (_key(seed), judge, work.variables, work.images.search, work.images.held)
             step = f"{name}-{seed}"
             fresh = step not in work.steps
@@ -476,12 +512,11 @@ def audit(
     sweep.keep_compiled()
     images = images_of(model, variables, data)
     key = _identity(variables, images)
-    if folder is not None and (folder / "audit.json").exists():
-        if schema.read_json(folder / "audit.json", "audit")["key"] != key:
-            raise BadInput(
-                f"{folder} holds the audit of another net, of other images or by another bdjax: "
-                "give another --out"
-            )
+    if folder is not None and _owner(folder) not in (None, key):
+        raise BadInput(
+            f"{folder} holds the audit of another net, of other images or by another bdjax: give "
+            "another --out"
+        )
     chosen, others = judges(model, images.search) if tried is None else (list(tried), {})
     for judge in chosen if tried is not None else ():
         registry.admit(judge, model, images.search)
@@ -504,10 +539,10 @@ def audit(
     }  # fmt: skip
 
     def result() -> Audit:
-        found = _summary(work, chosen, others, about, before + time.monotonic() - start)
-        return Audit(
-            found["verdict"]["word"], found["verdict"]["reason"], found, work.steps, folder
-        )
+        spent = before + time.monotonic() - start
+        found = _summary(work, chosen, others, about, spent)
+        verdict = found["verdict"]
+        return Audit(verdict["word"], verdict["reason"], found, work.steps, folder)
 
     where = "nothing is kept" if folder is None else f"what was finished is kept in {folder}"
     with kept(f"{where}; the same command goes on from there"), Stop() as stop:
@@ -519,9 +554,16 @@ def audit(
             references.calibrate(work, seen, reference, loaded.net, data, stop)
         found = result()
         if folder is not None:
+            picture(work, next(iter(triggers(found)), None))
             write(found)
         stop.check()
     return found
+
+
+def _owner(folder: Path) -> str | None:
+    """Whose audit a folder holds."""
+    path = folder / "audit.json"
+    return schema.read_json(path, "audit")["key"] if path.exists() else None
 
 
 def _begin(work: Work, about: Mapping[str, Any], chosen: Sequence[Judge], others: Any) -> None:
@@ -693,9 +735,7 @@ def lines(found: Audit) -> Iterator[str]:
     for judge in about["judges"]:
         p = judge["p_value"]
         said = "no p-value" if p is None or math.isnan(p) else f"p {p:.2g}"
-        best = max(
-            judge["labels"], key=lambda k: (k["flagged"], known(_nan(k["moved"]))), default=None
-        )
+        best = leading(judge)
         shown = ""
         if best is not None and best["moved"] is not None:
             shown = (
@@ -703,9 +743,20 @@ def lines(found: Audit) -> Iterator[str]:
                 f"{best['pixels']} pixels"
             )
         seeds = f" ({len(judge['seeds'])} seeds)" if len(judge["seeds"]) > 1 else ""
-        yield f"  {judge['judge']:18} {judge['word']}, {said}{seeds}{shown}, {judge['seconds']:.0f} s"
+        text = f"{judge['word']}, {said}{seeds}{shown}, {judge['seconds']:.0f} s"
+        yield f"  {judge['judge']:18} {text}"
     for one in about["not_tried"]:
         yield f"  {one['judge']:18} not tried: {one['reason']}"
+
+
+def leading(judge: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The label that a judge points at: flagged, or else the one that its triggers reach best."""
+    first = judge["seeds"][0]["labels"][:1]
+    return max(
+        judge["labels"],
+        key=lambda k: (k["flagged"], k["label"] in first, known(_nan(k["moved"]))),
+        default=None,
+    )
 
 
 def _nan(value: float | None) -> float:

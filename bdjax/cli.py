@@ -572,7 +572,7 @@ class Audit:
     out: Path | None = None
     """Folder for the results; results/audit-NET if not given."""
     alpha: float = 0.05
-    """The chance of accusing a clean net that the rule is held to, as far as its nulls are right."""
+    """The chance of accusing a clean net that the rule keeps to, as far as its nulls are right."""
     reference: int = 0
     """Train so many clean nets and as many backdoored ones for nulls and power; says first how long
     that takes, on top of the minutes."""
@@ -931,8 +931,8 @@ def command(args: Sequence[str]) -> int:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 3 and 4 an audit's
-    *infected* and *undecided*, 130 interrupted, 143 terminated.
+    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 3 infected and 4
+    undecided by an audit, 130 interrupted, 143 terminated.
     """
     from bdjax import mesh
     from bdjax.progress import Terminated, shown, terminable

@@ -270,16 +270,16 @@ def _trained(work: Any, n: int, net: Any, data: Dataset, stop: Any) -> Variables
     place = None if work.folder is None else work.folder / "references" / f"nets-{n}"
     if place is not None and place.exists():
         states = checkpoints.load_tree(place, states)
-    first, start = int(states.epoch[0]), time.monotonic()
+    first, start, before = int(states.epoch[0]), time.monotonic(), 0.0
     run = jax.jit(_epoch, static_argnums=0, donate_argnums=3)
     for epoch in range(first, epochs):
         states = jax.block_until_ready(run(model, keys, attacks, states, pool, recipe))
         took = time.monotonic() - start
-        if epoch in (first, first + 1):  # the first one was compiled, too
-            each = took if epoch == first else took - told
-            told = took
-            line = f"references: {2 * n} nets, {epochs} epochs of {many} images: about "
-            sweep.say(line + duration(each * (epochs - epoch)), work.quiet)
+        if epoch - first < 2:  # the first one was compiled, too
+            left = duration((took - before) * (epochs - epoch - 1))
+            line = f"references: {2 * n} nets, {epochs} epochs of {many} images: about {left} left"
+            sweep.say(line, work.quiet)
+            before = took
         if place is not None and (stop.asked is not None or epoch % 5 == 4 or epoch + 1 == epochs):
             checkpoints.save_tree(place, states)
         if stop.asked is not None:

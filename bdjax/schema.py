@@ -78,13 +78,7 @@ COUNT, SEED, SECONDS = Number(0, 2**53, True), Number(0, 2**32 - 1, True), Numbe
 NAME = Text(r"[\w-]{1,100}", "a name of letters and digits")
 """Part of a file's name: no path."""
 HASH = Text("[0-9a-f]{16}", "a hash of 16 hex digits")
-SHARE = {
-    "hits": COUNT,
-    "n": COUNT,
-    "share": Number(0, 1),
-    "low": Number(0, 1),
-    "high": Number(0, 1),
-}
+SHARE = {"hits": COUNT, "n": COUNT, **dict.fromkeys(("share", "low", "high"), Number(0, 1))}
 """A share of nets, and its 95 % interval."""
 VERDICT = Text("reproduced|partly|not|open", "reproduced, partly, not or open")
 FORMER = {
