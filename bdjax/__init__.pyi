@@ -6,6 +6,7 @@ from bdjax import datasets as datasets
 from bdjax import metrics as metrics
 from bdjax import types as types
 from bdjax.attacks.base import Attack as Attack
+from bdjax.audits import audit as audit
 from bdjax.changes import changed as changed
 from bdjax.changes import varied as varied
 from bdjax.checkpoints import load_model as load_model

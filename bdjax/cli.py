@@ -1,6 +1,6 @@
 """The command line:
-`bdjax run | sweep | study | status | bench | list | data | train | poison | import | defend |
-repair | scan | report`.
+`bdjax run | sweep | study | status | bench | list | data | train | poison | import | audit |
+repair | scan | defend | report`.
 
 `--plugin` stands before or after any of them, and acts before what they can choose from is known.
 """
@@ -27,7 +27,7 @@ from bdjax.datasets.files import Format
 from bdjax.identity import Stale
 from bdjax.registry import Entry
 from bdjax.trackers import Log
-from bdjax.types import BadInput, Positive, Seed, class_name
+from bdjax.types import BadInput, Seed, class_name
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
 Words = tyro.conf.Positional
@@ -554,6 +554,49 @@ class Import:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Is this net backdoored, which label, by what trigger? Needs a few hundred clean images and no
+    attack: runs all model judges that apply, and decides by one rule. Writes audit.json and a page.
+
+    Exit codes: 0 no sign, 3 infected, 4 undecided. Ctrl-C and the end of the time leave the page of
+    what is there; the same command goes on from it.
+
+    --dataset as in `bdjax train`; where its classes are not the net's, the net labels the images.
+    """
+
+    net: Annotated[Path, Words]
+    """A folder of `bdjax train` or `bdjax import`, or a file of ONNX or Keras that holds a whole
+    net."""
+    minutes: float = 10.0
+    """The time; judges for which it is too short are listed."""
+    out: Path | None = None
+    """Folder for the results; results/audit-NET if not given."""
+    alpha: float = 0.05
+    """The chance of accusing a clean net that the rule keeps to, as far as its nulls are right."""
+    reference: int = 0
+    """Train so many clean nets and as many backdoored ones for nulls and power; says first how long
+    that takes, on top of the minutes."""
+    quiet: bool = False
+
+    def __call__(self) -> int:
+        from bdjax.audits import CODES, audit, lines
+        from bdjax.progress import shown
+
+        flags: Any = self
+        if flags.dataset is None:
+            raise BadInput("an audit needs clean images of the net's kind: give --dataset")
+        out = self.out or Path("results") / f"audit-{self.net.resolve().name}"
+        found = audit(
+            self.net, flags.dataset, minutes=self.minutes, out=out, alpha=self.alpha,
+            reference=self.reference, quiet=self.quiet,
+        )  # fmt: skip
+        for line in lines(found):
+            print(shown(line))
+        print(f"page: {shown(out / 'index.html')}")
+        return CODES[found.word]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Repair:
     """Repair a net that was given to you, the trigger unknown, and write it in the format in which
     it came.
@@ -561,7 +604,9 @@ class Repair:
     `--defense auto` tries the repairs that apply and leave a net that can be exported, and picks on
     images that none of them saw: by accuracy, less the share that triggers found still move.
     --defense takes a name of `bdjax list defenses`, or NAME:PRESET, too. --attack: a trigger that
-    is known, to be measured before and after and used for nothing else.
+    is known, to be measured before and after and used for nothing else. --dataset as in `bdjax
+    train`, clean images, by default those that the folder names; where its classes are not the
+    net's, the net labels them, and accuracy says how often it still answers the same.
     """
 
     net: Annotated[Path, Words]
@@ -570,10 +615,9 @@ class Repair:
     """Folder for the repaired net."""
     export: Path | None = None
     """File for the repaired net, in the format in which it came; any net can be .safetensors."""
-    labels: Literal["given", "net"] = "given"
-    """Labels of the images: those of the data set, or the net's own answers: accuracy then says how
-    often the repaired one still answers the same."""
-    minutes: Positive = 10.0
+    audit: Path | None = None
+    """Folder of an audit, whose triggers are taken; they are looked for if not given."""
+    minutes: float = 10.0
     """No repair is begun after so many minutes."""
     seed: Seed = 0
 
@@ -592,7 +636,7 @@ class Repair:
             self.net,
             flags.dataset,
             defense=flags.defense,
-            labels=self.labels,
+            audit=self.audit,
             attack=flags.attack,
             minutes=self.minutes,
             seed=self.seed,
@@ -668,6 +712,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "poison": {"attack": "badnets", "dataset": "fashion-mnist-sample"},
     "defend": {"defense": "fine-pruning"},
     "import": {"arch": None, "dataset": None},
+    "audit": {"dataset": None},
     "repair": {"defense": "auto", "dataset": None, "attack": None},
 }
 """The methods that a command takes by name, and which it takes if none is named."""
@@ -819,6 +864,7 @@ COMMANDS: dict[str, Callable] = {
     "run": run, "sweep": sweep, "study": study, "status": status,
     "list": list_methods, "data": prepare, "train": Train, "poison": Poison,
     "defend": Defend, "report": report, "bench": bench, "import": Import,
+    "audit": Audit,
     "repair": Repair,
 }  # fmt: skip
 
@@ -901,8 +947,8 @@ def _at_home(word: str) -> str:
     return re.sub(r"^(--[^=]*=)?~(?=/|$)", lambda flag: (flag[1] or "") + str(Path.home()), word)
 
 
-def command(args: Sequence[str]) -> None:
-    """Parses and runs one command."""
+def command(args: Sequence[str]) -> int:
+    """Parses and runs one command; its exit code."""
     from bdjax.train import Recipe
 
     methods = {name: {} for name in CHOICES}
@@ -923,6 +969,7 @@ def command(args: Sequence[str]) -> None:
         "poison": _with_fields(Poison, methods["poison"]),
         "defend": _with_fields(Defend, methods["defend"]),
         "import": _with_fields(Import, methods["import"]),
+        "audit": _with_fields(Audit, methods["audit"]),
         "repair": _with_fields(Repair, methods["repair"]),
     }
     if args and args[0] == "bench":  # imported for itself alone: it needs all that draws
@@ -942,12 +989,12 @@ def command(args: Sequence[str]) -> None:
             name, _, rest = fault.partition(" ")
             raise BadInput(f"--{name.replace('_', '-')} {rest}")
         _all_read(made, args)
-    made()  # type: ignore[operator]
+    return made() or 0  # type: ignore[operator]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
-    143 terminated.
+    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 3 infected and 4
+    undecided by an audit, 130 interrupted, 143 terminated.
     """
     from bdjax import mesh
     from bdjax.progress import Terminated, shown, terminable
@@ -955,7 +1002,8 @@ def main(args: Sequence[str] | None = None) -> None:
     mesh.tune()
     with contextlib.suppress(BrokenPipeError), terminable():
         try:
-            command(sys.argv[1:] if args is None else args)
+            if code := command(sys.argv[1:] if args is None else args):
+                sys.exit(code)
         except BadInput as error:
             text = shown(error)
             text = text if len(text) <= 900 else f"{text[:450]} … {text[-350:]}"

@@ -6,18 +6,20 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bdjax import imports, metrics, registry
+from bdjax.audits import triggers
 from bdjax.datasets.base import Source, divide
 from bdjax.defenses.base import Defense, Repair
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.defenses.parts.reversed import Reversed, TriggerDefense
+from bdjax.defenses.parts.screen import screened
 from bdjax.foreign.fold import folded
 from bdjax.sweep import fits, labelled
 from bdjax.train import predict, stamped, unit
@@ -25,7 +27,7 @@ from bdjax.types import (
     Attack,
     BadInput,
     Model,
-    Positive,
+    Range,
     Seed,
     Split,
     Variables,
@@ -35,14 +37,11 @@ from bdjax.types import (
 HELD = 0.25
 """The share of the images that no repair sees: by them one is picked."""
 FEW, LEADERS = 20, 10
-"""Of more labels than `FEW` only the `LEADERS`, those of the smallest triggers after a short
-search, are searched to the end.
-"""
+"""Of more labels than `FEW` only the `LEADERS`, by a screening, are searched to the end."""
 FACTORS = (1.0, 0.3, 3.0)
 """By which a learning rate is multiplied, where it decides most of what a repair leaves."""
 STEPS = 300
 """The fewest steps of a fine-tuning: of few images it has many epochs."""
-Labels = Literal["given", "net"]
 
 
 class Tried(NamedTuple):
@@ -104,20 +103,19 @@ def repair_net(
     dataset: Source | None = None,
     *,
     defense: Defense | None = None,
-    labels: Labels = "given",
-    found: Reversed | None = None,
+    audit: str | Path | None = None,
     attack: Attack | None = None,
-    minutes: Positive = 10.0,
+    minutes: Annotated[float, Range(1e-3, 1e6)] = 10.0,
     seed: Seed = 0,
     say: Callable[[str], Any] = print,
 ) -> Mended:
     """The net in a folder or a file, repaired by `defense` or, for None, by the best of the repairs
     that apply to it and leave one that can be exported.
 
-    `dataset`: clean images (None: those that the net's folder names); `labels`: their own, or the
-    answers of the net as it was: accuracy is then agreement with it. `found`: triggers found before
-    (None: Neural Cleanse looks for them). `attack`: a trigger that is known, which is measured and
-    nothing else. No repair is begun after `minutes`.
+    `dataset`: clean images (None: those that the net's folder names); where their classes are not
+    the net's, it labels them, and accuracy is agreement with the net as it was. `audit`: the folder
+    of one, whose triggers are taken (None: Neural Cleanse looks for some). `attack`: a trigger that
+    is known, which is measured and nothing else. No repair is begun after `minutes`.
 
     A repair is picked on images that it has not seen, by accuracy less the share of them that
     triggers move: those of another search than the one that it was given.
@@ -127,20 +125,23 @@ def repair_net(
     source: Any = about["dataset"] if dataset is None else dataset
     if source is None:
         raise BadInput(f"{net} names no data set: give clean images of its kind, --dataset")
-    if labels == "net":
-        source = labelled(source, model, variables, labels)
     data = source.load()
-    fits(model, data)
+    if own := data.classes == model.classes:
+        fits(model, data)
+    else:
+        data = labelled(source, model, variables, "net").load()
     joined = Split(*(np.concatenate(pair) for pair in zip(data.train[:2], data.clean[:2])))
     seen, held = divide(joined, HELD, int(seed) % 2**31)
     if min(len(seen.label), len(held.label)) < 2:
         raise BadInput(f"{len(joined.label)} clean images are too few: give a few hundred")
     given = _Given(model, variables, seen, held, data.test)
     key_find, key_proof, key_mend, key_table = jax.random.split(jax.random.key(seed), 4)
-    if found is None:
+    if audit is None:
         found = search(key_find, model, variables, seen)
+    else:
+        found = audited(audit)
     found.check(model.shape, model.classes)
-    suspects = [int(k) for k in np.asarray(found.label)[np.flatnonzero(found.suspect)]]
+    suspects = sorted({int(k) for k in np.asarray(found.label)[np.flatnonzero(found.suspect)]})
     names = ", ".join(class_name(k, data.names) for k in suspects)
     say(f"triggers found: {f'label {names}' if suspects else 'none'}")
     if defense is None and not suspects:
@@ -151,10 +152,10 @@ def repair_net(
     proof, _ = again(key_proof, model, variables, seen, suspects)
     tried, (picked, after) = _picked(key_mend, given, defense, found, proof, float(minutes), say)
     mended = picked.wrap(model)
-    table = tuple(_table(key_table, given, mended, after, proof, attack, about, labels, data.names))
+    table = tuple(_table(key_table, given, mended, after, proof, attack, about, own, data.names))
     now = {
         "defenses": (*about["defenses"], picked),
-        "metrics": {"acc_test": table[0].after} if labels == "given" else None,
+        "metrics": {"acc_test": table[0].after} if own else None,
     }
     if dataset is not None:
         now |= {"dataset": dataset, "fingerprint": None}
@@ -175,15 +176,31 @@ def search(key: jax.Array, model: Model, variables: Variables, clean: Split) -> 
     """
     nc = judge()
     if model.classes > FEW:
-        key_rank, key = jax.random.split(key)
-        ranks = jax.jit(lambda v: nc.rank(key_rank, model, v, clean))(variables)
-        leaders = np.argsort(np.asarray(ranks))[:LEADERS]
-        nc = dataclasses.replace(nc, labels=tuple(sorted(map(int, leaders))))
+        key_screen, key = jax.random.split(key)
+        order = jax.jit(lambda v: screened(key_screen, model, v, clean.image).order)(variables)
+        leaders = sorted(map(int, np.asarray(order)[:LEADERS]))
+        nc = dataclasses.replace(nc, labels=tuple(leaders))
     nc.check(model, clean)
     verdict = jax.jit(lambda v: nc(key, model, v, clean))(variables)
     found = Reversed.of(verdict, "flagged" if bool(verdict.infected) else "smallest")
     rows = np.flatnonzero(np.asarray(found.suspect))
     return jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], found)
+
+
+def audited(folder: str | Path) -> Reversed:
+    """The triggers of an audit: those of the label that it accuses or, where it accuses none, of
+    the label whose trigger moves most images.
+    """
+    found = triggers(folder)
+    if not found:
+        raise BadInput(f"{folder}: this audit found no trigger")
+    found = [one for one in found if one.label == found[0].label]
+    pattern = np.stack([one.pattern for one in found])
+    mask = np.stack([np.broadcast_to(one.mask, one.pattern.shape) for one in found])
+    label = np.asarray([one.label for one in found], np.int32)
+    return Reversed(
+        jnp.asarray(mask), jnp.asarray(pattern), jnp.asarray(label), jnp.asarray(label) >= 0
+    )
 
 
 def again(
@@ -342,11 +359,11 @@ def _unexported(model: Model, variables: Variables) -> str:
 
 def _table(
     key: jax.Array, given: _Given, model: Model, after: Variables, proof: Reversed,
-    attack: Attack | None, about: dict[str, Any], labels: Labels, names: Sequence[str],
+    attack: Attack | None, about: dict[str, Any], own: bool, names: Sequence[str],
 ) -> Iterator[Line]:  # fmt: skip
     """Shares of the test images, of the net as it was and as it is now."""
     both = (given.model, given.variables), (model, after)
-    word = "accuracy" if labels == "given" else "agreement with the net as it was"
+    word = "accuracy" if own else "agreement with the net as it was"
     yield Line(word, *(_right(*net, given.test) for net in both))
     aims = [int(k) for k in np.asarray(proof.label)]
     shares = [moved(*net, given.test, proof) for net in both]

@@ -17,7 +17,8 @@ LAYERS = (
     {"store", "checkpoints", "channels", "migrate", "trackers"}, {"attacks"},
     {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"},
     {"study", "changes", "studies", "poison"},
-    {"sweep"}, {"repairs"}, {"target"}, {"engine"},
+    {"sweep"}, {"target"}, {"engine"},
+    {"references", "audits"}, {"repairs"},
     {"plots", "report"}, {"figures"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
