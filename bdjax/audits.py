@@ -42,7 +42,7 @@ from bdjax.foreign.origin import Origin
 from bdjax.imports import Loaded, load_net
 from bdjax.progress import Stop, duration, kept
 from bdjax.registry import door
-from bdjax.rule import Seed, combined, decide, known, smallest
+from bdjax.rule import Seed, combined, decide, or_least, smallest
 from bdjax.train import predict, unit
 from bdjax.types import (
     BadInput,
@@ -101,7 +101,7 @@ def triggers(found: Audit | str | Path) -> list[Found]:
     best: dict[tuple[str, int], Found] = {}
     for name, arrays in found.steps.items():
         judge = name.rpartition("-")[0]
-        if "moved" not in arrays:
+        if not {"mask", "moved"} <= arrays.keys():  # not one of a judge on this net
             continue
         sizes = pixels(arrays["mask"])
         for i in np.flatnonzero(arrays["valid"]):
@@ -115,9 +115,9 @@ def triggers(found: Audit | str | Path) -> list[Found]:
                 float(arrays["moved"][i]), int(sizes[i]), accused,
             )  # fmt: skip
             known = best.get((judge, label))
-            if known is None or known(one.moved) > known(known.moved):
+            if known is None or or_least(one.moved) > or_least(known.moved):
                 best[judge, label] = one
-    return sorted(best.values(), key=lambda f: (not f.accused, -known(f.moved), f.norm))
+    return sorted(best.values(), key=lambda f: (not f.accused, -or_least(f.moved), f.norm))
 
 
 @door
@@ -241,7 +241,7 @@ def _pictured(
     """What a trigger does to the net: the mean activation of each channel at a site, `[C]`, and
     the entropies of blends with other images (Strip's), of images without and with it.
     """
-    clean = unit(held.image[:SHOWN_BY])
+    clean = unit(held.image)
     stamped = stamp(Trigger(mask, pattern), clean)
     site = next((s for s in ("conv_last", "penultimate", *model.sites) if s in model.sites), None)
     found = {"image": clean[:SHOWN], "stamped": stamped[:SHOWN]}
@@ -388,7 +388,11 @@ def picture(work: Work, found: Found | None) -> None:
     same = work.steps.get("pictures-0", {})
     if "mask" in same and np.array_equal(same["mask"], found.mask):
         return
-    args = (work.variables, work.images.search, work.images.held, found.mask, found.pattern)
+    held = work.images.held
+    order = np.random.default_rng(0).permutation(len(held.label))
+    others = [*order[np.asarray(held.label)[order] != found.label], *order]  # its own come last
+    some = held[np.asarray(others[:SHOWN_BY])]
+    args = (work.variables, work.images.search, some, found.mask, found.pattern)
     made = program(_pictured, work.model, *args)(*args)
     shown = {"label": np.asarray(found.label), "judge": np.asarray(found.judge)}
     work.keep("pictures-0", made | shown | {"mask": found.mask, "pattern": found.pattern})
@@ -686,7 +690,7 @@ def _best_of(arrays: Mapping[str, np.ndarray], label: int) -> int | None:
     if "label" not in arrays:
         return None
     rows = np.flatnonzero((arrays["label"] == label) & arrays["valid"].astype(bool))
-    return int(max(rows, key=lambda i: known(float(arrays["moved"][i])))) if len(rows) else None
+    return int(max(rows, key=lambda i: or_least(float(arrays["moved"][i])))) if len(rows) else None
 
 
 def _neuron(model: Model, judge: Judge, arrays: Mapping[str, np.ndarray]) -> dict | None:
@@ -754,7 +758,7 @@ def leading(judge: Mapping[str, Any]) -> dict[str, Any] | None:
     first = judge["seeds"][0]["labels"][:1]
     return max(
         judge["labels"],
-        key=lambda k: (k["flagged"], k["label"] in first, known(_nan(k["moved"]))),
+        key=lambda k: (k["flagged"], k["label"] in first, or_least(_nan(k["moved"]))),
         default=None,
     )
 
