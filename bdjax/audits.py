@@ -37,12 +37,12 @@ from bdjax.defenses.invert.abs import shapes_of
 from bdjax.defenses.parts import nulls
 from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.defenses.parts.offers import moves, offered, pixels
-from bdjax.defenses.parts.screen import screened
+from bdjax.defenses.parts.screen import ROUNDS, screened
 from bdjax.foreign.origin import Origin
 from bdjax.imports import Loaded, load_net
 from bdjax.progress import Stop, duration, kept
 from bdjax.registry import door
-from bdjax.rule import Seed, combined, decide, or_least, smallest
+from bdjax.rule import Seed, able, combined, decide, or_least
 from bdjax.train import predict, unit
 from bdjax.types import (
     BadInput,
@@ -140,10 +140,12 @@ SEARCHED, HELD = 500, 500
 """Images that judges see, and others by which triggers are measured, at most."""
 SEEDS = 3
 """How often a judge with a p-value draws, where there is time."""
-LEADERS, CONTROLS = 8, 24
-"""Of many labels: how many of those that lead are searched to the end, and beside how many that
-were drawn at random.
+LEADERS, LONGER = 12, 3
+"""Of many labels: how many of those that lead are searched to the end, and how many times as long
+as one of few labels.
 """
+WHOLE = 0.4
+"""The share of the time that a search over all labels may take; else they are screened."""
 COMPILING = 10.0
 """Seconds that a program is taken to need before it runs."""
 SHOWN, SHOWN_BY, BLENDS = 5, 100, 10
@@ -180,7 +182,7 @@ def images_of(model: Model, variables: Variables, data: Dataset) -> Images:
         search = search[pick(np.asarray(search.label), SEARCHED, 0)]
     elif (missing := min(SEARCHED - len(search.label), len(data.train.label))) > 0:
         more = data.train[pick(np.asarray(data.train.label), missing, 0)]
-        search = Split(*map(np.concatenate, zip(search[:2], more[:2], strict=True)))
+        search = references.together(search, more)
     answer = jax.jit(lambda image: metrics.labels(predict(model, variables, image)))
     answers = [np.asarray(answer(split.image)) for split in (search, held)]
     if min(map(np.min, answers)) < 0:
@@ -259,7 +261,7 @@ def _pictured(
 def _screening(
     model: Model, key: jax.Array, variables: Variables, search: Split
 ) -> dict[str, jax.Array]:
-    return screened(key, model, variables, search.image)._asdict()
+    return screened(key, model, variables, search.image, ROUNDS)._asdict()
 
 
 def _pushed(model: Model, variables: Variables, image: jax.Array) -> jax.Array:
@@ -433,12 +435,12 @@ def work_through(work: Work, tried: Sequence[Judge], stop: Stop) -> None:
             step = f"{name}-{seed}"
             fresh = step not in work.steps
             if work.step(step, what, found, *args, reserve=reserve) and fresh:
-                _controlled(work, step, judge)
+                _spaced(work, step, judge)
 
 
 def _planned(work: Work, judge: Judge, stop: Stop) -> tuple[Judge, Program]:
     """A judge and its program; where its search over all labels would take most of the time, it is
-    for those alone that a screening brings forward, and for some that were drawn.
+    for those alone that a screening brings forward.
     """
     search, held = work.images.search, work.images.held
 
@@ -446,35 +448,28 @@ def _planned(work: Work, judge: Judge, stop: Stop) -> tuple[Judge, Program]:
         return program(_examined, work.model, _key(0), judge, work.variables, search, held)
 
     found, classes = made(judge), work.model.classes
-    if not searches(judge) or classes < 2 * (LEADERS + CONTROLS):
+    if not searches(judge) or classes < 3 * LEADERS:
         return judge, found
-    if work.needs(found) < 0.4 * work.seconds:
+    if work.needs(found) < WHOLE * work.seconds:
         return judge, found
     screen = program(_screening, work.model, _key(0), work.variables, search)
     what = f"screening of {classes} labels"
     if not work.step("screen-0", what, screen, _key(0), work.variables, search):
         return judge, found
-    leaders = work.steps["screen-0"]["order"][:LEADERS]
-    drawn = np.random.default_rng(0).choice(classes, CONTROLS, replace=False)
-    labels = tuple(np.unique(np.concatenate([leaders, drawn])).tolist())
-    judge = dataclasses.replace(judge, labels=labels)  # type: ignore[call-arg]
+    leaders = np.sort(work.steps["screen-0"]["order"][:LEADERS])
+    steps = LONGER * getattr(judge, "steps", 1)
+    judge = dataclasses.replace(judge, labels=tuple(leaders.tolist()), steps=steps)  # type: ignore[call-arg]
     return judge, made(judge)
 
 
-def _controlled(work: Work, step: str, judge: Judge) -> None:
-    """The p-value of a search that was for some labels alone: the smallest is held against those
-    that were drawn, and counts as the smallest of all.
-    """
+def _spaced(work: Work, step: str, judge: Judge) -> None:
+    """The p-value of a search that was for the leaders of a screening alone."""
     labels, arrays = getattr(judge, "labels", None), work.steps[step]
     if labels is None or "screen-0" not in work.steps:
         return
-    drawn = np.random.default_rng(0).choice(work.model.classes, CONTROLS, replace=False)
-    least = smallest(arrays)
-    if least is None:
-        return
-    controls = arrays["norms"][[k for k in drawn if k != least]]
-    p = nulls.against_controls(arrays["norms"][least], controls, work.model.classes)
-    work.keep(step, arrays | {"p_value": np.asarray(p), "searched": np.asarray(labels)})
+    sizes = arrays["norms"][able(arrays) & np.isfinite(arrays["norms"])]
+    p_value = nulls.by_spacings(sizes) if len(sizes) >= 4 else np.nan
+    work.keep(step, arrays | {"p_value": p_value, "searched": np.asarray(labels)})
 
 
 # --- The door ---
@@ -504,6 +499,8 @@ def audit(
     so many clean nets, and as many backdoored ones, are trained for nulls and power, on top of the
     minutes. `tried`: these judges instead of all.
     """
+    if reference == 1:
+        raise BadInput("--reference 1: a spread between nets needs 2 or more")
     loaded = net if isinstance(net, Loaded) else _loaded(net)
     source = dataset if isinstance(dataset, Source) else datasets.source(str(dataset))
     data = source.load()

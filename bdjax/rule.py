@@ -1,5 +1,6 @@
 """The one rule by which an audit says *infected*, *undecided* or *no sign*."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -110,7 +111,12 @@ _OUT_OF_TIME = "the time ran out before a search for triggers was over all label
 
 def combined(p: Sequence[float]) -> float:
     """One p-value of those of the seeds, see `metrics.combined_p`; NaN of none."""
-    return float(metrics.combined_p(jnp.asarray(p, jnp.float32))) if len(p) else math.nan
+    return _combined(tuple(p)) if len(p) > 1 else p[0] if p else math.nan
+
+
+@functools.lru_cache(maxsize=1024)
+def _combined(p: tuple[float, ...]) -> float:
+    return float(metrics.combined_p(jnp.asarray(p, jnp.float32)))
 
 
 def _common(seeds: Sequence[Seed]) -> tuple[int, ...]:
