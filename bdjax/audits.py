@@ -42,7 +42,7 @@ from bdjax.foreign.origin import Origin
 from bdjax.imports import Loaded, load_net
 from bdjax.progress import Stop, duration, kept
 from bdjax.registry import door
-from bdjax.rule import Seed, able, combined, decide, or_least
+from bdjax.rule import Seed, combined, decide, or_least, smallest
 from bdjax.train import predict, unit
 from bdjax.types import (
     BadInput,
@@ -467,8 +467,11 @@ def _spaced(work: Work, step: str, judge: Judge) -> None:
     labels, arrays = getattr(judge, "labels", None), work.steps[step]
     if labels is None or "screen-0" not in work.steps:
         return
-    sizes = arrays["norms"][able(arrays) & np.isfinite(arrays["norms"])]
-    p_value = nulls.by_spacings(sizes) if len(sizes) >= 4 else np.nan
+    least, norms = smallest(arrays), arrays["norms"][list(labels)]
+    p_value = np.nan if len(norms) < 4 else 1.0
+    if least is not None:  # smaller ones whose trigger does not work count nowhere
+        sizes = norms[np.isfinite(norms) & (norms >= arrays["norms"][least])]
+        p_value = nulls.by_spacings(sizes) if len(sizes) >= 4 else np.nan
     work.keep(step, arrays | {"p_value": p_value, "searched": np.asarray(labels)})
 
 
@@ -631,8 +634,8 @@ def _summary(
         _entry(work.model, called[name], name, done[name], said[name], names) for name in done
     ]
     skipped = {
-        step.rpartition("-")[0]: why for step, why in work.skipped.items()
-        if step.endswith("-0") and step not in work.steps
+        name: work.skipped[f"{name}-0"]
+        for name in called if f"{name}-0" in work.skipped and name not in done
     }  # fmt: skip
     missing = [name for name in called if name not in done and name not in skipped]
     left = others | skipped | dict.fromkeys(missing, "the audit ended before")

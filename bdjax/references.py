@@ -20,7 +20,7 @@ from bdjax.rule import Seed, able, decide, seed_of, smallest
 from bdjax.train import Recipe, State, advance, attacked, begin, poisoned_set, predict
 from bdjax.types import Dataset, Model, Split, Variables
 
-IMAGES, DRAWS, EPOCHS = 10_000, 60_000, (3, 60)
+IMAGES, DRAWS, EPOCHS = 10_000, 60_000, (3, 200)
 """Images that references are trained on, at most, how many are drawn in all, and the fewest and
 most epochs.
 """

@@ -148,10 +148,15 @@ def test_the_smallest_of_many_is_told_from_those_that_come_next():
     from scipy import stats
 
     draw = np.random.default_rng(0)
-    tails = {"normal": draw.normal, "heavy": lambda size: -draw.standard_gamma(1.0, size)}
-    for name, some in tails.items():
-        p = [float(nulls.by_spacings(np.sort(np.exp(some(size=1000)))[:12])) for _ in range(300)]
-        assert stats.kstest(p, "uniform").statistic < 0.12, name
+
+    def below(some):
+        """The share of clean nets of 1,000 labels that are accused at .05, and how even p is."""
+        p = [float(nulls.by_spacings(np.sort(np.exp(some()))[:12])) for _ in range(300)]
+        return np.mean(np.array(p) <= 0.05), stats.kstest(p, "uniform").statistic
+
+    share, gap = below(lambda: -draw.standard_gamma(1.0, 1000))
+    assert share < 0.09 and gap < 0.1  # exact where the tail is exponential
+    assert below(lambda: draw.normal(size=1000))[0] < 0.09  # and no more where it is lighter
     sizes = np.sort(np.exp(draw.normal(size=1000)))[:12]
     assert float(nulls.by_spacings(np.append(sizes[1:], sizes[1] / 20))) < 0.01
 
@@ -200,6 +205,7 @@ def many(classes=40, target=17):
     kernel[[7, 56, 63], 5] = 40
     head = draw.normal(size=(6, classes)).astype(np.float32)
     head[5] = 0
+    head /= np.linalg.norm(head, axis=0)  # no label is easier than others by nature
     head[5, target] = 3
     params = {"dense": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(6).at[5].set(-1.0)},
               "logits": {"kernel": jnp.asarray(head), "bias": jnp.zeros(classes)}}  # fmt: skip
@@ -248,7 +254,8 @@ def test_a_backdoor_is_found_kept_and_shown(planted, tmp_path, monkeypatch):
     assert kept.about["verdict"] == schema.read_json(out / "audit.json", "audit")["verdict"]
     assert json.loads((out / "audit.json").read_text())["format"] == 1
     one = triggers(out)[0]
-    assert one.label == 17 and one.accused and one.moved >= MOVES and one.pixels <= 10
+    assert one.label == 17 and one.accused and one.moved >= MOVES
+    assert one.norm < 5 and 3 <= one.pixels <= 64
     assert one.mask.shape == (8, 8, 1) and one.pattern.shape == (8, 8, 1)
     assert not any(other.accused for other in triggers(kept)[1:])
     page = (out / "index.html").read_text()
@@ -331,7 +338,8 @@ def test_names_of_others_are_text_on_the_page(planted, tmp_path):
     net, file = planted
     arrays = dict(np.load(file))
     names = np.array([f"<b>&{k}" for k in range(40)])
-    np.savez(file, image=arrays["image"], label=np.arange(60) % 40, names=names)
+    image = np.concatenate([arrays["image"]] * 4)
+    np.savez(file, image=image, label=np.arange(240) % 40, names=names)
     found = run((net, file), tmp_path / "out", tried=[dataclasses.replace(NC, seeds=1)])
     assert found.about["verdict"]["name"] == "17 (<b>&17)"
     page = (tmp_path / "out" / "index.html").read_text()
@@ -340,13 +348,13 @@ def test_names_of_others_are_text_on_the_page(planted, tmp_path):
 
 def test_of_many_labels_the_leaders_are_searched(planted, tmp_path, monkeypatch):
     rounds = (Round(40, 10, 8), Round(8, 20, 8))
-    for name, value in {"WHOLE": 0.0, "LEADERS": 6, "ROUNDS": rounds}.items():
+    for name, value in {"WHOLE": 0.0, "LEADERS": 8, "ROUNDS": rounds}.items():
         monkeypatch.setattr(audits, name, value)
     found = run(planted, tmp_path / "out")
     assert found.about["screened"]["order"][0] == 17
     assert found.about["verdict"]["label"] == 17, found.reason
     (judge,) = found.about["judges"]
-    assert len(judge["labels"]) == 6 and judge["p_value"] is not None
+    assert len(judge["labels"]) == 8 and judge["p_value"] is not None
 
 
 class Mute(Judge):

@@ -30,7 +30,7 @@ def by_spacings(sizes: Array) -> jax.Array:
     the screening must see to: where it misses some, the others' gaps are wider and p is larger.
     """
     logs = jnp.sort(jnp.log(jnp.maximum(jnp.asarray(sizes, jnp.float32), 1e-6)))
-    gaps = jnp.diff(logs) * jnp.arange(1, logs.shape[0])
+    gaps = jnp.diff(logs) * jnp.arange(1, logs.shape[0], dtype=jnp.float32)
     rest = gaps.shape[0] - 1
     mean = jnp.maximum(gaps[1:].mean(), 1e-6)
     return (1 + gaps[0] / (mean * rest)) ** (-rest)
