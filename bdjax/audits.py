@@ -37,12 +37,12 @@ from bdjax.defenses.invert.abs import shapes_of
 from bdjax.defenses.parts import nulls
 from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.defenses.parts.offers import moves, offered, pixels
-from bdjax.defenses.parts.screen import screened
+from bdjax.defenses.parts.screen import ROUNDS, screened
 from bdjax.foreign.origin import Origin
 from bdjax.imports import Loaded, load_net
 from bdjax.progress import Stop, duration, kept
 from bdjax.registry import door
-from bdjax.rule import Seed, combined, decide, known, smallest
+from bdjax.rule import Seed, combined, decide, or_least, smallest
 from bdjax.train import predict, unit
 from bdjax.types import (
     BadInput,
@@ -101,7 +101,7 @@ def triggers(found: Audit | str | Path) -> list[Found]:
     best: dict[tuple[str, int], Found] = {}
     for name, arrays in found.steps.items():
         judge = name.rpartition("-")[0]
-        if "moved" not in arrays:
+        if not {"mask", "moved"} <= arrays.keys():  # not one of a judge on this net
             continue
         sizes = pixels(arrays["mask"])
         for i in np.flatnonzero(arrays["valid"]):
@@ -115,9 +115,9 @@ def triggers(found: Audit | str | Path) -> list[Found]:
                 float(arrays["moved"][i]), int(sizes[i]), accused,
             )  # fmt: skip
             known = best.get((judge, label))
-            if known is None or known(one.moved) > known(known.moved):
+            if known is None or or_least(one.moved) > or_least(known.moved):
                 best[judge, label] = one
-    return sorted(best.values(), key=lambda f: (not f.accused, -known(f.moved), f.norm))
+    return sorted(best.values(), key=lambda f: (not f.accused, -or_least(f.moved), f.norm))
 
 
 @door
@@ -140,10 +140,12 @@ SEARCHED, HELD = 500, 500
 """Images that judges see, and others by which triggers are measured, at most."""
 SEEDS = 3
 """How often a judge with a p-value draws, where there is time."""
-LEADERS, CONTROLS = 8, 24
-"""Of many labels: how many of those that lead are searched to the end, and beside how many that
-were drawn at random.
+LEADERS, LONGER = 12, 3
+"""Of many labels: how many of those that lead are searched to the end, and how many times as long
+as one of few labels.
 """
+WHOLE = 0.4
+"""The share of the time that a search over all labels may take; else they are screened."""
 COMPILING = 10.0
 """Seconds that a program is taken to need before it runs."""
 SHOWN, SHOWN_BY, BLENDS = 5, 100, 10
@@ -180,7 +182,7 @@ def images_of(model: Model, variables: Variables, data: Dataset) -> Images:
         search = search[pick(np.asarray(search.label), SEARCHED, 0)]
     elif (missing := min(SEARCHED - len(search.label), len(data.train.label))) > 0:
         more = data.train[pick(np.asarray(data.train.label), missing, 0)]
-        search = Split(*map(np.concatenate, zip(search[:2], more[:2], strict=True)))
+        search = references.together(search, more)
     answer = jax.jit(lambda image: metrics.labels(predict(model, variables, image)))
     answers = [np.asarray(answer(split.image)) for split in (search, held)]
     if min(map(np.min, answers)) < 0:
@@ -241,7 +243,7 @@ def _pictured(
     """What a trigger does to the net: the mean activation of each channel at a site, `[C]`, and
     the entropies of blends with other images (Strip's), of images without and with it.
     """
-    clean = unit(held.image[:SHOWN_BY])
+    clean = unit(held.image)
     stamped = stamp(Trigger(mask, pattern), clean)
     site = next((s for s in ("conv_last", "penultimate", *model.sites) if s in model.sites), None)
     found = {"image": clean[:SHOWN], "stamped": stamped[:SHOWN]}
@@ -259,7 +261,7 @@ def _pictured(
 def _screening(
     model: Model, key: jax.Array, variables: Variables, search: Split
 ) -> dict[str, jax.Array]:
-    return screened(key, model, variables, search.image)._asdict()
+    return screened(key, model, variables, search.image, ROUNDS)._asdict()
 
 
 def _pushed(model: Model, variables: Variables, image: jax.Array) -> jax.Array:
@@ -388,7 +390,11 @@ def picture(work: Work, found: Found | None) -> None:
     same = work.steps.get("pictures-0", {})
     if "mask" in same and np.array_equal(same["mask"], found.mask):
         return
-    args = (work.variables, work.images.search, work.images.held, found.mask, found.pattern)
+    held = work.images.held
+    order = np.random.default_rng(0).permutation(len(held.label))
+    others = [*order[np.asarray(held.label)[order] != found.label], *order]  # its own come last
+    some = held[np.asarray(others[:SHOWN_BY])]
+    args = (work.variables, work.images.search, some, found.mask, found.pattern)
     made = program(_pictured, work.model, *args)(*args)
     shown = {"label": np.asarray(found.label), "judge": np.asarray(found.judge)}
     work.keep("pictures-0", made | shown | {"mask": found.mask, "pattern": found.pattern})
@@ -429,12 +435,12 @@ def work_through(work: Work, tried: Sequence[Judge], stop: Stop) -> None:
             step = f"{name}-{seed}"
             fresh = step not in work.steps
             if work.step(step, what, found, *args, reserve=reserve) and fresh:
-                _controlled(work, step, judge)
+                _spaced(work, step, judge)
 
 
 def _planned(work: Work, judge: Judge, stop: Stop) -> tuple[Judge, Program]:
     """A judge and its program; where its search over all labels would take most of the time, it is
-    for those alone that a screening brings forward, and for some that were drawn.
+    for those alone that a screening brings forward.
     """
     search, held = work.images.search, work.images.held
 
@@ -442,35 +448,31 @@ def _planned(work: Work, judge: Judge, stop: Stop) -> tuple[Judge, Program]:
         return program(_examined, work.model, _key(0), judge, work.variables, search, held)
 
     found, classes = made(judge), work.model.classes
-    if not searches(judge) or classes < 2 * (LEADERS + CONTROLS):
+    if not searches(judge) or classes < 3 * LEADERS:
         return judge, found
-    if work.needs(found) < 0.4 * work.seconds:
+    if work.needs(found) < WHOLE * work.seconds:
         return judge, found
     screen = program(_screening, work.model, _key(0), work.variables, search)
     what = f"screening of {classes} labels"
     if not work.step("screen-0", what, screen, _key(0), work.variables, search):
         return judge, found
-    leaders = work.steps["screen-0"]["order"][:LEADERS]
-    drawn = np.random.default_rng(0).choice(classes, CONTROLS, replace=False)
-    labels = tuple(np.unique(np.concatenate([leaders, drawn])).tolist())
-    judge = dataclasses.replace(judge, labels=labels)  # type: ignore[call-arg]
+    leaders = np.sort(work.steps["screen-0"]["order"][:LEADERS])
+    steps = LONGER * getattr(judge, "steps", 1)
+    judge = dataclasses.replace(judge, labels=tuple(leaders.tolist()), steps=steps)  # type: ignore[call-arg]
     return judge, made(judge)
 
 
-def _controlled(work: Work, step: str, judge: Judge) -> None:
-    """The p-value of a search that was for some labels alone: the smallest is held against those
-    that were drawn, and counts as the smallest of all.
-    """
+def _spaced(work: Work, step: str, judge: Judge) -> None:
+    """The p-value of a search that was for the leaders of a screening alone."""
     labels, arrays = getattr(judge, "labels", None), work.steps[step]
     if labels is None or "screen-0" not in work.steps:
         return
-    drawn = np.random.default_rng(0).choice(work.model.classes, CONTROLS, replace=False)
-    least = smallest(arrays)
-    if least is None:
-        return
-    controls = arrays["norms"][[k for k in drawn if k != least]]
-    p = nulls.against_controls(arrays["norms"][least], controls, work.model.classes)
-    work.keep(step, arrays | {"p_value": np.asarray(p), "searched": np.asarray(labels)})
+    least, norms = smallest(arrays), arrays["norms"][list(labels)]
+    p_value = np.nan if len(norms) < 4 else 1.0
+    if least is not None:  # smaller ones whose trigger does not work count nowhere
+        sizes = norms[np.isfinite(norms) & (norms >= arrays["norms"][least])]
+        p_value = nulls.by_spacings(sizes) if len(sizes) >= 4 else np.nan
+    work.keep(step, arrays | {"p_value": p_value, "searched": np.asarray(labels)})
 
 
 # --- The door ---
@@ -500,6 +502,8 @@ def audit(
     so many clean nets, and as many backdoored ones, are trained for nulls and power, on top of the
     minutes. `tried`: these judges instead of all.
     """
+    if reference == 1:
+        raise BadInput("--reference 1: a spread between nets needs 2 or more")
     loaded = net if isinstance(net, Loaded) else _loaded(net)
     source = dataset if isinstance(dataset, Source) else datasets.source(str(dataset))
     data = source.load()
@@ -630,8 +634,8 @@ def _summary(
         _entry(work.model, called[name], name, done[name], said[name], names) for name in done
     ]
     skipped = {
-        step.rpartition("-")[0]: why for step, why in work.skipped.items()
-        if step.endswith("-0") and step not in work.steps
+        name: work.skipped[f"{name}-0"]
+        for name in called if f"{name}-0" in work.skipped and name not in done
     }  # fmt: skip
     missing = [name for name in called if name not in done and name not in skipped]
     left = others | skipped | dict.fromkeys(missing, "the audit ended before")
@@ -686,7 +690,7 @@ def _best_of(arrays: Mapping[str, np.ndarray], label: int) -> int | None:
     if "label" not in arrays:
         return None
     rows = np.flatnonzero((arrays["label"] == label) & arrays["valid"].astype(bool))
-    return int(max(rows, key=lambda i: known(float(arrays["moved"][i])))) if len(rows) else None
+    return int(max(rows, key=lambda i: or_least(float(arrays["moved"][i])))) if len(rows) else None
 
 
 def _neuron(model: Model, judge: Judge, arrays: Mapping[str, np.ndarray]) -> dict | None:
@@ -754,7 +758,7 @@ def leading(judge: Mapping[str, Any]) -> dict[str, Any] | None:
     first = judge["seeds"][0]["labels"][:1]
     return max(
         judge["labels"],
-        key=lambda k: (k["flagged"], k["label"] in first, known(_nan(k["moved"]))),
+        key=lambda k: (k["flagged"], k["label"] in first, or_least(_nan(k["moved"]))),
         default=None,
     )
 

@@ -18,9 +18,9 @@ from bdjax.foreign.net import Imported
 from bdjax.progress import duration
 from bdjax.rule import Seed, able, decide, seed_of, smallest
 from bdjax.train import Recipe, State, advance, attacked, begin, poisoned_set, predict
-from bdjax.types import BadInput, Dataset, Model, Split, Variables
+from bdjax.types import Dataset, Model, Split, Variables
 
-IMAGES, DRAWS, EPOCHS = 10_000, 60_000, (3, 60)
+IMAGES, DRAWS, EPOCHS = 10_000, 60_000, (3, 200)
 """Images that references are trained on, at most, how many are drawn in all, and the fewest and
 most epochs.
 """
@@ -157,8 +157,13 @@ def planted(n: int, shape: tuple[int, int, int], classes: int) -> BadNets:
     return BadNets(
         rate=jnp.asarray(rate), target=jnp.asarray(draw.integers(0, classes, 2 * n), jnp.int32),
         size=jnp.asarray(size), row=jnp.asarray(row), col=jnp.asarray(col),
-        color=tuple(jnp.asarray(color)),
+        cover=jnp.zeros(2 * n), color=tuple(jnp.asarray(color)),
     )  # fmt: skip
+
+
+def together(one: Split, other: Split) -> Split:
+    """The images of both."""
+    return Split(np.concatenate([one.image, other.image]), np.concatenate([one.label, other.label]))
 
 
 def redrawn(key: jax.Array, variables: Variables) -> Variables:
@@ -218,8 +223,6 @@ def calibrate(
     """Trains `n` clean and `n` planted references and shows them to the judges that have seen the
     net, as steps of the audit `work`; says first how long that takes.
     """
-    if n < 2:
-        raise BadInput(f"--reference {n}: a spread between nets needs 2 or more")
     nets = _trained(work, n, net, data, stop)
     about = work.steps.get("references-0")
     if nets is None or about is None:
@@ -249,8 +252,7 @@ def _trained(work: Any, n: int, net: Any, data: Dataset, stop: Any) -> Variables
     """The references, stacked, from the last epoch that was kept on; None where it was stopped."""
     model, images = work.model, work.images
     # all that the user has but what triggers are measured by
-    pool = Split(*(np.concatenate([np.asarray(a), np.asarray(b)])
-                   for a, b in zip(data.train[:2], data.clean[:2], strict=True)))  # fmt: skip
+    pool = together(data.train, data.clean)
     if len(pool.label) > IMAGES:
         pool = pool[pick(np.asarray(pool.label), IMAGES, 0)]
     if not images.labelled:

@@ -1,5 +1,6 @@
 """The one rule by which an audit says *infected*, *undecided* or *no sign*."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -90,10 +91,10 @@ def decide(
             why = f"{first} names {mine}, {other} {theirs}"
             return Decision("undecided", why, first, None, least)
     moved = {
-        label: max((seed.moved.get(label, math.nan) for seed in accusing[first]), key=known)
+        label: max((seed.moved.get(label, math.nan) for seed in accusing[first]), key=or_least)
         for label in named[first]
     }
-    label = max(moved, key=lambda label: known(moved[label]))
+    label = max(moved, key=lambda label: or_least(moved[label]))
     what = class_name(label, names)
     if math.isnan(moved[label]):
         why = f"{first} accuses the net, but has no trigger to show"
@@ -110,7 +111,12 @@ _OUT_OF_TIME = "the time ran out before a search for triggers was over all label
 
 def combined(p: Sequence[float]) -> float:
     """One p-value of those of the seeds, see `metrics.combined_p`; NaN of none."""
-    return float(metrics.combined_p(jnp.asarray(p, jnp.float32))) if len(p) else math.nan
+    return _combined(tuple(p)) if len(p) > 1 else p[0] if p else math.nan
+
+
+@functools.lru_cache(maxsize=1024)
+def _combined(p: tuple[float, ...]) -> float:
+    return float(metrics.combined_p(jnp.asarray(p, jnp.float32)))
 
 
 def _common(seeds: Sequence[Seed]) -> tuple[int, ...]:
@@ -118,7 +124,7 @@ def _common(seeds: Sequence[Seed]) -> tuple[int, ...]:
     return tuple(k for k in seeds[0].labels if all(k in seed.labels for seed in seeds))
 
 
-def known(share: float) -> float:
+def or_least(share: float) -> float:
     """A share to sort by: what was not measured comes last."""
     return -1.0 if math.isnan(share) else share
 
@@ -148,6 +154,6 @@ def seed_of(arrays: Mapping[str, np.ndarray], null: tuple[float, int | None] | N
     moved: dict[int, float] = {}
     if "moved" in arrays:
         for k, share, valid in zip(arrays["label"], arrays["moved"], arrays["valid"], strict=True):
-            if valid and known(float(share)) > known(moved.get(int(k), math.nan)):
+            if valid and or_least(float(share)) > or_least(moved.get(int(k), math.nan)):
                 moved[int(k)] = float(share)
     return Seed(p_value, labels, moved)

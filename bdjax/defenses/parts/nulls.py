@@ -19,17 +19,21 @@ def student(t: Array, freedom: Array | float) -> jax.Array:
     return jnp.where(t < 0, tail, 1 - tail)
 
 
-def against_controls(size: Array, controls: Array, labels: int) -> jax.Array:
-    """The p-value `[]` of the smallest of `labels` labels, `size: []`, whose search is told from
-    those of some that were drawn at random, `controls: [n]`, n ≥ 3: labels times the chance that a
-    further draw of their log-normal distribution is that small.
+def by_spacings(sizes: Array) -> jax.Array:
+    """The p-value `[]` of the smallest of many labels, told from those that come next: `sizes:
+    [m]`, the smallest ones of all, m ≥ 4.
+
+    In the tail of most distributions of log sizes, whatever its scale, i times the gap between the
+    i-th and the next is exponential, all with one mean (Rényi, 1953): p is that of the first gap
+    beside the mean of the others, P(F ≥ f) with 2 and 2(m − 2) degrees of freedom. As only the tail
+    is looked at, the number of labels does not matter; that those given are the smallest is what
+    the screening must see to: where it misses some, the others' gaps are wider and p is larger.
     """
-    logs = jnp.log(jnp.maximum(jnp.asarray(controls, jnp.float32), 1e-6))
-    n = logs.shape[0]
-    # A spread below float32's resolution is that of equal numbers.
-    spread = jnp.maximum(logs.std(ddof=1), 1e-6 * (1 + jnp.abs(logs.mean())))
-    t = (jnp.log(jnp.maximum(size, 1e-6)) - logs.mean()) / (spread * (1 + 1 / n) ** 0.5)
-    return jnp.minimum(1.0, labels * student(t, n - 1))
+    logs = jnp.sort(jnp.log(jnp.maximum(jnp.asarray(sizes, jnp.float32), 1e-6)))
+    gaps = jnp.diff(logs) * jnp.arange(1, logs.shape[0], dtype=jnp.float32)
+    rest = gaps.shape[0] - 1
+    mean = jnp.maximum(gaps[1:].mean(), 1e-6)
+    return (1 + gaps[0] / (mean * rest)) ** (-rest)
 
 
 class Pooled(NamedTuple):
