@@ -39,6 +39,8 @@ from bdjax.registry import pytree as pytree
 from bdjax.registry import static as static
 from bdjax.repairs import repair_net as repair_net
 from bdjax.rows import Rows as Rows
+from bdjax.scans import scan_images as scan_images
+from bdjax.scans import scan_set as scan_set
 from bdjax.studies import crossed as crossed
 from bdjax.study import Cell as Cell
 from bdjax.study import chain as chain

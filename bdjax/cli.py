@@ -655,6 +655,50 @@ class Repair:
             print(f"exported to {shown(self.export)}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scan:
+    """Are these images poisoned? `bdjax scan SET` judges a training set, on --net or on a net that
+    is trained on it; `bdjax scan IMAGES --net NET --clean SET` judges images that came to a net.
+    Writes a page with the suspects, suspects.csv, and the set without them, cleaned.npz.
+
+    Exit codes: 0 no sign, 3 infected, 4 undecided. --model and --recipe say which net is trained.
+    """
+
+    images: Annotated[str, Words]
+    """The set, as --dataset of `bdjax train`; or, with --clean, a folder of images or a set."""
+    net: Path | None = None
+    """Folder of a net, or its file."""
+    clean: str | None = None
+    """Clean images of the net's kind, as --dataset of `bdjax train`."""
+    out: Path | None = None
+    """Folder for the results; results/scan-NAME if not given."""
+    alpha: float = 0.05
+    """The share of clean sets that is called infected at most; of images, of clean ones that each
+    filter suspects."""
+    seed: Seed = 0
+
+    def __call__(self) -> int:
+        from bdjax.audits import CODES
+        from bdjax.progress import shown
+        from bdjax.scans import scan_images, scan_set
+
+        flags: Any = self
+        out = self.out or Path("results") / f"scan-{Path(self.images).resolve().stem}"
+        more: Any = {"out": out, "alpha": self.alpha, "seed": self.seed}
+        more["say"] = lambda line: print(shown(line), flush=True)
+        if self.clean is None:
+            made = {"model": flags.model, "recipe": flags.recipe} if self.net is None else {}
+            found = scan_set(datasets.source(self.images), self.net, **made, **more)
+        elif self.net is None:
+            raise BadInput("the filters of inputs judge them by a net: give it, --net")
+        else:
+            found = scan_images(self.images, self.net, datasets.source(self.clean), **more)
+        print(f"verdict: {found.word}; {shown(found.reason)}")
+        print(f"{found.suspects.sum()} suspects of {len(found.suspects)} images")
+        print(f"page: {shown(out / 'index.html')}")
+        return CODES[found.word]
+
+
 def _show(row: dict[str, Any], out: Path | None) -> None:
     from bdjax.progress import shown
     from bdjax.sweep import warn
@@ -714,6 +758,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "import": {"arch": None, "dataset": None},
     "audit": {"dataset": None},
     "repair": {"defense": "auto", "dataset": None, "attack": None},
+    "scan": {"model": "cnn"},
 }
 """The methods that a command takes by name, and which it takes if none is named."""
 
@@ -865,7 +910,7 @@ COMMANDS: dict[str, Callable] = {
     "list": list_methods, "data": prepare, "train": Train, "poison": Poison,
     "defend": Defend, "report": report, "bench": bench, "import": Import,
     "audit": Audit,
-    "repair": Repair,
+    "repair": Repair, "scan": Scan,
 }  # fmt: skip
 
 
@@ -971,6 +1016,7 @@ def command(args: Sequence[str]) -> int:
         "import": _with_fields(Import, methods["import"]),
         "audit": _with_fields(Audit, methods["audit"]),
         "repair": _with_fields(Repair, methods["repair"]),
+        "scan": _with_fields(Scan, {**methods["scan"], "recipe": Recipe()}),
     }
     if args and args[0] == "bench":  # imported for itself alone: it needs all that draws
         commands["bench"] = _bench()

@@ -130,7 +130,11 @@ def repair_net(
         fits(model, data)
     else:
         data = labelled(source, model, variables, "net").load()
-    joined = Split(*(np.concatenate(pair) for pair in zip(data.train[:2], data.clean[:2])))
+    parts = data.train, data.clean
+    joined = Split(
+        np.concatenate([part.image for part in parts]),
+        np.concatenate([part.label for part in parts]),
+    )
     seen, held = divide(joined, HELD, int(seed) % 2**31)
     if min(len(seen.label), len(held.label)) < 2:
         raise BadInput(f"{len(joined.label)} clean images are too few: give a few hundred")
@@ -262,7 +266,7 @@ def _picked(
         if fault or late:
             told(Tried(name, fault=fault or f"not tried: {minutes:g} minutes were over"))
             continue
-        run = jax.jit(lambda d, v: d(key, given.model, v, given.seen).variables)  # noqa: B023
+        run = jax.jit(lambda d, v: d(key, given.model, v, given.seen).variables)
         for way, defense in repairs:
             start = time.monotonic()
             after = jax.block_until_ready(run(defense, given.variables))
