@@ -1,13 +1,15 @@
 """A net back into the format that it came in: the same graph and names, other weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from bdjax import own
-from bdjax.checkpoints import load_model, named
+from bdjax.checkpoints import load_model
 from bdjax.foreign import files, native, runtime, safetensors
 from bdjax.foreign.fold import SAME, folded
 from bdjax.foreign.graph import parsed
@@ -46,12 +48,22 @@ def export(net: Any, model: Model, variables: Variables, about: dict[str, Any], 
     bare = folded(model, variables)
     _close(model, bare, variables, "its masks, folded in,")
     if origin is None:
-        leaves = {k.replace("/", "."): np.asarray(v) for k, v in named(bare).items()}
+        leaves = {".".join(path): np.asarray(value) for path, value in _in_order(model, bare)}
         raw = safetensors.written(leaves, {"format": "bdjax"})
     else:
         raw = _again(net, model, bare, origin, path)
     with own.renamed(path) as temporary:
         temporary.write_bytes(raw)
+
+
+def _in_order(model: Model, variables: Variables) -> Iterator[tuple[native.Path, Any]]:
+    """The arrays by their paths, in the order in which the net reads them: the first kernel says
+    its channels, the last its classes.
+    """
+    flat: dict[native.Path, Any] = flatten_dict(variables)  # type: ignore[assignment]
+    known = [path for path in native.wanted(model) if path in flat]
+    for path in (*known, *(path for path in flat if path not in known)):
+        yield path, flat[path]
 
 
 def check_file(about: dict[str, Any], path: Path) -> Origin | None:

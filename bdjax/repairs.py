@@ -386,5 +386,5 @@ def _table(
         number = f" {kind}" if known.triggers > 1 else ""
         yield Line(f"moved by the known trigger{number}", *map(float, hits))
     if (poisoned := about.get("triggered")) is not None:
-        yield Line("moved, of the poisoned images that came with it",
-                   *(_right(*net, Split(poisoned.image, poisoned.label)) for net in both))  # fmt: skip
+        hits = (_right(*net, Split(poisoned.image, poisoned.label)) for net in both)
+        yield Line("moved, of the poisoned images that came with it", *hits)

@@ -35,6 +35,8 @@ LEAST, SHARE = 0.01, 0.6
 SHOWN = 40
 """Suspects on the page."""
 FILES = ("index.html", "suspects.csv", "cleaned.npz")
+NET, RECIPE = Cnn(), Recipe()
+"""What is trained on a set that comes without a net."""
 Alpha = Annotated[float, Range(1e-6, 0.5)]
 
 
@@ -70,8 +72,8 @@ def scan_set(
     net: str | Path | None = None,
     *,
     out: str | Path | None = None,
-    model: Net = Cnn(),
-    recipe: Recipe = Recipe(),
+    model: Net = NET,
+    recipe: Recipe = RECIPE,
     alpha: Alpha = 0.05,
     seed: Seed = 0,
     say: Callable[[str], Any] = print,

@@ -8,7 +8,7 @@ import numpy as np
 import planted
 import pytest
 
-from bdjax import cli, load_model, registry, repair_net, repairs
+from bdjax import cli, load_model, load_net, registry, repair_net, repairs
 from bdjax.attacks.badnets import BadNets
 from bdjax.checkpoints import save_model
 from bdjax.datasets.files import Npz
@@ -97,6 +97,10 @@ def test_a_repair_that_was_named_is_applied_measured_and_written(world, tmp_path
     assert np.array_equal(arrays["params.logits.kernel"], variables["params"]["logits"]["kernel"])
     x = np.random.default_rng(0).random((4, 8, 8, 1), np.float32)
     assert np.array_equal(predict(model, variables, x), predict(MODEL, variables, x))
+    how = {"arch": planted.Units(), "preprocess": "0-1", "size": (8, 8, 1)}
+    again = load_net(tmp_path / "net2.safetensors", **how)
+    ours = predict(again.model, again.variables, x)
+    np.testing.assert_allclose(ours, predict(MODEL, variables, x), atol=1e-5)
 
 
 @pytest.mark.long
