@@ -19,6 +19,7 @@ LAYERS = (
     {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"},
     {"study", "changes", "studies", "poison", "loops"},
     {"sweep"}, {"target"}, {"engine"},
+    {"references", "audits"}, {"repairs"}, {"scans"},
     {"plots", "report"}, {"figures"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
