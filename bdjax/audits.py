@@ -220,7 +220,7 @@ def _presets(cls: type) -> Mapping[str, Any]:
     return getattr(cls, "presets", {})
 
 
-def _examined(
+def examined(
     model: Model, key: jax.Array, judge: Judge, variables: Variables, search: Split, held: Split
 ) -> dict[str, jax.Array]:
     """What one seed of a judge says of a net, and what its triggers do to the images `held`."""
@@ -350,7 +350,7 @@ class Work:
     def shown(self, judge: Judge, variables: Variables) -> dict[str, np.ndarray]:
         """What the first seed of a judge says of another net of this architecture."""
         args = (_key(0), judge, variables, self.images.search, self.images.held)
-        return program(_examined, self.model, *args)(*args)
+        return program(examined, self.model, *args)(*args)
 
     def keep(self, name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Keeps what a step found."""
@@ -445,7 +445,7 @@ def _planned(work: Work, judge: Judge, stop: Stop) -> tuple[Judge, Program]:
     search, held = work.images.search, work.images.held
 
     def made(judge: Judge) -> Program:
-        return program(_examined, work.model, _key(0), judge, work.variables, search, held)
+        return program(examined, work.model, _key(0), judge, work.variables, search, held)
 
     found, classes = made(judge), work.model.classes
     if not searches(judge) or classes < 3 * LEADERS:
