@@ -1,9 +1,9 @@
 """A zoo of clean and of backdoored nets: what does each judge, and the audit, detect of them?
 
-    bdjax data prepare mnist                              # once; without it half of the zoo is left out
-    bdjax run experiments/audit_zoo.py                    # scale cpu: 30 + 30 nets, about an hour on 2 cores
-    bdjax run experiments/audit_zoo.py --scale smoke      # every kind of cell, tiny: no result
-    bdjax run experiments/audit_zoo.py --scale paper      # 300 + 300 nets: for accelerators
+    bdjax data prepare mnist                          # once; without it half of it is left out
+    bdjax run experiments/audit_zoo.py                # scale cpu: 30 + 30 nets, 1 h on 2 cores
+    bdjax run experiments/audit_zoo.py --scale smoke  # every kind of cell, tiny: no result
+    bdjax run experiments/audit_zoo.py --scale paper  # 300 + 300 nets: for accelerators
 
 A benchmark of detectors: a judge of your own is one more line of `SCALES`.
 
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import metrics, registry, report
+from bdjax import mesh, metrics, registry, report
 from bdjax.attacks.activation_matching import relative_gap
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.blended import Blended
@@ -112,13 +112,13 @@ class Examined:
         search, held = (Split(s.image[:IMAGES], s.label[:IMAGES]) for s in (clean, test))
         found = {}
         for i, judge in enumerate(self.judges):
-            for seed in range(self.seeds if i == 0 else 1):
+
+            def one(seed, judge=judge):
                 said = examined(model, jax.random.key(seed), judge, variables, search, held)
-                kept = {k: v for k, v in said.items() if k not in ("mask", "pattern", "elevation")}
-                # as arrays: of 60 nets nobody reads each number
-                found[f"{registry.name_of(judge)}.{seed}"] = {
-                    k: v.reshape(-1) if v.ndim < 2 else v for k, v in kept.items()
-                }
+                return {k: v for k, v in said.items() if k not in ("mask", "pattern", "elevation")}
+
+            seeds = jnp.arange(self.seeds if i == 0 else 1)
+            found[registry.name_of(judge)] = mesh.lane_map(one, seeds, 1)
         return found
 
 
@@ -205,8 +205,8 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     for kind, attacks in zip(s.kinds, s.attacks, strict=True):
         if not at_hand(kind.data):
             continue
-        wanted = [(name, i) for name in attacks for i in range(seeds or s.each)]
-        for name, i in [*((CLEAN, i) for i in range(len(wanted))), *wanted]:
+        wanted = [name for name in attacks for _ in range(seeds or s.each)]
+        for name in (*[CLEAN] * len(wanted), *wanted):
             seed = next(number)
             attack = None if name == CLEAN else aimed(ATTACKS[name], seed)
             cell = Cell(kind.name, name, kind.data, kind.model, kind.recipe, attack, seed=seed)
@@ -256,29 +256,23 @@ def seen(rows: Rows, store: Store) -> list[Seen]:
     for row, arrays in Rows(r for r in rows.done if not r["defense"]).arrays(store):
         steps: dict[str, dict[str, Any]] = {}
         for name, value in arrays.items():
-            judge, dot, rest = name.partition(".")
-            seed, _, part = rest.partition(".")
-            if dot and part:
-                value = value[0] if part in ("index", "infected", "p_value") else value
-                steps.setdefault(f"{judge}.{seed}", {})[part] = value
-        said: dict[str, list] = {}
-        judges = {}
-        for name, step in steps.items():
-            judge, _, seed = name.partition(".")
-            said.setdefault(judge, []).append(seed_of(step))
-            if seed == "0":
-                judges[judge] = bool(step["infected"])
+            judge, dot, part = name.partition(".")
+            if dot:
+                steps.setdefault(judge, {})[part] = value
+        said = {
+            judge: [seed_of({k: v[i] for k, v in step.items()}) for i in range(len(step["index"]))]
+            for judge, step in steps.items()
+        }
+        judges = {judge: bool(step["infected"][0]) for judge, step in steps.items()}
         if row["victim"] in mntd:
             judges["mntd"] = mntd[row["victim"]]
         verdict = decide(said, ALPHA, True)
-        aims = (row.get("labels") or {}).get("target")
         attack = (row["config"] or {}).get("attack") or {}
         right = verdict.label is not None and (
             attack.get("labels") == "all-to-all" or attack.get("target") == verdict.label
         )
         works = row["attack"] is None and row["row"] == CLEAN
         works = works or row["metrics"]["asr_nt"] >= WORKS
-        del aims
         found.append(Seen(row["table"], row["row"], verdict.word, right, judges, works))
     return [net for net in found if net.works]
 
