@@ -504,14 +504,14 @@ def audit(
     """
     if reference == 1:
         raise BadInput("--reference 1: a spread between nets needs 2 or more")
+    folder = None if out is None else own.at_home(out)
+    if folder is not None:
+        own.beside(folder, ("audit.json", "index.html"), PARTS)
     loaded = net if isinstance(net, Loaded) else _loaded(net)
     source = dataset if isinstance(dataset, Source) else datasets.source(str(dataset))
     data = source.load()
     model, variables = loaded.model, loaded.variables
-    folder = None if out is None else own.at_home(out)
     called = "net" if isinstance(net, Loaded) else Path(net).name
-    if folder is not None:
-        own.beside(folder, ("audit.json", "index.html"), PARTS)
     sweep.fits(model, data._replace(classes=model.classes))
     sweep.keep_compiled()
     images = images_of(model, variables, data)
