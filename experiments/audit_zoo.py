@@ -192,7 +192,7 @@ SCALES = {
         KINDS, 10, (NeuralCleanse(), DeepInspect(), Abs(), Mesa()), 3, Mntd(), MOST
     ),
 }  # fmt: skip
-ZOO = "unset"
+ZOO = "7ffd9a50cd862a51"
 """The digest of what makes the nets of the embedded images at scale cpu."""
 
 
