@@ -642,7 +642,7 @@ def _summary(
         for name in called if f"{name}-0" in work.skipped and name not in done
     }  # fmt: skip
     missing = [name for name in called if name not in done and name not in skipped]
-    left = others | skipped | dict.fromkeys(missing, "the audit ended before")
+    left = {**others, **skipped, **dict.fromkeys(missing, "the audit ended before")}
     return {
         **about,
         "verdict": {

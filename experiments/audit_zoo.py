@@ -335,11 +335,11 @@ def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
         good = rate(caught)[0] > rate(alarms)[1]
         yield (
             f"{name} accuses more of the infected nets than of the clean ones",
-            report.verdict(good, np.mean(caught) > np.mean(alarms)), numbers,
+            report.verdict(good, bool(np.mean(caught) > np.mean(alarms))), numbers,
         )  # fmt: skip
     hard = [net.word == "infected" for net in infected if net.attack in HARD]
     if hard:
         yield (
             "the audit does not see most of the attacks that were made to pass it",
-            report.verdict(np.mean(hard) < 0.5, False), rate(hard)[2],
+            report.verdict(bool(np.mean(hard) < 0.5), False), rate(hard)[2],
         )  # fmt: skip
