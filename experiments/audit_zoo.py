@@ -44,18 +44,16 @@ from bdjax.defenses.models.mntd import Mntd
 from bdjax.experiment import at_hand
 from bdjax.models.layers import default_site
 from bdjax.models.shamshiri import Cnn, Ffnn
-from bdjax.registry import pytree, static
+from bdjax.registry import defense, pytree, static
 from bdjax.rows import Rows
 from bdjax.rule import decide, seed_of
 from bdjax.store import Store
 from bdjax.study import Cell
 from bdjax.train import Recipe, cross_entropy, fit, poisoned_set, poisoning_key, stamped
-from bdjax.types import Size, Split, Weight
+from bdjax.types import Size, Verdict, Weight
 
 TITLE = "Audit zoo: what judges and the audit detect"
 ALPHA, WORKS = 0.05, 0.8
-IMAGES = 500
-"""Images that judges see, and others by which triggers are measured."""
 
 
 @pytree
@@ -99,27 +97,32 @@ class Evasive(BadNets):
         return self, variables, curves
 
 
-@pytree
-class Examined:
-    """What each of `judges` says of a net, and what its triggers do, as an audit has it; `seeds` of
-    the first one, one of the others.
+@defense("audit-zoo")
+class Panel(Judge):
+    """What each of `judges` says of a net, and what its triggers do, as an audit has it; `draws`
+    seeds of the first one, one of the others.
+
+    Half of the clean images are searched with, by the others triggers are measured. The verdict is
+    that of the first judge and seed; `info`: of each judge what `audits.examined` gives, by seed.
     """
 
     judges: tuple[Judge, ...] = ()
-    seeds: Size = static(1)
+    draws: Size = static(1)
 
-    def __call__(self, key, model, variables, attack, clean, test):
-        search, held = (Split(s.image[:IMAGES], s.label[:IMAGES]) for s in (clean, test))
-        found = {}
+    def once(self, key, model, variables, clean):
+        search, held = clean[::2], clean[1::2]
+        info = {}
         for i, judge in enumerate(self.judges):
 
             def one(seed, judge=judge):
                 said = examined(model, jax.random.key(seed), judge, variables, search, held)
                 return {k: v for k, v in said.items() if k not in ("mask", "pattern", "elevation")}
 
-            seeds = jnp.arange(self.seeds if i == 0 else 1)
-            found[registry.name_of(judge)] = mesh.lane_map(one, seeds, 1)
-        return found
+            seeds = jnp.arange(self.draws if i == 0 else 1)
+            info[registry.name_of(judge)] = mesh.lane_map(one, seeds, 1)
+        first = {k: v[0] for k, v in info[registry.name_of(self.judges[0])].items()}
+        parts = (first[name] for name in ("index", "infected", "flagged"))
+        return Verdict(*parts, info, first["p_value"])
 
 
 CLEAN = "clean"
@@ -197,11 +200,11 @@ ZOO = "7ffd9a50cd862a51"
 
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
-    """Each net twice: shown to the judges of the audit, and to MNTD, which learns once for a
+    """Each net, as it is, before the judges of the audit, and before MNTD, which learns once for a
     kind.
     """
     s = SCALES[scale]
-    examiner, number = Examined(s.judges, s.seeds), itertools.count()
+    panel, number = Panel(judges=s.judges, draws=s.seeds), itertools.count()
     for kind, attacks in zip(s.kinds, s.attacks, strict=True):
         if not at_hand(kind.data):
             continue
@@ -210,8 +213,8 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
             seed = next(number)
             attack = None if name == CLEAN else aimed(ATTACKS[name], seed)
             cell = Cell(kind.name, name, kind.data, kind.model, kind.recipe, attack, seed=seed)
-            yield registry.replace(cell, ("probe",), examiner)
-            yield registry.replace(cell, ("defense",), s.mntd)
+            for judge in (None, panel, s.mntd):
+                yield registry.replace(cell, ("defense",), judge)
 
 
 def aimed(attack: Any, seed: int) -> Any:
@@ -253,11 +256,11 @@ def seen(rows: Rows, store: Store) -> list[Seen]:
         for row in rows.done if row["defense"] == "mntd"
     }  # fmt: skip
     found = []
-    for row, arrays in Rows(r for r in rows.done if not r["defense"]).arrays(store):
+    for row, arrays in Rows(r for r in rows.done if r["defense"] == "audit-zoo").arrays(store):
         steps: dict[str, dict[str, Any]] = {}
         for name, value in arrays.items():
             judge, dot, part = name.partition(".")
-            if dot:
+            if dot and judge != "seeds":
                 steps.setdefault(judge, {})[part] = value
         said = {
             judge: [seed_of({k: v[i] for k, v in step.items()}) for i in range(len(step["index"]))]

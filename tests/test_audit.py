@@ -456,8 +456,8 @@ def test_a_graph_is_drawn_anew_with_each_tensors_own_mean_and_spread():
 # --- The zoo ---
 
 
-@pytest.fixture(scope="module")
-def zoo():
+@pytest.fixture
+def zoo(own_names):
     from pathlib import Path
 
     from bdjax import experiment
@@ -470,6 +470,7 @@ def test_the_zoo_has_as_many_clean_as_infected_nets_each_of_its_own(zoo, monkeyp
     cells = [cell for cell in zoo.cells("cpu") if cell.defense is None]
     infected = [cell for cell in cells if cell.attack is not None]
     assert len(cells) == 60 and len(infected) == 30
+    assert len(list(zoo.cells("cpu"))) == 180
     assert len({cell.seed for cell in cells}) == 60
     assert {cell.row for cell in infected} == set(zoo.ATTACKS)
     for row in zoo.ATTACKS:
