@@ -6,6 +6,7 @@ from bdjax import datasets as datasets
 from bdjax import metrics as metrics
 from bdjax import types as types
 from bdjax.attacks.base import Attack as Attack
+from bdjax.audits import audit as audit
 from bdjax.changes import changed as changed
 from bdjax.changes import varied as varied
 from bdjax.checkpoints import load_model as load_model
@@ -36,7 +37,10 @@ from bdjax.registry import make as make
 from bdjax.registry import model as model
 from bdjax.registry import pytree as pytree
 from bdjax.registry import static as static
+from bdjax.repairs import repair_net as repair_net
 from bdjax.rows import Rows as Rows
+from bdjax.scans import scan_images as scan_images
+from bdjax.scans import scan_set as scan_set
 from bdjax.studies import crossed as crossed
 from bdjax.study import Cell as Cell
 from bdjax.study import chain as chain

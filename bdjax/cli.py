@@ -1,6 +1,6 @@
 """The command line:
-`bdjax run | sweep | study | status | bench | list | data | train | poison | import | defend |
-report`.
+`bdjax run | sweep | study | status | bench | list | data | train | poison | import | audit |
+repair | scan | defend | report`.
 
 `--plugin` stands before or after any of them, and acts before what they can choose from is known.
 """
@@ -565,6 +565,152 @@ class Import:
         print(f"saved in {shown(self.out)}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Is this net backdoored, which label, by what trigger? Needs a few hundred clean images and no
+    attack: runs all model judges that apply, and decides by one rule. Writes audit.json and a page.
+
+    Exit codes: 0 no sign, 3 infected, 4 undecided. Ctrl-C and the end of the time leave the page of
+    what is there; the same command goes on from it.
+
+    --dataset as in `bdjax train`; where its classes are not the net's, the net labels the images.
+    """
+
+    net: Annotated[Path, Words]
+    """A folder of `bdjax train` or `bdjax import`, or a file of ONNX or Keras that holds a whole
+    net."""
+    minutes: float = 10.0
+    """The time; judges for which it is too short are listed."""
+    out: Path | None = None
+    """Folder for the results; results/audit-NET if not given."""
+    alpha: float = 0.05
+    """The chance of accusing a clean net that the rule keeps to, as far as its nulls are right."""
+    reference: int = 0
+    """Train so many clean nets and as many backdoored ones for nulls and power; says first how long
+    that takes, on top of the minutes."""
+    quiet: bool = False
+
+    def __call__(self) -> int:
+        from bdjax.audits import CODES, audit, lines
+        from bdjax.progress import shown
+
+        flags: Any = self
+        if flags.dataset is None:
+            raise BadInput("an audit needs clean images of the net's kind: give --dataset")
+        out = self.out or Path("results") / f"audit-{self.net.resolve().name}"
+        found = audit(
+            self.net, flags.dataset, minutes=self.minutes, out=out, alpha=self.alpha,
+            reference=self.reference, quiet=self.quiet,
+        )  # fmt: skip
+        for line in lines(found):
+            print(shown(line))
+        print(f"page: {shown(out / 'index.html')}")
+        return CODES[found.word]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repair:
+    """Repair a net that was given to you, the trigger unknown, and write it in the format in which
+    it came.
+
+    `--defense auto` tries the repairs that apply and leave a net that can be exported, and picks on
+    images that none of them saw: by accuracy, less the share that triggers found still move.
+    --defense takes a name of `bdjax list defenses`, or NAME:PRESET, too. --attack: a trigger that
+    is known, to be measured before and after and used for nothing else. --dataset as in `bdjax
+    train`, clean images, by default those that the folder names; where its classes are not the
+    net's, the net labels them, and accuracy says how often it still answers the same.
+    """
+
+    net: Annotated[Path, Words]
+    """Folder of a net, or its file."""
+    out: Path
+    """Folder for the repaired net."""
+    export: Path | None = None
+    """File for the repaired net, in the format in which it came; any net can be .safetensors."""
+    audit: Path | None = None
+    """Folder of an audit, whose triggers are taken; they are looked for if not given."""
+    minutes: float = 10.0
+    """No repair is begun after so many minutes."""
+    seed: Seed = 0
+
+    def __call__(self) -> None:
+        from bdjax.checkpoints import old_model, save_model
+        from bdjax.exports import check_file, export
+        from bdjax.imports import load_net
+        from bdjax.progress import shown
+        from bdjax.repairs import repair_net
+
+        flags: Any = self
+        own.whole(self.out, "model.json", old_model)
+        if self.export is not None:
+            check_file(load_net(self.net).about, self.export)
+        made = repair_net(
+            self.net,
+            flags.dataset,
+            defense=flags.defense,
+            audit=self.audit,
+            attack=flags.attack,
+            minutes=self.minutes,
+            seed=self.seed,
+            say=lambda line: print(shown(line), flush=True),
+        )
+        print(f"picked: {registry.name_of(made.defense)}")
+        width = max(len(line.what) for line in made.table)
+        print(f"{'':{width}}  before   after")
+        for what, *both, share in made.table:
+            numbers = (f"{100 * n:.1f} %" if share else _number(float(n)) for n in both)
+            print(f"{shown(what):{width}}  {'  '.join(f'{text:>6}' for text in numbers)}")
+        save_model(self.out, made.net, made.model, made.variables, **made.about)
+        print(f"saved in {shown(self.out)}")
+        if self.export is not None:
+            export(made.net, made.model, made.variables, made.about, self.export)
+            print(f"exported to {shown(self.export)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scan:
+    """Are these images poisoned? `bdjax scan SET` judges a training set, on --net or on a net that
+    is trained on it; `bdjax scan IMAGES --net NET --clean SET` judges images that came to a net.
+    Writes a page with the suspects, suspects.csv, and the set without them, cleaned.npz.
+
+    Exit codes: 0 no sign, 3 infected, 4 undecided. --model and --recipe say which net is trained.
+    """
+
+    images: Annotated[str, Words]
+    """The set, as --dataset of `bdjax train`; or, with --clean, a folder of images or a set."""
+    net: Path | None = None
+    """Folder of a net, or its file."""
+    clean: str | None = None
+    """Clean images of the net's kind, as --dataset of `bdjax train`."""
+    out: Path | None = None
+    """Folder for the results; results/scan-NAME if not given."""
+    alpha: float = 0.05
+    """The share of clean sets that is called infected at most; of images, of clean ones that each
+    filter suspects."""
+    seed: Seed = 0
+
+    def __call__(self) -> int:
+        from bdjax.audits import CODES
+        from bdjax.progress import shown
+        from bdjax.scans import scan_images, scan_set
+
+        flags: Any = self
+        out = self.out or Path("results") / f"scan-{Path(self.images).resolve().stem}"
+        more: Any = {"out": out, "alpha": self.alpha, "seed": self.seed}
+        more["say"] = lambda line: print(shown(line), flush=True)
+        if self.clean is None:
+            made = {"model": flags.model, "recipe": flags.recipe} if self.net is None else {}
+            found = scan_set(datasets.source(self.images), self.net, **made, **more)
+        elif self.net is None:
+            raise BadInput("the filters of inputs judge them by a net: give it, --net")
+        else:
+            found = scan_images(self.images, self.net, datasets.source(self.clean), **more)
+        print(f"verdict: {found.word}; {shown(found.reason)}")
+        print(f"{found.suspects.sum()} suspects of {len(found.suspects)} images")
+        print(f"page: {shown(out / 'index.html')}")
+        return CODES[found.word]
+
+
 def _show(row: dict[str, Any], out: Path | None) -> None:
     from bdjax.progress import shown
     from bdjax.sweep import warn
@@ -622,6 +768,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "poison": {"attack": "badnets", "dataset": "fashion-mnist-sample"},
     "defend": {"defense": "fine-pruning"},
     "import": {"arch": None, "dataset": None},
+    "audit": {"dataset": None},
+    "repair": {"defense": "auto", "dataset": None, "attack": None},
+    "scan": {"model": "cnn"},
 }
 """The methods that a command takes by name, and which it takes if none is named."""
 
@@ -655,7 +804,7 @@ def chosen(kinds: dict[str, Any], args: Sequence[str]) -> tuple[dict[str, Any], 
     given, left = _taken(kinds, args)
     made = {}
     for kind, named in (kinds | dict(given)).items():
-        if named is None:
+        if named is None or named == kinds[kind] == "auto":
             made[kind] = None
             continue
         name, colon, preset = named.partition(":")
@@ -772,6 +921,8 @@ COMMANDS: dict[str, Callable] = {
     "run": run, "sweep": sweep, "study": study, "status": status,
     "list": list_methods, "data": prepare, "train": Train, "poison": Poison,
     "defend": Defend, "report": report, "bench": bench, "import": Import,
+    "audit": Audit,
+    "repair": Repair, "scan": Scan,
 }  # fmt: skip
 
 
@@ -853,8 +1004,8 @@ def _at_home(word: str) -> str:
     return re.sub(r"^(--[^=]*=)?~(?=/|$)", lambda flag: (flag[1] or "") + str(Path.home()), word)
 
 
-def command(args: Sequence[str]) -> None:
-    """Parses and runs one command."""
+def command(args: Sequence[str]) -> int:
+    """Parses and runs one command; its exit code."""
     from bdjax.train import Recipe
 
     methods = {name: {} for name in CHOICES}
@@ -875,6 +1026,9 @@ def command(args: Sequence[str]) -> None:
         "poison": _with_fields(Poison, methods["poison"]),
         "defend": _with_fields(Defend, methods["defend"]),
         "import": _with_fields(Import, methods["import"]),
+        "audit": _with_fields(Audit, methods["audit"]),
+        "repair": _with_fields(Repair, methods["repair"]),
+        "scan": _with_fields(Scan, {**methods["scan"], "recipe": Recipe()}),
     }
     if args and args[0] == "bench":  # imported for itself alone: it needs all that draws
         commands["bench"] = _bench()
@@ -893,12 +1047,12 @@ def command(args: Sequence[str]) -> None:
             name, _, rest = fault.partition(" ")
             raise BadInput(f"--{name.replace('_', '-')} {rest}")
         _all_read(made, args)
-    made()  # type: ignore[operator]
+    return made() or 0  # type: ignore[operator]
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Any command. Exit codes: 0 done, 2 the input is wrong (one line says what), 130 interrupted,
-    143 terminated.
+    """Entry point. Exit codes: 0 done, 2 the input is wrong (one line says what), 3 infected and 4
+    undecided by an audit, 130 interrupted, 143 terminated.
     """
     from bdjax import mesh
     from bdjax.progress import ended

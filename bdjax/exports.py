@@ -1,13 +1,15 @@
 """A net back into the format that it came in: the same graph and names, other weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from bdjax import own
-from bdjax.checkpoints import load_model, named
+from bdjax.checkpoints import load_model
 from bdjax.foreign import files, native, runtime, safetensors
 from bdjax.foreign.fold import SAME, folded
 from bdjax.foreign.graph import parsed
@@ -42,24 +44,46 @@ def export(net: Any, model: Model, variables: Variables, about: dict[str, Any], 
             f"{name_of(wrapped[0])} wraps the net, which no file of another format can hold: it "
             "stays available as a net of bdjax"
         )
-    origin = about.get("origin")
+    origin = check_file(about, path)
     bare = folded(model, variables)
     _close(model, bare, variables, "its masks, folded in,")
-    if path.suffix == ".safetensors" and (origin is None or origin.format != "safetensors"):
-        leaves = {k.replace("/", "."): np.asarray(v) for k, v in named(bare).items()}
+    if origin is None:
+        leaves = {".".join(path): np.asarray(value) for path, value in _in_order(model, bare)}
         raw = safetensors.written(leaves, {"format": "bdjax"})
-    elif not isinstance(origin, Origin) or origin.template is None:
-        raise BadInput(f"{path}: the net came from no file: a .safetensors can be written")
     else:
         raw = _again(net, model, bare, origin, path)
     with own.renamed(path) as temporary:
         temporary.write_bytes(raw)
 
 
-def _again(net: Any, model: Model, variables: Variables, origin: Origin, path: Path) -> bytes:
-    """The original file with the weights of `variables`, read again and held against them."""
+def _in_order(model: Model, variables: Variables) -> Iterator[tuple[native.Path, Any]]:
+    """The arrays by their paths, in the order in which the net reads them: the first kernel says
+    its channels, the last its classes.
+    """
+    flat: dict[native.Path, Any] = flatten_dict(variables)  # type: ignore[assignment]
+    known = [path for path in native.wanted(model) if path in flat]
+    for path in (*known, *(path for path in flat if path not in known)):
+        yield path, flat[path]
+
+
+def check_file(about: dict[str, Any], path: Path) -> Origin | None:
+    """The file that is written again to `path`, None where that holds the weights alone; raises
+    `BadInput` where a net that came so cannot become such a file, or one of the user's is there.
+    """
+    own.refuse(path, False)
+    origin = about.get("origin")
+    origin = origin if isinstance(origin, Origin) and origin.template is not None else None
+    if path.suffix == ".safetensors" and (origin is None or origin.format != "safetensors"):
+        return None
+    if origin is None:
+        raise BadInput(f"{path}: the net came from no file: a .safetensors can be written")
     if path.suffix not in (endings := ENDINGS[origin.format]):
         raise BadInput(f"{path}: the net came as {origin.format}: give a name in {endings[0]}")
+    return origin
+
+
+def _again(net: Any, model: Model, variables: Variables, origin: Origin, path: Path) -> bytes:
+    """The original file with the weights of `variables`, read again and held against them."""
     values = files.values_of(net, variables, origin)
     where = Path(origin.file)
     raw = files.fill(where, origin.unpacked(), origin.format, values)

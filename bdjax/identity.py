@@ -75,7 +75,7 @@ ASIDE = {
         "trackers",
         "cli",
     ),
-    *("experiment", "study", "studies", "changes", "rows", "sweep", "target", "engine"),
+    *("experiment", "study", "studies", "changes", "rows", "sweep", "loops", "target", "engine"),
     *("identity", "migrate", "plugins", "poison", "testing", "__init__", "__main__"),
     *("models/conv", "datasets"),
 }

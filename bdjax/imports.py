@@ -3,6 +3,7 @@ was understood of it and with the proof that it is the same net. No code of a fi
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +169,7 @@ def _bare(
         size = tuple(int(n) for n in told)
     if size is None:
         raise BadInput("weights do not say the size of their images: give --size H W C")
-    if size[2] != channels:
+    if channels not in (size[2], math.prod(size)):  # of images, or of them laid flat
         raise BadInput(f"its first layer reads {channels} channels, the images have {size[2]}")
     whole = native.pixelled(net, taken)
     model = build(whole, size, classes)

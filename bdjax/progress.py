@@ -294,11 +294,12 @@ def terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def ended(call: Callable[[], None]) -> None:
+def ended(call: Callable[[], int | None]) -> None:
     """A command, from its beginning to its exit code; see `bdjax.cli.main`."""
     with contextlib.suppress(BrokenPipeError), terminable():
         try:
-            call()
+            if code := call():
+                sys.exit(code)
         except BadInput as error:
             text = shown(error)
             text = text if len(text) <= 900 else f"{text[:450]} … {text[-350:]}"

@@ -78,6 +78,8 @@ COUNT, SEED, SECONDS = Number(0, 2**53, True), Number(0, 2**32 - 1, True), Numbe
 NAME = Text(r"[\w-]{1,100}", "a name of letters and digits")
 """Part of a file's name: no path."""
 HASH = Text("[0-9a-f]{16}", "a hash of 16 hex digits")
+SHARE = {"hits": COUNT, "n": COUNT, **dict.fromkeys(("share", "low", "high"), Number(0, 1))}
+"""A share of nets, and its 95 % interval."""
 VERDICT = Text("reproduced|partly|not|open", "reproduced, partly, not or open")
 FORMER = {
     "mntd": {"auroc": "shadow_auroc"},
@@ -194,9 +196,88 @@ KINDS = {
             "notes": [str],
         },
     ),
+    "audit": Kind(
+        1,
+        {
+            "key": HASH,
+            "version": str,
+            "net": {
+                "name": str,
+                "shape": (Number(1, 2**16, True),) * 3,
+                "classes": Number(1, 2**31 - 1, True),
+                "parameters": COUNT,
+                "unverified": str | None,
+            },
+            "data": {
+                "name": str,
+                "searched": COUNT,
+                "held": COUNT,
+                "labelled": bool,
+                "accuracy": Maybe(Number(0, 1)),
+                "names": [str],
+            },
+            "alpha": Number(0, 1),
+            "minutes": Number(0),
+            "verdict": {
+                "word": Text("infected|undecided|no sign", "a verdict"),
+                "reason": str,
+                "judge": str | None,
+                "label": Maybe(COUNT),
+                "name": str | None,
+                "p_value": Measured(),
+                "complete": bool,
+            },
+            "null": Text("parametric|references", "parametric or references"),
+            "power": Maybe(SHARE),
+            "false_alarms": Maybe(SHARE),
+            "references": Maybe(
+                {
+                    "each": COUNT,
+                    "accuracy": Number(0, 1),
+                    "wanted": Number(0, 1),
+                    "took": COUNT,
+                    "seconds": SECONDS,
+                    "why": str | None,
+                }
+            ),
+            "judges": [
+                {
+                    "judge": str,
+                    "settings": dict,
+                    "word": Text("infected|undecided|no sign", "a verdict"),
+                    "index": Measured(),
+                    "p_value": Measured(),
+                    "seeds": [{"p_value": Measured(), "index": Measured(), "labels": [COUNT]}],
+                    "labels": [
+                        {
+                            "label": COUNT,
+                            "name": str,
+                            "flagged": bool,
+                            "norm": Measured(),
+                            "moved": Measured(),
+                            "pixels": Maybe(COUNT),
+                        }
+                    ],
+                    "neuron": Maybe({"site": str, "channel": COUNT, "label": COUNT}),
+                    "seconds": SECONDS,
+                }
+            ],
+            "screened": Maybe(
+                {"labels": COUNT, "leaders": [str], "order": [COUNT], "seconds": SECONDS}
+            ),
+            "not_tried": [{"judge": str, "reason": str}],
+            "seconds": SECONDS,
+        },
+        "delete it: the same command writes it again from its steps",
+    ),
     "members": Kind(
         2,
-        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)}), "halved?": bool},
+        {
+            "victims": [NAME],
+            "code?": Maybe({...: Maybe(HASH)}),
+            "halved?": bool,
+            "how?": Maybe(HOW),
+        },
         "delete its folder, its victims are trained again",
         old=lambda value: {"victims": value} if isinstance(value, list) else value,
     ),

@@ -17,8 +17,9 @@ LAYERS = (
     {"train"},
     {"store", "checkpoints", "channels", "migrate", "trackers"}, {"attacks"},
     {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"},
-    {"study", "changes", "studies", "poison"},
+    {"study", "changes", "studies", "poison", "loops"},
     {"sweep"}, {"target"}, {"engine"},
+    {"references", "audits"}, {"repairs"}, {"scans"},
     {"plots", "report"}, {"figures"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}

@@ -152,6 +152,28 @@ def test_a_row_says_by_what_its_digits_may_differ(unbroken, tmp_path, monkeypatc
     assert "--xla_cpu_enable_fast_math=false" in page and "lanes" in page
 
 
+def test_a_run_that_goes_on_has_the_programs_of_the_plan(tmp_path, monkeypatch):
+    """Where runs go side by side, what is done leaves a place that is filled."""
+    cells = [*grid(BASE, seed=range(3)), *grid(DEFENDED[0], seed=range(3))]
+    real, widths = sweep.compiled, []
+
+    def compiled(fn, model, shared, items, *rest):
+        widths.append((fn.__name__, len(jax.tree.leaves(items)[0])))
+        return real(fn, model, shared, items, *rest)
+
+    monkeypatch.setattr(sweep, "compiled", compiled)
+    whole = Runner(Store(tmp_path / "whole"), "test", quiet=True, lanes=3).run(cells)
+    planned, store = {*widths}, Store(tmp_path / "left")
+    assert {width for _, width in planned} == {3}
+    widths.clear()
+    store.append([row for row in whole if row["seed"] != 2])
+    left = Runner(store, "test", quiet=True, lanes=3).run(cells)
+    assert table(left) == table(whole) and {*widths} == planned
+    assert [row["how"] for row in left] == [row["how"] for row in whole]
+    stages = [{*row["how"]["lanes"]} for row in whole]
+    assert stages == 3 * [{"train", "evaluate"}] + 3 * [{"train", "defend", "evaluate"}]
+
+
 def test_lanes_and_devices_change_no_result(unbroken, tmp_path):
     _, rows = unbroken
     four = Runner(

@@ -66,7 +66,8 @@ def read(path: Path, raw: bytes, kind: Format, size: Any) -> Found | Bare:
         arrays, real = keras.bare(path, raw)
         return Bare(arrays, "keras", {}, real)
     if kind == "safetensors":
-        return Bare(_cleaned(safetensors.arrays(raw)), "torch")
+        own = safetensors.made_by(raw) in ("bdjax", "flax")  # kernels as JAX has them
+        return Bare(_cleaned(safetensors.arrays(raw)), "flax" if own else "torch")
     return _torch(path, raw)
 
 

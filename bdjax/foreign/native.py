@@ -118,25 +118,25 @@ def variables(
     """The variables of `model`, a net of `net`, from the arrays of a file; how each is moved, and
     whether all were matched by their names.
     """
-    wanted = _wanted(model)
+    shapes = wanted(model)
     named = _by_name(net, arrays, framework)
-    matched = named.keys() == wanted.keys() and all(
-        math.prod(arrays[name].shape) == math.prod(wanted[path]) for path, name in named.items()
+    matched = named.keys() == shapes.keys() and all(
+        math.prod(arrays[name].shape) == math.prod(shapes[path]) for path, name in named.items()
     )
     if not matched:
-        named = _in_order(model, wanted, arrays, framework)
+        named = _in_order(model, shapes, arrays, framework)
     flat: dict[Any, Any] = _flat_rows(model) if framework == "torch" else {}
     moves, found = {}, {}
     for path, name in named.items():
-        move = _move(path, name, arrays[name].shape, wanted[path], framework, flat.get(path[1:]))
+        move = _move(path, name, arrays[name].shape, shapes[path], framework, flat.get(path[1:]))
         if not np.isfinite(arrays[name]).all():
             raise BadInput(f"the weights '{shown(name)}' are not finite: the file is damaged")
-        found[path] = jnp.asarray(move.ours(arrays[name], wanted[path]), jnp.float32)
+        found[path] = jnp.asarray(move.ours(arrays[name], shapes[path]), jnp.float32)
         moves["/".join(path)] = move
     return unflatten_dict(found), moves, matched
 
 
-def _wanted(model: Model) -> dict[Path, tuple[int, ...]]:
+def wanted(model: Model) -> dict[Path, tuple[int, ...]]:
     """The shapes of a model's arrays, by their paths, in the order in which the net reads them."""
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     flat: dict[Path, Any] = flatten_dict(shapes)  # type: ignore[assignment]

@@ -25,12 +25,7 @@ FORM = {
 
 def views(raw: bytes | bytearray) -> dict[str, np.ndarray]:
     """The arrays of a file, as views of its bytes; `BadInput` where it is damaged."""
-    length = int.from_bytes(raw[:8], "little")
-    if len(raw) < 10 or length > min(HEADER, len(raw) - 8):
-        raise BadInput("damaged, or not of safetensors")
-    header = schema.parse(bytes(raw[8 : 8 + length]))
-    if not isinstance(header, dict):
-        raise BadInput("damaged, or not of safetensors")
+    header, length = _header(raw)
     found = {}
     for name, one in header.items():
         if name == "__metadata__":
@@ -48,6 +43,23 @@ def views(raw: bytes | bytearray) -> dict[str, np.ndarray]:
     if sum(array.nbytes for array in found.values()) > len(raw):
         raise BadInput("its arrays overlap")
     return found
+
+
+def _header(raw: bytes | bytearray) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(raw[:8], "little")
+    if len(raw) < 10 or length > min(HEADER, len(raw) - 8):
+        raise BadInput("damaged, or not of safetensors")
+    header = schema.parse(bytes(raw[8 : 8 + length]))
+    if not isinstance(header, dict):
+        raise BadInput("damaged, or not of safetensors")
+    return header, length
+
+
+def made_by(raw: bytes) -> str:
+    """What the file says wrote it, its `format`: "pt" for PyTorch; "" where it says nothing."""
+    about = _header(raw)[0].get("__metadata__")
+    found = about.get("format") if isinstance(about, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def arrays(raw: bytes) -> dict[str, np.ndarray]:
