@@ -41,7 +41,9 @@ ROOM = {"table": 48, "table*": 100}
 LINES = 48
 """Lines of tables that stand above one another on a page."""
 FONTS: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "bdjax"}
-HEAD = r"% Needs booktabs, figures graphicx; \extrafloats{200} where there are more than fifty."
+HEAD = "% Needs booktabs, figures graphicx."
+FLOATS = 40
+"""Floats that LaTeX surely holds at a time, beside those of the paper itself."""
 
 
 @door
@@ -83,7 +85,7 @@ def write(
                     found[f"figures/{name}.{kind}"] = _saved(one.figure, kind)
                 placed.append(_placed(one, name, environment))
         if "pdf" in formats:
-            found["figures.tex"] = "\n".join(placed).encode()
+            found["figures.tex"] = _floats(placed).encode()
     own.beside(out, found, ["figures"])
     report._save(out, found)
     return [out / name for name in found]
@@ -111,7 +113,14 @@ def latex(sections: Iterable[report.Section], cite: bool = False) -> str:
                 ]
                 keys = {u.name: u.source.key for u in used(mine) if u.source is not None}
             parts.append(_table(table, facts, keys))
-    return "\n".join(parts)
+    return _floats(parts)
+
+
+def _floats(parts: Sequence[str]) -> str:
+    """The head and its floats, with room for them where they are many."""
+    head, *floats = parts
+    room = [rf"\extrafloats{{{len(floats)}}}"] if len(floats) > FLOATS else []
+    return "\n".join([head, *room, *floats])
 
 
 WHERE = ("scale", "device", "jax", "commit", "XLA flags", "products", "lanes")

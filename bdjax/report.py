@@ -47,7 +47,7 @@ MARKS = {"reproduced": "✓", "partly": "◐", "not": "✗", "open": "?"}
 LEGEND = "paper → ours: mean ± sample standard deviation over n seeds; Δ = ours − paper."
 OTHER = "made by other code than is at hand, and kept"
 DPI = 144
-PAGE, NAME, REMARKS = 140, 40, 60
+PAGE, NAME, REMARKS = 132, 42, 52
 """Letters that stand side by side on a page of 1,280 pixels, in a row's name and in its remarks."""
 PNG = b"\x89PNG\r\n\x1a\n"
 WORKS, ABOVE = 0.5, 0.1
@@ -810,22 +810,32 @@ def _view(table: Mapping[str, Any], anchor: str) -> dict[str, Any]:
         list(some)
         for _, some in itertools.groupby(columns, key=lambda c: (c.group or c.head, c.group))
     ]
-    # What does not fit beside the names stands in a table below, with the names again.
-    parts: list[list[_Column]] = []
-    room = 0.0
-    for group in groups:
-        width = sum(map(_width, group))
-        if width > room:
-            parts.append([name])
-            room = PAGE - _width(name)
-        parts[-1] += group
-        room -= width
+    # What does not fit beside the names stands in a table below, with the names again: as few
+    # tables as it takes, and these about as wide as each other.
+    room = PAGE - _width(name)
+    parts = _packed(groups, room)
+    while len(tighter := _packed(groups, room := room - 4)) == len(parts) and room > 0:
+        parts = tighter
     return {
         "id": anchor,
         "name": table["name"],
         "caption": _caption(table),
-        "parts": [_part(table, part) for part in parts],
+        "parts": [_part(table, [name, *part]) for part in parts],
     }
+
+
+def _packed(groups: Iterable[Sequence[_Column]], room: float) -> list[list[_Column]]:
+    """Groups of columns in order, as many side by side as there is room for."""
+    parts: list[list[_Column]] = []
+    left = 0.0
+    for group in groups:
+        width = sum(map(_width, group))
+        if not parts or width > left:
+            parts.append([])
+            left = room
+        parts[-1] += group
+        left -= width
+    return parts
 
 
 def _width(column: _Column) -> float:
@@ -833,7 +843,8 @@ def _width(column: _Column) -> float:
     if column.kind == "remarks":
         return REMARKS
     longest = max((len(cell.text) for cell in column.cells), default=0)
-    return min(max(longest, len(column.head) + 2), NAME if column.kind == "name" else PAGE) + 3
+    longest += longest // 8 if column.kind == "number ours" else 0  # in bold
+    return min(max(longest, len(column.head) + 3), NAME if column.kind == "name" else PAGE) + 3
 
 
 def _part(table: Mapping[str, Any], columns: Sequence[_Column]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ GROUPS = {
         "types Model Plan Victim Repaired Verdict Scores Suspects Judgement BadInput"
     ),
 }
-OPTIONS = "    options:\n      show_root_heading: true\n      heading_level: 3\n"
+OPTIONS = "    options:\n      show_root_heading: true\n      heading_level: 2\n"
 
 
 def homes() -> dict[str, str]:
@@ -52,6 +52,6 @@ def pages() -> Iterator[tuple[str, str]]:
         lines = [f"# {head}", ""]
         for name in here:
             more = "      members: true\n" if known[name].count(".") == 1 else ""
-            lines += [f"## `bdjax.{name}`", "", f"::: {known[name]}\n{OPTIONS}{more}", ""]
+            lines += [f"::: {known[name]}\n{OPTIONS}{more}", ""]
         yield f"api/{file}", "\n".join(lines)
     yield "api/index.md", "\n".join(index) + "\n"

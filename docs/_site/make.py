@@ -146,6 +146,7 @@ def main() -> int:
     )
     if done.returncode:
         return done.returncode
+    (SOURCE / "site").rename(SITE)
     wrong = faults(SITE)
     print("\n".join(wrong), file=sys.stderr)
     print(f"{len(list(SITE.rglob('*.html')))} pages in {SITE.name}/, {len(wrong)} faults")
