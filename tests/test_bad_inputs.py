@@ -124,6 +124,7 @@ def kind_of(hint: Any) -> str:
 
 FLAGS = list(flags())
 NAMED = {"arch": "resnet18", "dataset": "fashion-mnist-sample"}
+NAMED |= {"attack": "badnets", "defense": "fine-pruning"}
 """Methods for flags that take none if not given."""
 
 
