@@ -54,7 +54,8 @@ Plugins = Annotated[
 
 
 def run(
-    file: Annotated[Path, Words],
+    file: Annotated[Path | None, Words] = None,
+    listed: Annotated[bool, tyro.conf.arg(name="list")] = False,
     scale: str = "cpu",
     out: Path | None = None,
     seeds: int | None = None,
@@ -69,7 +70,8 @@ def run(
     where it stopped.
 
     Args:
-        file: The experiment, such as experiments/shamshiri2023.py.
+        file: The experiment, such as mine.py, or the name of one of bdjax's own: shamshiri2023.
+        listed: Show bdjax's own experiments, and run none.
         scale: smoke, cpu or paper.
         out: Results folder; results/NAME-SCALE if not given.
         seeds: How many seeds; the scale's own number if not given.
@@ -83,6 +85,11 @@ def run(
     """
     from bdjax import experiment
 
+    if (file is None) != listed:
+        raise BadInput("run takes an experiment, or --list, which shows bdjax's own")
+    if file is None:
+        _printed(experiment.listed())
+        return
     experiment.run(
         file, scale, out, seeds, quiet, lanes, changes=settings, only=only, stale=stale, log=log
     )
@@ -112,7 +119,7 @@ def sweep(
     Ctrl-C stops after what is running. Whatever ends it, the same command goes on from there.
 
     Args:
-        file: The sweep, such as experiments/sweep_defenses.py.
+        file: The sweep, such as mine.py, or the name of one of bdjax's own: sweep_defenses.
         scale: smoke, cpu or paper.
         out: Results folder; results/NAME-SCALE if not given.
         seeds: How many seeds; the scale's own number if not given.
@@ -210,9 +217,9 @@ def status(folder: Annotated[Path, Words]) -> None:
     Args:
         folder: The results folder.
     """
-    from bdjax import experiment
+    from bdjax import progress
 
-    experiment.status(folder)
+    progress.status(folder)
 
 
 def list_methods(
@@ -233,7 +240,6 @@ def list_methods(
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -243,6 +249,12 @@ def list_methods(
     table = Table(*heads, box=None)
     for row in rows:
         table.add_row(*(Text("" if row[h] is None else shown(row[h])) for h in heads))
+    _printed(table)
+
+
+def _printed(table: Any) -> None:
+    from rich.console import Console
+
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
 
@@ -280,7 +292,7 @@ def report(
     any two axes; what a paper takes.
 
     Args:
-        folders: Results folders.
+        folders: Results folders, or experiments of bdjax's own, for the rows that came with it.
         out: Where to; if not given the folder itself, or `report` for several.
         x: Axis of a pivot, such as attack.rate or seed.
         y: Its second axis.
@@ -1043,24 +1055,7 @@ def main(args: Sequence[str] | None = None) -> None:
     undecided by an audit, 130 interrupted, 143 terminated.
     """
     from bdjax import mesh
-    from bdjax.progress import Terminated, shown, terminable
+    from bdjax.progress import ended
 
     mesh.tune()
-    with contextlib.suppress(BrokenPipeError), terminable():
-        try:
-            if code := command(sys.argv[1:] if args is None else args):
-                sys.exit(code)
-        except BadInput as error:
-            text = shown(error)
-            text = text if len(text) <= 900 else f"{text[:450]} … {text[-350:]}"
-            print(f"bdjax: {text}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt as stop:
-            ended = isinstance(stop, Terminated)
-            what = "terminated" if ended else "interrupted"
-            words = [
-                *getattr(stop, "__notes__", []),
-                "nothing is kept; the same command begins anew",
-            ]
-            print(f"bdjax: {what}; {shown(words[0])}", file=sys.stderr)
-            sys.exit(143 if ended else 130)
+    ended(lambda: command(sys.argv[1:] if args is None else args))

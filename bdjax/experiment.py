@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bdjax import engine as engines
-from bdjax import identity, mesh, plugins, progress, report
+from bdjax import identity, mesh, plugins, progress, report, shipped
 from bdjax import target as targets
 from bdjax.changes import changed, read
 from bdjax.figures import figures as drawn
@@ -43,8 +43,8 @@ from bdjax.types import BadInput, whole
 
 @door
 def load(path: str | Path) -> ModuleType:
-    """The experiment file as a module."""
-    path = Path(path)
+    """The experiment file as a module; one of bdjax's own by its name, too."""
+    path = shipped.file(path)
     module = executed(path, f"experiment_{path.stem}", "experiment")
     for name, form in (("cells", "cells(scale, seeds)"), ("SCALES", "SCALES"), ("TITLE", "TITLE")):
         if not hasattr(module, name):
@@ -52,6 +52,18 @@ def load(path: str | Path) -> ModuleType:
     known = {"SCALES": Iterable[str], "TITLE": str, "cells": Callable[..., Any]}
     check_given(str(path), known, {name: getattr(module, name) for name in known})
     return module
+
+
+def listed() -> Table:
+    """The experiments that come with bdjax: name, scales, and at which of them their rows lie by,
+    title.
+    """
+    table = Table("name", "scales", "rows at hand", "title", box=None)
+    for name in shipped.names():
+        module = load(name)
+        there = [path.stem.removeprefix(f"{name}-") for path in shipped.results(name)]
+        table.add_row(name, ", ".join(module.SCALES), ", ".join(there), module.TITLE)
+    return table
 
 
 @door
@@ -76,8 +88,8 @@ def run(
     stale: Stale | None = None,
     log: str | None = None,
 ) -> Rows:
-    """Runs a study, an experiment file or cells; returns its rows. What was finished by an earlier
-    run is not done again.
+    """Runs a study: an experiment file, one of bdjax's own by its name, or cells; returns its rows.
+    What was finished by an earlier run is not done again.
 
     >>> rows = bdjax.run(grid(cell, seed=range(5)), out="results/mine")
 
@@ -101,7 +113,7 @@ def run(
     if engine is not None and part is not None:
         raise BadInput("--engine deals the work out by itself: leave --shard and --hosts away")
     filed = isinstance(study, (str, Path))
-    path = Path(study) if filed else Path("cells")
+    path = shipped.file(study) if filed else Path("cells")
     module = load(path) if filed else _module(study)
     # What a script's own cells raise is that script's to see.
     blamed = functools.partial(raised_in, path) if filed else contextlib.nullcontext
@@ -160,7 +172,12 @@ def run(
         progress.say_once(f"{newer}, which is about 1.5 times as fast on a CPU")
 
     told = None if log is None else tracker(log, Store(folder, part), path.stem)
-    store, console, start, clock = Store(folder, part), Console(), time.monotonic(), Clock()
+    store, console = Store(folder, part), Console()
+    # Seconds go on counting where an earlier part of the run, or of this shard, left off.
+    boards = progress.boards(folder) if earlier else []
+    label = "" if part is None else "{}/{}".format(*part)
+    clock = Clock(progress.spent(board for board in boards if board["shard"] == label))
+    others = progress.spent(board for board in boards if board["shard"] != label)
     on = f"the same command{'' if resume else ' without --no-resume'} goes on from there"
     with progress.kept(f"what was finished is kept in {folder}; {on}"):
 
@@ -168,7 +185,7 @@ def run(
             for row in rows:
                 say(f"  {report.line(row)}", quiet)
             if told is not None:
-                told(rows)
+                told(rows, runner.curves)
 
         options: dict[str, Any] = {"devices": places}
         if share is not None:
@@ -188,18 +205,19 @@ def run(
         Store(folder).append(store.rows())  # what the shards have
         begun = time.monotonic()
         report.print_table(rows, console)
-        typed = shlex.quote(path.as_posix())
+        typed = shlex.quote(Path(study).as_posix()) if filed else ""
         more = "".join(f" --set {shlex.quote(f'{k}={v}')}" for k, v in settings.items())
         more += plugins.flags()
         more += "" if only is None else f" --only {shlex.quote(only)}"
         with blamed():
-            mine = hasattr(module, "figures")
-            figures = list(
-                module.figures(rows, store, scale) if mine else drawn(rows, store, cells)
-            )
+            own = hasattr(module, "figures")
+            figures = list(module.figures(rows, store, scale) if own else drawn(rows, store, cells))
             trends = claims(module, rows)
         clock.add("report", begun)
-        seconds = clock.seconds | {"total": time.monotonic() - start}
+        mine = clock.whole()
+        runner.board.tell(seconds=mine)
+        runner.board.write()
+        seconds = progress.spent([{"seconds": mine}, {"seconds": others}])
         page = report.write(
             folder, rows, figures, title=module.TITLE, notes=notes(module), trends=trends,
             seconds=seconds,
@@ -392,20 +410,3 @@ def rehearsed(rows: Iterable[Sequence[str]], lines: Iterable[str]) -> None:
 PARTS = ("dataset", "model", "attack", "defense")
 SEEDS, DEVICES = 10_000, 1_024
 """The most that one run takes: a list of cells, and a CPU that counts as many, grow with them."""
-
-
-def status(folder: str | Path) -> None:
-    """Prints what the runs that work on `folder` are doing, from its files alone."""
-    found = progress.boards(Path(folder))
-    if not found:
-        raise BadInput(
-            f"{folder} has no progress.json: give the results folder of `bdjax run` or `bdjax "
-            "sweep`"
-        )
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(progress.table(found))
-    rows, left = (
-        len({row["run"] for row in read_rows(result_files(Path(folder)))}),
-        sum(run["total"] - run["rows"] for run in found),
-    )
-    print(f"{rows} rows are there, {left} are to come from these")

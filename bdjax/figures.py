@@ -12,8 +12,8 @@ import numpy as np
 
 from bdjax import plots
 from bdjax.registry import describe, revive
-from bdjax.report import Figure, label_of, valid
-from bdjax.rows import Rows, lookup
+from bdjax.report import ABOVE, WORKS, Figure, faults, label_of, valid
+from bdjax.rows import Rows, lookup, measured, paths
 from bdjax.store import Store
 from bdjax.study import Cell
 from bdjax.train import measuring_key, stamped, unit
@@ -23,6 +23,8 @@ MOST = 12
 """Rows of which pictures are drawn."""
 SHOWN = 6
 """Images that are shown stamped."""
+LINES = 8
+"""Lines in a plot, and heat maps of a metric."""
 
 
 def figures(
@@ -30,7 +32,8 @@ def figures(
 ) -> list[Figure]:
     """Of `cells`: images as their attacks stamp them. Of `rows`: a defense's scores, norms,
     reversed triggers and pruning curves, for the first seed of each row; ASR and accuracy over each
-    number that varies. What the store has no arrays of is left out.
+    number that varies, two of them as heat maps; which victims are valid. What the store has no
+    arrays of is left out.
     """
     rows = Rows(rows)
     found, tables = [*_stamped(cells)], rows.by("table")
@@ -40,6 +43,7 @@ def figures(
         if len(found) > MOST:
             break
     found += _axes(Rows(valid(rows)))
+    found += _validity(rows)
     names = Counter[str]()
     for i, one in enumerate(found):
         names[one.name] += 1
@@ -122,22 +126,82 @@ def _target(row: Mapping[str, Any]) -> int | None:
 
 
 def _axes(rows: Rows) -> Iterator[Figure]:
-    """ASR and accuracy over each number in the rows' tags, a line for each of the other tags."""
+    """ASR and accuracy over each number that varies, a line for each of what else does; over two
+    numbers at once heat maps.
+    """
     tags = dict.fromkeys(tag for row in rows for tag in row.get("tags") or {})
-    for axis in tags:
-        some = Rows(row for row in rows if isinstance(lookup(row, axis), (int, float)))
-        values = sorted(some.by(axis))
-        others = [tag for tag in tags if tag != axis]
-        lines = some.by(*others) if others else {"": some}
-        if len(values) < 2 or len(lines) > 8:
-            continue
-        for metric in ("asr_nt", "acc_test"):
-            drawn = {}
-            for name, each in lines.items():
-                words = ", ".join(map(str, name)) if isinstance(name, tuple) else str(name or "all")
-                drawn[words] = [each.where(**{axis: value}).mean(metric) for value in values]
+    others = [tag for tag in tags if len(_numbers(rows, tag)) < 2]
+    axes = [tag for tag in tags if tag not in others]
+    if not axes:
+        axes, others = _within(rows), ["row"]
+    for metric in ("asr_nt", "acc_test"):
+        label = label_of(metric)
+        for axis in axes if len(axes) != 2 else ():
+            rest = [tag for tag in axes if tag != axis] + others
+            values, lines = _numbers(rows, axis), _lines(rows, axis, rest)
+            drawn = {
+                name: [each.where(**{axis: value}).mean(metric) for value in values]
+                for name, each in lines.items()
+                if len(lines) <= LINES
+            }
             if np.isfinite(np.array([*drawn.values()], float)).any():
-                label = label_of(metric)
                 picture = plots.curves(values, drawn, None, axis, label, percent=True)
                 yield Figure(f"{metric}-{slug(axis)}", f"{label} over {axis}", "Mean over seeds.",
                              picture)  # fmt: skip
+        if len(axes) != 2:
+            continue
+        x, y = axes
+        for name, each in list(_lines(rows, x, others).items())[:LINES]:
+            across, down = _numbers(each, x), _numbers(each, y)
+            found = [[each.where(**{x: a, y: b}).mean(metric) for a in across] for b in down]
+            if np.isfinite(np.array(found)).any():
+                picture = plots.heat_map(found, across, down, x, y, label, percent=True)
+                yield Figure(f"{metric}-{slug(name)}", f"{label}: {name}",
+                             f"Over {x} and {y}. Mean over seeds; empty: no valid victim.",
+                             picture)  # fmt: skip
+
+
+def _numbers(rows: Rows, path: str) -> list[float]:
+    """The numbers that a tag or field has in rows, in order."""
+    found = {value for row in rows if isinstance(value := lookup(row, path), (int, float))}
+    return sorted(found)
+
+
+def _lines(rows: Rows, axis: str, others: Sequence[str]) -> dict[str, Rows]:
+    """The rows that have a number on the axis, by all else that varies, in words."""
+    some = Rows(row for row in rows if isinstance(lookup(row, axis), (int, float)))
+    found: dict[str, Rows] = {}
+    for name, each in (some.by(*others) if others else {"all": some}).items():
+        words = ", ".join(map(str, name)) if isinstance(name, tuple) else str(name or "all")
+        found[words] = each
+    return found
+
+
+def _within(rows: Rows) -> list[str]:
+    """The fields of the configuration that differ among the rows of one name, as in a grid."""
+    found: dict[str, None] = {}
+    for some in rows.by("table", "row").values():
+        for path in paths(some[0]):
+            if "." in path and len(_numbers(some, path)) > 1:
+                found[path] = None
+    return list(found)
+
+
+def _validity(rows: Rows) -> Iterator[Figure]:
+    """Whether each attack works, beside what the same trigger does to the clean twin."""
+    bad = faults(rows)
+    victims = [row for row in rows.done if row.get("attack") and not row.get("defense")]
+    victims = [row for row in victims if measured(row["metrics"].get("asr_nt"))]
+    lines: dict[str, list[tuple[float, float, bool]]] = {}
+    for row in victims:
+        twin = (row.get("twin") or {}).get("asr_nt")
+        point = row["metrics"]["asr_nt"], np.nan if twin is None else twin, row["run"] in bad
+        lines.setdefault(str(row.get("row")), []).append(point)
+    if 0 < len(lines) <= 3 * MOST:
+        picture = plots.validity(lines, WORKS)
+        caption = (
+            f"ASR nt of each victim, and of its clean twin under the same trigger. A cross: the "
+            f"attack failed (below {WORKS:.0%}, or within {ABOVE:.0%} of the twin), or the net "
+            "collapsed; no claim and no count uses what was done to it."
+        )
+        yield Figure("validity", "Which victims are valid", caption, picture)

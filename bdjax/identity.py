@@ -60,6 +60,8 @@ file; all of it where none is named.
 ASIDE = {
     *(
         "registry",
+        "errors",
+        "shipped",
         "types",
         "mesh",
         "own",
@@ -73,7 +75,7 @@ ASIDE = {
         "trackers",
         "cli",
     ),
-    *("experiment", "study", "studies", "changes", "rows", "sweep", "target", "engine"),
+    *("experiment", "study", "studies", "changes", "rows", "sweep", "loops", "target", "engine"),
     *("identity", "migrate", "plugins", "poison", "testing", "__init__", "__main__"),
     *("models/conv", "datasets"),
 }

@@ -19,7 +19,7 @@ import matplotlib.figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from bdjax import experiment, own, registry, report
+from bdjax import experiment, own, registry, report, shipped
 from bdjax.figures import figures as drawn
 from bdjax.plots import STYLE
 from bdjax.plugins import raised_in
@@ -41,7 +41,9 @@ ROOM = {"table": 48, "table*": 100}
 LINES = 48
 """Lines of tables that stand above one another on a page."""
 FONTS: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "bdjax"}
-HEAD = r"% Needs booktabs, figures graphicx; \extrafloats{200} where there are more than fifty."
+HEAD = "% Needs booktabs, figures graphicx."
+FLOATS = 40
+"""Floats that LaTeX surely holds at a time, beside those of the paper itself."""
 
 
 @door
@@ -63,7 +65,7 @@ def write(
     formats = [] if figures is None else figures.split(",")
     if odd := [kind for kind in formats if kind not in FORMATS]:
         raise BadInput(f"figures '{odd[0]}' is not one of {', '.join(FORMATS)}")
-    out = Path(("report" if len(folders) > 1 else folders[0]) if out is None else out)
+    folders, out = report.placed(folders, out)
     sections = [report.load(folder) for folder in folders]
     found: dict[str, bytes] = {}
     if tables:
@@ -83,7 +85,7 @@ def write(
                     found[f"figures/{name}.{kind}"] = _saved(one.figure, kind)
                 placed.append(_placed(one, name, environment))
         if "pdf" in formats:
-            found["figures.tex"] = "\n".join(placed).encode()
+            found["figures.tex"] = _floats(placed).encode()
     own.beside(out, found, ["figures"])
     report._save(out, found)
     return [out / name for name in found]
@@ -111,7 +113,14 @@ def latex(sections: Iterable[report.Section], cite: bool = False) -> str:
                 ]
                 keys = {u.name: u.source.key for u in used(mine) if u.source is not None}
             parts.append(_table(table, facts, keys))
-    return "\n".join(parts)
+    return _floats(parts)
+
+
+def _floats(parts: Sequence[str]) -> str:
+    """The head and its floats, with room for them where they are many."""
+    head, *floats = parts
+    room = [rf"\extrafloats{{{len(floats)}}}"] if len(floats) > FLOATS else []
+    return "\n".join([head, *room, *floats])
 
 
 WHERE = ("scale", "device", "jax", "commit", "XLA flags", "products", "lanes")
@@ -325,11 +334,8 @@ def _drawings(
 
 
 def _shipped(name: Any) -> Path | None:
-    """The file of bdjax's own experiment `name`, beside the package; None where it is none."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
-        return None
-    path = Path(__file__).resolve().parents[1] / "experiments" / f"{name}.py"
-    return path if path.is_file() else None
+    """The file of bdjax's own experiment `name`; None where it is none."""
+    return shipped.file(name) if name in shipped.names() else None
 
 
 def _sized(figure: matplotlib.figure.Figure) -> str:

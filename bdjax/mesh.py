@@ -11,11 +11,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax._src import xla_bridge
+from jax.experimental import io_callback
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -203,7 +204,7 @@ def drain(
 
         def one(item):
             with jax.named_scope("at_most_1_steps"):
-                return jax.lax.while_loop(lambda s: ~done(s), step, start(item))
+                return _loop(lambda s: ~done(s), step, start(item))
 
         return lane_map(one, items, 1)
 
@@ -234,7 +235,46 @@ def drain(
     )
     carry = (jax.vmap(lambda i: start(pick(i)))(first), first, jnp.asarray(lanes), blank)
     with jax.named_scope(f"at_most_{-(-n // lanes)}_steps"):
-        return jax.lax.while_loop(lambda c: (c[1] < n).any(), round_, carry)[3]
+        return _loop(lambda c: (c[1] < n).any(), round_, carry)[3]
+
+
+class Keeper(Protocol):
+    """Keeps the states of loops on the host, see `bdjax.loops`."""
+
+    def start(self, state: Any) -> tuple[Any, Any]: ...
+
+    def step(self, state: Any) -> Any: ...
+
+
+_keeper: ContextVar[Keeper | None] = ContextVar("keeper", default=None)
+
+
+@contextlib.contextmanager
+def keeping(keeper: Keeper | None) -> Iterator[None]:
+    """Programs traced inside show `keeper` the state of each loop of `drain` after each step, and
+    go on from the one that it gives.
+    """
+    token = _keeper.set(keeper)
+    try:
+        yield
+    finally:
+        _keeper.reset(token)
+
+
+def _loop(going: Callable, step: Callable, state: Any) -> Any:
+    """`jax.lax.while_loop`, its state kept where `keeping` says so."""
+    keeper = _keeper.get()
+    if keeper is None:
+        return jax.lax.while_loop(going, step, state)
+    stop = jax.ShapeDtypeStruct((), bool)
+
+    def kept(carry):
+        state = step(carry[0])
+        return state, io_callback(keeper.step, stop, state, ordered=True)
+
+    shapes = jax.eval_shape(lambda s: s, state)
+    carry = io_callback(keeper.start, (shapes, stop), state, ordered=True)
+    return jax.lax.while_loop(lambda c: ~c[1] & going(c[0]), kept, carry)[0]
 
 
 def over_runs(

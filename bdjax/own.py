@@ -23,7 +23,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from bdjax.types import BadInput, shown
+from bdjax.errors import BadInput, shortened
 
 FILES = ".bdjax-files"
 SAVING = ".bdjax-saving-"
@@ -64,11 +64,11 @@ def name_fault(value: str | Path) -> str | None:
     """Why no file can have the name `value`, or nobody can have meant it, as the end of a line."""
     text = str(value)
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
-        return f" '{shown(text)}' is no text: no file that bdjax reads or writes has such a name"
+        return f" '{shortened(text)}' is no text: no file that bdjax takes has such a name"
     if re.match(r"[a-z][a-z0-9+.-]*:/", text):
-        return f" '{shown(text)}' is an address: give a file or folder of this machine"
+        return f" '{shortened(text)}' is an address: give a file or folder of this machine"
     if len(text) > 4_000 or any(len(part.encode()) > 255 for part in Path(text).parts):
-        return f" '{shown(text)}' is too long: no file can have this name"
+        return f" '{shortened(text)}' is too long: no file can have this name"
     return None
 
 

@@ -580,6 +580,26 @@ def heat_map(
     return figure
 
 
+@styled
+def validity(lines: Mapping[str, Sequence[tuple[float, float, bool]]], works: float) -> Figure:
+    """Victims by name: `(asr_nt, that of the clean twin, whether it is invalid)` of each seed; the
+    twin's may be NaN. `works`: from where on an attack does.
+    """
+    figure, axes = _axes(0.9 + 0.28 * len(lines), WIDTH)
+    points = np.array([(i, *seed) for i, seeds in enumerate(lines.values()) for seed in seeds])
+    at, asr, twin, bad = points.T
+    bad = bad.astype(bool)
+    axes.axvline(works, color=GREY, linestyle=(0, (3, 2)), linewidth=1)
+    axes.plot(twin, at, "o", color=CLEAN, markerfacecolor="none", label="clean twin")
+    axes.plot(asr[~bad], at[~bad], "s", color=TROJAN, label="victim")
+    axes.plot(asr[bad], at[bad], "x", color="black", markersize=7, label="invalid victim")
+    axes.set_yticks(range(len(lines)), [textwrap.shorten(name, 40) for name in lines])
+    axes.set(xlim=(-0.03, 1.03), ylim=(len(lines) - 0.5, -0.5), xlabel="ASR nt")
+    _percent(axes.xaxis)
+    _legend(axes)
+    return figure
+
+
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
 

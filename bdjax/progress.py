@@ -9,14 +9,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from bdjax import schema
+from bdjax.errors import BadInput
 from bdjax.own import saving
-from bdjax.types import BadInput
 
 HEARTBEAT = 5.0
 """Seconds between two writes of `progress.json`; a run that was silent for ten times as long is not
@@ -202,6 +202,17 @@ def boards(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def spent(runs: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by stage, `total` among them, that runs of a folder have taken, all their parts
+    included: of what `boards` gives.
+    """
+    found: dict[str, float] = {}
+    for run in runs:
+        for stage, value in (run.get("seconds") or {}).items():
+            found[stage] = found.get(stage, 0.0) + value
+    return found
+
+
 def table(facts: Iterable[Mapping[str, Any]]) -> Any:
     """A rich table of runs: groups, rows, rows a minute, ETA, devices, what is being done; of those
     on a cluster also its nodes, the tasks that are running, those that were begun again, and what
@@ -234,6 +245,25 @@ def table(facts: Iterable[Mapping[str, Any]]) -> Any:
     return made
 
 
+def status(folder: str | Path) -> None:
+    """Prints what the runs that work on `folder` are doing, from its files alone."""
+    from rich.console import Console
+
+    from bdjax.rows import read_rows, result_files
+
+    folder = Path(folder)
+    if not (found := boards(folder)):
+        raise BadInput(
+            f"{folder} has no progress.json: give the results folder of `bdjax run` or `bdjax "
+            "sweep`"
+        )
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table(found))
+    rows = len({row["run"] for row in read_rows(result_files(folder))})
+    left = sum(run["total"] - run["rows"] for run in found)
+    print(f"{rows} rows are there, {left} are to come from these")
+
+
 def duration(seconds: float) -> str:
     """`40 s`, `12 min`, `3.2 h`, `5.0 days`."""
     for unit, size in (("days", 86400), ("h", 3600)):
@@ -262,6 +292,28 @@ def terminable() -> Iterator[None]:
     finally:
         if mine:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def ended(call: Callable[[], int | None]) -> None:
+    """A command, from its beginning to its exit code; see `bdjax.cli.main`."""
+    with contextlib.suppress(BrokenPipeError), terminable():
+        try:
+            if code := call():
+                sys.exit(code)
+        except BadInput as error:
+            text = shown(error)
+            text = text if len(text) <= 900 else f"{text[:450]} … {text[-350:]}"
+            print(f"bdjax: {text}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt as stop:
+            asked = isinstance(stop, Terminated)
+            words = [
+                *getattr(stop, "__notes__", []),
+                "nothing is kept; the same command begins anew",
+            ]
+            what = "terminated" if asked else "interrupted"
+            print(f"bdjax: {what}; {shown(words[0])}", file=sys.stderr)
+            sys.exit(143 if asked else 130)
 
 
 class Stop(AbstractContextManager):

@@ -7,7 +7,6 @@ package (`bdjax.plugins`).
 """
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib
@@ -29,6 +28,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bdjax import own
+from bdjax.errors import near
 from bdjax.types import BadInput, Key, Metric, Range, concrete, shown
 
 T = TypeVar("T")
@@ -153,7 +153,8 @@ def plugin_of(cls: type) -> str | None:
     notebook. None for bdjax's own.
     """
     source, module = Path(_source(cls)), cls.__module__
-    if source.is_relative_to(_HOME):
+    # An installed bdjax has its experiments within it; what they are is the same as in a clone.
+    if source.is_relative_to(_HOME) and not source.is_relative_to(_HOME / "_experiments"):
         return None
     place = source.parent if source.name == "__init__.py" else source.with_suffix("")
     parts = tuple(module.split("."))
@@ -331,12 +332,6 @@ def entries(kind: str | None = None) -> list[Entry]:
 def brought() -> list[Entry]:
     """The methods of plugins that are registered so far."""
     return [entry for entry in _entries.values() if entry.plugin is not None]
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """The end of an error line: which known name was meant."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"; the nearest name is '{found[0]}'" if found else ""
 
 
 @door

@@ -8,6 +8,7 @@ wherever a person reads them.
 import base64
 import difflib
 import io
+import itertools
 import json
 import math
 import re
@@ -27,7 +28,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from bdjax import identity, metrics, plots, schema
+from bdjax import identity, metrics, plots, schema, shipped
 from bdjax.own import beside, clear, kind, renamed
 from bdjax.progress import kept, shown
 from bdjax.registry import declare, declared, door
@@ -46,6 +47,8 @@ MARKS = {"reproduced": "✓", "partly": "◐", "not": "✗", "open": "?"}
 LEGEND = "paper → ours: mean ± sample standard deviation over n seeds; Δ = ours − paper."
 OTHER = "made by other code than is at hand, and kept"
 DPI = 144
+PAGE, NAME, REMARKS = 132, 42, 52
+"""Letters that stand side by side on a page of 1,280 pixels, in a row's name and in its remarks."""
 PNG = b"\x89PNG\r\n\x1a\n"
 WORKS, ABOVE = 0.5, 0.1
 """ASR_nt from which an attack works, and by how much it must exceed that on the clean twin."""
@@ -212,7 +215,7 @@ def _line(
         **{f: cells[0].get(f) for f in ("experiment", "scale", *FIELDS)},
         "victim": _victim(cells[0]),
         "n": len(done),
-        "failed": len(cells) - len(done),
+        "failed": len(cells) - whole,
         "errors": _different(cells, "error"),
         "verdict": _verdicts(done),
         "invalid": invalid,
@@ -631,7 +634,9 @@ def _names(path: Path) -> list[Any]:
 
 @door
 def load(folder: str | Path) -> Section:
-    """A results folder, also one whose run was interrupted before it wrote its page."""
+    """A results folder, also one whose run was interrupted before it wrote its page; or a results
+    file.
+    """
     folder = Path(folder)
     if not result_files(folder):
         raise BadInput(
@@ -680,6 +685,23 @@ def plain_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[^/\\:\0]+", name) is not None
 
 
+def placed(folders: Sequence[str | Path], out: str | Path | None) -> tuple[list[str | Path], Path]:
+    """What a report is of, an experiment of bdjax's own standing for the rows that came with it;
+    and where it goes to.
+    """
+    found: list[str | Path] = []
+    for one in folders:
+        own = (
+            []
+            if Path(one).exists() or str(one) not in shipped.names()
+            else shipped.results(str(one))
+        )
+        found += own or [one]
+    if out is None and any(Path(one).suffix == ".jsonl" for one in found):
+        raise BadInput(f"{folders[0]} is no results folder to write into: give --out")
+    return found, Path(("report" if len(found) > 1 else found[0]) if out is None else out)
+
+
 @door
 def merge(
     folders: Sequence[str | Path],
@@ -696,8 +718,8 @@ def merge(
     """
     if not folders:
         raise BadInput("report needs at least one results folder")
+    folders, out = placed(folders, out)
     several = len(folders) > 1
-    out = Path(("report" if several else folders[0]) if out is None else out)
     loaded, sections = [load(folder) for folder in folders], []
     ready(out)
     for section in loaded:
@@ -783,7 +805,50 @@ def _columns(table: Mapping[str, Any]) -> list[_Column]:
 
 
 def _view(table: Mapping[str, Any], anchor: str) -> dict[str, Any]:
-    columns = _columns(table)
+    name, *columns = _columns(table)
+    groups = [
+        list(some)
+        for _, some in itertools.groupby(columns, key=lambda c: (c.group or c.head, c.group))
+    ]
+    # What does not fit beside the names stands in a table below, with the names again: as few
+    # tables as it takes, and these about as wide as each other.
+    room = PAGE - _width(name)
+    parts = _packed(groups, room)
+    while len(tighter := _packed(groups, room := room - 4)) == len(parts) and room > 0:
+        parts = tighter
+    return {
+        "id": anchor,
+        "name": table["name"],
+        "caption": _caption(table),
+        "parts": [_part(table, [name, *part]) for part in parts],
+    }
+
+
+def _packed(groups: Iterable[Sequence[_Column]], room: float) -> list[list[_Column]]:
+    """Groups of columns in order, as many side by side as there is room for."""
+    parts: list[list[_Column]] = []
+    left = 0.0
+    for group in groups:
+        width = sum(map(_width, group))
+        if not parts or width > left:
+            parts.append([])
+            left = room
+        parts[-1] += group
+        left -= width
+    return parts
+
+
+def _width(column: _Column) -> float:
+    """About how many letters a column is wide."""
+    if column.kind == "remarks":
+        return REMARKS
+    longest = max((len(cell.text) for cell in column.cells), default=0)
+    longest += longest // 8 if column.kind == "number ours" else 0  # in bold
+    return min(max(longest, len(column.head) + 3), NAME if column.kind == "name" else PAGE) + 3
+
+
+def _part(table: Mapping[str, Any], columns: Sequence[_Column]) -> dict[str, Any]:
+    """Columns of a table: headings, over one column or several, and lines."""
     heads: list[dict[str, Any]] = []
     for i, column in enumerate(columns):
         if column.group and heads and heads[-1]["group"] == column.group:
@@ -798,13 +863,7 @@ def _view(table: Mapping[str, Any], anchor: str) -> dict[str, Any]:
         }
         for i, line in enumerate(table["rows"])
     ]
-    return {
-        "id": anchor,
-        "name": table["name"],
-        "caption": _caption(table),
-        "heads": heads,
-        "body": body,
-    }
+    return {"heads": heads, "body": body}
 
 
 def _facts(section: Section) -> list[tuple[str, str]]:

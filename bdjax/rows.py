@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.registry import near
-from bdjax.types import BadInput
+from bdjax import schema
+from bdjax.errors import BadInput, near
+from bdjax.progress import say_once
 
 Row = Mapping[str, Any]
 """A finished cell as `results.jsonl` has it."""
@@ -121,6 +122,49 @@ class Rows(Sequence[Row]):
             raise BadInput("a frame needs pandas: pip install 'bdjax[frame]'") from None
         named = [{path: _word(lookup(row, path)) for path in paths(row)} for row in self._rows]
         return pandas.DataFrame([row["metrics"] | of for of, row in zip(named, self._rows)])
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The results files of a folder, that of an unsharded run first; a results file is its own."""
+    if folder.suffix == ".jsonl" and folder.is_file():
+        return [folder]
+    return [
+        path
+        for path in (folder / "results.jsonl", *sorted(folder.glob("results-*-of-*.jsonl")))
+        if path.exists()
+    ]
+
+
+def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The rows of results files: of each run the line that was written last, once for each place
+    where it is shown. What was measured is a float, NaN where it was not. A torn last line is left
+    out; so are odd rows, of which one line tells.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        *lines, last = schema.content(path, schema.KINDS["row"].most).split(b"\n")
+        odd = []
+        for number, line in enumerate([*lines, last], 1):
+            try:
+                row = schema.understood(line, "row")
+                if row["run"] not in found or written(row) > written(found[row["run"]]):
+                    found[row["run"]] = row
+            except schema.Newer as error:
+                raise BadInput(f"{path}: row {number} {error}") from None
+            except BadInput as error:
+                if number <= len(lines):
+                    odd.append(f"line {number}: {error}")
+        if odd:
+            say_once(
+                f"{len(odd)} of {len(lines)} rows of {path} are odd and left out ({odd[0][:200]})"
+            )
+    rows = [(row, row.pop("also", [])) for row in found.values()]
+    return [{**row, **place} for row, also in rows for place in ({}, *also)]
+
+
+def written(row: Mapping[str, Any]) -> float:
+    """When a row was written; 0.1 did not say."""
+    return row.get("written") or 0.0
 
 
 def stacked(found: Iterable[tuple[Row, Mapping[str, Any]]], *names: str) -> list[np.ndarray]:

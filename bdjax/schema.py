@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bdjax.types import BadInput
+from bdjax.errors import BadInput
 
 DEPTH = 64
 """The deepest nesting of a JSON file."""
@@ -178,6 +178,7 @@ KINDS = {
             **dict.fromkeys(("total", "rows", "before", "groups", "group", "failed"), COUNT),
             **dict.fromkeys(("nodes?", "tasks?", "retries?"), COUNT),
             "workers?": {...: str},
+            "seconds?": {...: Number(0, 2**53)},
         },
     ),
     "poison": Kind(
@@ -272,7 +273,12 @@ KINDS = {
     ),
     "members": Kind(
         2,
-        {"victims": [NAME], "code?": Maybe({...: Maybe(HASH)}), "halved?": bool},
+        {
+            "victims": [NAME],
+            "code?": Maybe({...: Maybe(HASH)}),
+            "halved?": bool,
+            "how?": Maybe(HOW),
+        },
         "delete its folder, its victims are trained again",
         old=lambda value: {"victims": value} if isinstance(value, list) else value,
     ),

@@ -29,7 +29,8 @@ from bdjax.checkpoints import plain_json
 from bdjax.datasets.base import data_dir
 from bdjax.identity import PLACE
 from bdjax.own import explained, renamed
-from bdjax.progress import kept, say_once
+from bdjax.progress import kept
+from bdjax.rows import read_rows, result_files, written
 from bdjax.types import BadInput
 
 FOLDERS = ("arrays", "victims", "partial", "prepared")
@@ -113,13 +114,13 @@ class Store:
             _lockable(path)
             with FileLock(path).acquire(poll_interval=0.01):
                 end, glue = _appendable(self.results)
-                known = {r["run"]: _written(r) for r in read_rows([self.results])} if end else {}
+                known = {r["run"]: written(r) for r in read_rows([self.results])} if end else {}
                 lines: dict[str, dict[str, Any]] = {}
                 for row in rows:
                     if (line := lines.get(row["run"])) is not None:
                         if placed(row) not in (placed(line), *line["also"]):
                             line["also"].append(placed(row))
-                    elif row["run"] not in known or _written(row) > known[row["run"]]:
+                    elif row["run"] not in known or written(row) > known[row["run"]]:
                         lines[row["run"]] = {**row, "also": list(row.get("also", []))}
                 text = "".join(schema.dump(_lean(row), "row") + "\n" for row in lines.values())
                 with open(self.results, "ab") as file:
@@ -262,50 +263,9 @@ def _sweep_old(folder: Path) -> None:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def result_files(folder: Path) -> list[Path]:
-    """The results files of a folder, that of an unsharded run first."""
-    return [
-        path
-        for path in (folder / "results.jsonl", *sorted(folder.glob("results-*-of-*.jsonl")))
-        if path.exists()
-    ]
-
-
-def read_rows(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The rows of results files: of each run the line that was written last, once for each place
-    where it is shown. What was measured is a float, NaN where it was not. A torn last line is left
-    out; so are odd rows, of which one line tells.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        *lines, last = schema.content(path, schema.KINDS["row"].most).split(b"\n")
-        odd = []
-        for number, line in enumerate([*lines, last], 1):
-            try:
-                row = schema.understood(line, "row")
-                if row["run"] not in found or _written(row) > _written(found[row["run"]]):
-                    found[row["run"]] = row
-            except schema.Newer as error:
-                raise BadInput(f"{path}: row {number} {error}") from None
-            except BadInput as error:
-                if number <= len(lines):
-                    odd.append(f"line {number}: {error}")
-        if odd:
-            say_once(
-                f"{len(odd)} of {len(lines)} rows of {path} are odd and left out ({odd[0][:200]})"
-            )
-    rows = [(row, row.pop("also", [])) for row in found.values()]
-    return [{**row, **place} for row, also in rows for place in ({}, *also)]
-
-
 def placed(row: Mapping[str, Any]) -> dict[str, Any]:
     """Where a row is shown."""
     return {name: row[name] for name in PLACE if name in row}
-
-
-def _written(row: Mapping[str, Any]) -> float:
-    """When a row was written; 0.1 did not say."""
-    return row.get("written") or 0.0
 
 
 def _lean(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import itertools
 import math
+import operator
 import os
 import re
 import subprocess
@@ -39,6 +40,7 @@ from bdjax.defenses.base import (
     split_scalars,
     targets_flagged,
 )
+from bdjax.loops import Loops, forget
 from bdjax.models.layers import build
 from bdjax.own import renamed
 from bdjax.progress import Board, Progress, Stop, shown
@@ -72,6 +74,8 @@ from bdjax.types import (
 
 CHECKPOINT_EVERY = 30.0
 """Seconds of training between two checkpoints."""
+SEEN, LASTING = 32, 3e13
+"""Images a step, and the flops of a search that takes minutes on two cores."""
 GROUP = 8, 64
 """How many victims a CPU and an accelerator take at a time: their rows are written before the next
 ones are begun.
@@ -179,12 +183,17 @@ def footprint(cells: Sequence[Cell], devices: Sequence[Any], lanes: int | str | 
 class Clock:
     """Seconds spent, by stage: data, compile, train, defend, report."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        self.seconds = dict(seconds or {})  # those of the parts before this one
+        self.begun = time.monotonic() - self.seconds.pop("total", 0.0)
 
     def add(self, stage: str, since: float) -> None:
         """Books the time from `since` until now."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - since
+
+    def whole(self) -> dict[str, float]:
+        """Seconds by stage, and in all."""
+        return {**self.seconds, "total": time.monotonic() - self.begun}
 
     def split(self, before: dict[str, float] | None = None, cells: int = 1) -> dict[str, float]:
         """Seconds of compiling, and of anything else for one of `cells`, since `before`."""
@@ -267,8 +276,12 @@ class Runner:
         self.last: tuple[Any, Any] = (None, None)
         self.laid: dict[str, int] = {}  # the lanes of the last program of each stage
         self.planned: list[list[Cell]] = []
+        self.size = 0  # how many runs side by side the plan has, done ones among them
         self.narrowed: set[Any] = set()
+        self.loops = Loops(self.stop)
         self.halved = False
+        # The loss by epoch of the victims that were trained here, by name: NaN before a checkpoint.
+        self.curves: dict[str, np.ndarray] = {}
 
     @registry.door
     def run(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
@@ -302,7 +315,7 @@ class Runner:
                 self.store.progress, self.live, experiment=self.experiment, scale=self.scale,
                 shard=shard, total=total, rows=finished, before=finished, groups=len(mine),
                 group=len(mine) - len(pending), failed=0, doing="",
-                devices=f"{len(self.places)} × {self.device}",
+                devices=f"{len(self.places)} × {self.device}", seconds=self.clock.whole(),
             )  # fmt: skip
             with self.stop, self.board:
                 self._groups(pending)
@@ -537,7 +550,7 @@ class Runner:
             _trim()
 
     def _group(self, cells: list[Cell]) -> None:
-        self.halved = False
+        self.halved, self.laid = False, {}
         model, shared = self._data(cells[0])
         none = {"compile": 0.0, "run": 0.0}
         # Victims first, then what needs them; defenses that replace training come last, as they
@@ -557,16 +570,44 @@ class Runner:
                     piece, model, shared, [victims[cell.victim_id][:2] for cell in piece], seconds
                 )
 
-            for piece in _pieces(whole, self._side_by_side(len(whole))):
-                self.unfit += self._halved(piece, judged)
+            most, size = self._together(alike)
+            for piece in _pieces(whole, most):
+                with self._sized(size):
+                    self.unfit += self._halved(piece, judged)
                 self.stop.check()
         self.halved = False
         for alike in _grouped((c for c in cells if c.stage == "train"), _judging):
-            for piece in _pieces(alike, self._side_by_side(len(alike))):
-                self.unfit += self._halved(
-                    piece, lambda piece: self._judged(piece, model, shared, None, none)
-                )
+            most, size = self._together(alike)
+            for piece in _pieces(alike, most):
+                with self._sized(size):
+                    self.unfit += self._halved(
+                        piece, lambda piece: self._judged(piece, model, shared, None, none)
+                    )
                 self.stop.check()
+
+    def _planned(self, cell: Cell) -> list[Cell]:
+        """The group of the plan that a cell is in, with what of it is done."""
+        return next((g for g in self.planned if any(c.run_id == cell.run_id for c in g)), [])
+
+    def _together(self, cells: Sequence[Cell]) -> tuple[int, int]:
+        """How many of `cells`, judged alike, one program judges; and, where they go side by side,
+        how many the plan has there. What is done leaves places that others fill, so that a run that
+        goes on has the programs, and the digits, of one that was never broken.
+        """
+        first = cells[0]
+        group = [c for c in self._planned(first) if c.stage == first.stage] or cells
+        count = sum(_judging(cell) == _judging(first) for cell in group)
+        most = self._side_by_side(count)
+        return most, min(count, most) if most > len(self.places) else 0
+
+    @contextlib.contextmanager
+    def _sized(self, size: int) -> Iterator[None]:
+        """Inside, fewer items than `size` are filled up."""
+        before, self.size = self.size, size
+        try:
+            yield
+        finally:
+            self.size = before
 
     def _side_by_side(self, runs: int) -> int:
         """How many of so many runs are judged by one program: what runs at a time, so that rows are
@@ -586,7 +627,7 @@ class Runner:
             if len(cells) == 1:
                 say(f"out of memory with a single run: {cells[0].row} is left out", self.quiet)
                 return [cells[0]]
-        middle, self.halved = len(cells) // 2, True
+        middle, self.halved, self.size = len(cells) // 2, True, 0
         say(
             f"out of memory with one lane: {len(cells)} runs go on as {middle} and "
             f"{len(cells) - middle}",
@@ -610,7 +651,9 @@ class Runner:
             trained, losses = self._trained(missing, model, shared)
             names, code = [cell.victim_id for cell in missing], self._code(missing[0])
             path = self.store.folder / "victims" / registry.digest(names, code)
-            about = {"victims": names, "code": code} | ({"halved": True} if self.halved else {})
+            how = {**mesh.how(), "lanes": dict(self.laid)}
+            about = {"victims": names, "code": code, "how": how}
+            about |= {"halved": True} if self.halved else {}
             with renamed(path, old_victims) as temporary:
                 temporary.mkdir()
                 write_tree(temporary / "arrays", (trained, losses))
@@ -619,13 +662,15 @@ class Runner:
             self._kept(path)
 
         if missing := [owner[name] for name in names if self._usable(owner[name]) is None]:
-            self._halved(missing, train)
+            with self._sized(self._trains(missing)):
+                self._halved(missing, train)
             seconds = self.clock.split(before, len(missing))
         one = jax.eval_shape(lambda: (_untrained(cells[0], model, shared), jnp.zeros(())))
         places = {name: held for name in names if (held := self._usable(owner[name])) is not None}
         for path in dict.fromkeys(path for path, _, _ in places.values()):
             about = _held(path / "members.json")
             self.halved |= about.get("halved", False)
+            self.laid |= (about.get("how") or {}).get("lanes", {})
             held = about["victims"]
             some = [len(held)]
             like = jax.tree.map(
@@ -639,10 +684,19 @@ class Runner:
                     found[name] = Trained(attack, variables, float(losses[i]))
         return found, seconds
 
+    def _trains(self, cells: Sequence[Cell]) -> int:
+        """How many victims the plan trains side by side with those of `cells`; 0 where they go one
+        after another.
+        """
+        group = self._planned(cells[0]) or cells
+        count = len({cell.victim_id for cell in group if cell.stage != "train"})
+        return count if self._side_by_side(count) > len(self.places) else 0
+
     def _partial(self, cells: Sequence[Cell]) -> Path:
         names = [cell.victim_id for cell in cells]
         # Two shards may train the same clean twin.
         names += [self.store.suffix] if self.store.suffix else []
+        names += [str(self.size)] if self.size else []
         return self.store.folder / "partial" / registry.digest(names, self._code(cells[0]))
 
     def _trained(self, cells: Sequence[Cell], model: Model, shared: Any) -> tuple[Any, np.ndarray]:
@@ -681,6 +735,7 @@ class Runner:
             states, losses = load_tree(folder, (states, losses))
             states, losses = self._placed(shared, (states, losses))[1]
         first = int(np.asarray(states.epoch)[0])
+        curves = np.full((epochs, len(losses)), np.nan)
         saved, writing = time.monotonic(), None
         with (
             ThreadPoolExecutor(1) as writer,
@@ -690,9 +745,11 @@ class Runner:
                 states, losses = self._call(
                     "train", _epoch, model, shared, *items, states, donate=(len(items) + 1,)
                 )
-                note = f"loss {float(jnp.mean(losses)):.3f}"
+                curves[epoch] = np.asarray(losses)
+                note = f"loss {curves[epoch].mean():.3f}"
                 bar.step(note)
-                self.board.tell(doing=f"{label}, epoch {epoch + 1}/{epochs}, {note}")
+                doing = f"{label}, epoch {epoch + 1}/{epochs}, {note}"
+                self.board.tell(doing=doing, seconds=self.clock.whole())
                 last, ending = epoch + 1 == epochs, self.stop.asked is not None
                 if not last and (ending or time.monotonic() - saved > CHECKPOINT_EVERY):
                     if writing is not None:
@@ -707,12 +764,14 @@ class Runner:
                         self.stop.check()
             if writing is not None:
                 writing.result()
+        self.curves |= {cell.victim_id: curves[:, i] for i, cell in enumerate(cells)}
         return states, losses
 
     def _stacked(self, items: Sequence[Any]) -> Any:
-        """The items on the devices, padded with copies of the last one."""
-        padded = [*items, *[items[-1]] * (-len(items) % len(self.places))]
-        return self._placed((), stack(padded))[1]
+        """The items on the devices, with copies of the last one up to the plan's `size`."""
+        count = max(len(items), self.size)
+        more = count - len(items) + -count % len(self.places)
+        return self._placed((), stack([*items, *[items[-1]] * more]))[1]
 
     def _placed(self, shared: Any, items: Any) -> tuple[Any, Any]:
         return mesh.place(shared, items, self.places)
@@ -730,7 +789,8 @@ class Runner:
         Raises `Again` where it did not fit and has fewer lanes now.
         """
         # Last the architecture at hand, which a defense may have wrapped in another one.
-        key = (fn, model, compile_key(shared, items), *self.models[-1:])
+        kept = self.loops.place is not None
+        key = (fn, model, compile_key(shared, items), kept, *self.models[-1:])
         each = -(-len(jax.tree.leaves(items)[0]) // len(self.places))
         try:
             program = self.programs.pop(key, None)
@@ -745,6 +805,9 @@ class Runner:
                 del self.programs[next(iter(self.programs))]
             start = time.monotonic()
             out = jax.block_until_ready(program(shared, *items))
+            if self.loops.stopped:
+                say("saved as far as it was: the same command goes on from there", self.quiet)
+                self.stop.check()
         except jax.errors.JaxRuntimeError as error:
             self._narrow(key, each, fn, error)
         self.clock.add(stage, start)
@@ -854,6 +917,7 @@ class Runner:
         """
         stage, defense = cells[0].stage, cells[0].defense
         before = self.clock.split()
+        self.laid = {k: n for k, n in self.laid.items() if k == "train" and victims is not None}
         label = (
             f"{registry.name_of(cells[0].defense) or 'no defense'} on {len(cells)} × "
             f"{registry.name_of(cells[0].model)}"
@@ -866,7 +930,7 @@ class Runner:
         recipes = [cell.recipe for cell in cells]
         items = zip(keys, defenses, victims, recipes, known, strict=True)
         keys, defenses, (attacks, variables), recipes, known = self._stacked(list(items))
-        found, arrays, judged, repaired = {}, {}, model, None
+        found, arrays, judged, repaired, searching = {}, {}, model, None, None
         if defense is not None:
             say(label, self.quiet or self.board.live)
             parts = {"variables": variables, "attack": attacks, "recipe": recipes, "key": known}
@@ -875,7 +939,8 @@ class Runner:
             needs = {*defense.needs, *(["attack"] if "report" in defense.hooks else [])}
             parts = {name: part if name in needs else None for name, part in parts.items()}
             items = (keys, defenses, parts)
-            found, arrays, repaired = self._ran("defend", _defended, model, shared, *items)
+            with self.loops.within(searching := self._searching(cells, model)):
+                found, arrays, repaired = self._ran("defend", _defended, model, shared, *items)
             if repaired is not None:
                 variables, judged = repaired, defense.wrap(model)
         # What passes a filter is measured there.
@@ -907,7 +972,17 @@ class Runner:
                 row["labels"] = _labels(cell, arrays["flagged"][i])
             rows.append(row | ({"twin": twins[cell.run_id]} if cell.run_id in twins else {}))
         self._written(rows)
+        if searching is not None:
+            forget(searching)
         return rows[0], take(repaired, 0) if keep and repaired is not None else None
+
+    def _searching(self, cells: Sequence[Cell], model: Model) -> Path | None:
+        """Where a long search of one victim on one device is kept; None for what is not one."""
+        (cell, *more), judge = cells, cells[0].defense
+        if more or len(self.places) > 1 or not isinstance(judge, Judge) or not lasts(judge, model):
+            return None
+        name = registry.digest("search", cell.run_id, self._code(cell))
+        return self.store.folder / "partial" / name
 
     def _twins(
         self, cells: Sequence[Cell], model: Model, shared: Any, keys: Any, attacks: Any
@@ -946,7 +1021,8 @@ class Runner:
         found = self._victims(here, model, shared)[0] if here else {}
         others = {c.victim_id: c for c in cells if c.victim_id not in self.mine}
         if missing := [cell for name, cell in others.items() if name not in self.others]:
-            (attack, variables), losses = self._trained(missing, model, shared)
+            with self._sized(0):
+                (attack, variables), losses = self._trained(missing, model, shared)
             own.remove(self._partial(missing), old_checkpoint)
             for i, cell in enumerate(missing):
                 net = Trained(attack, take(variables, i), float(losses[i]))
@@ -992,6 +1068,7 @@ class Runner:
 
     def _written(self, rows: list[dict[str, Any]]) -> None:
         self.store.append(rows)
+        self.board.tell(seconds=self.clock.whole())
         self.board.count(rows=len(rows), failed=sum("error" in row for row in rows))
         self.on_rows(rows)
 
@@ -1051,6 +1128,19 @@ def traced(
     program = jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate)
     with mesh.aiming(devices[0].platform):
         return program.trace(shared, *items)
+
+
+def lasts(judge: Judge, model: Model) -> bool:
+    """Whether a judge may take minutes: by the flops of the model and the fields that count work,
+    as if each of its steps saw `SEEN` images.
+    """
+    image = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    cost = jax.jit(lambda v, x: model.apply(v, x).logits).lower(variables, image).cost_analysis()
+    fields = (operator.attrgetter(name)(judge) for name in judge.budget_fields)
+    times = math.prod(int(np.max(value)) for value in fields if np.ndim(value) == 0)
+    searches = 3 * SEEN * times * model.classes * judge.seeds
+    return (cost or {}).get("flops", 0.0) * searches > LASTING
 
 
 def bytes_with(lanes: int, *program: Any) -> float:

@@ -7,7 +7,7 @@ What their own variables say (`WANDB_MODE`, `MLFLOW_TRACKING_URI`) goes before t
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +21,12 @@ Tell = Callable[[str, Row, dict[str, float], dict[str, np.ndarray]], None]
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
-def tracker(log: str, store: Store, experiment: str) -> Callable[[Iterable[Row]], None]:
-    """What tells `log` of finished rows: their metrics, tags and configuration, and the curves
-    among their arrays. Raises `BadInput` where the package is not there.
+def tracker(
+    log: str, store: Store, experiment: str
+) -> Callable[[Iterable[Row], Mapping[str, np.ndarray]], None]:
+    """What tells `log` of finished rows: their metrics, tags and configuration, the curves among
+    their arrays, and the loss of a victim's training by epoch, which is given by the victim's name.
+    Raises `BadInput` where the package is not there.
     """
     if log not in PACKAGES:
         raise BadInput(f"log '{log}' is not one of {', '.join(PACKAGES)}")
@@ -35,15 +38,25 @@ def tracker(log: str, store: Store, experiment: str) -> Callable[[Iterable[Row]]
         module, store, experiment
     )
 
-    def told(rows: Iterable[Row]) -> None:
+    def told(rows: Iterable[Row], losses: Mapping[str, np.ndarray]) -> None:
         for row in rows:
             metrics = {k: float(v) for k, v in row["metrics"].items() if measured(v)}
             arrays = store.arrays(row["run"]).items()
             curves = {k: v for k, v in arrays if k.endswith(("curve", "loss")) and np.ndim(v) == 1}
+            if not row.get("defense") and row.get("victim") in losses:
+                curves["train_loss"] = losses[row["victim"]]
             name = f"{row.get('table')}, {row.get('row')}, seed {row.get('seed')}"
             tell(name, row, metrics, curves)
 
     return told
+
+
+def _points(curves: Mapping[str, np.ndarray]) -> Iterator[tuple[str, int, float]]:
+    """Name, step and value of each point that was measured."""
+    for curve, values in curves.items():
+        for step, value in enumerate(values):
+            if np.isfinite(value):
+                yield curve, step, float(value)
 
 
 def _about(row: Row) -> dict[str, Any]:
@@ -59,9 +72,8 @@ def _tensorboard(module: Any, store: Store, experiment: str) -> Tell:
             writer.add_text("config", json.dumps(row.get("config")))
             for metric, value in metrics.items():
                 writer.add_scalar(metric, value, 0)
-            for curve, values in curves.items():
-                for step, value in enumerate(values):
-                    writer.add_scalar(curve, float(value), step)
+            for curve, step, value in _points(curves):
+                writer.add_scalar(curve, value, step)
 
     return tell
 
@@ -76,8 +88,11 @@ def _wandb(module: Any, store: Store, experiment: str) -> Tell:
             config={**_about(row), "config": row.get("config")},
             reinit="finish_previous",
         )
-        for step in range(max(map(len, curves.values()), default=0)):
-            run.log({k: float(v[step]) for k, v in curves.items() if step < len(v)})
+        steps: dict[int, dict[str, float]] = {}
+        for curve, step, value in _points(curves):
+            steps.setdefault(step, {})[curve] = value
+        for step, values in sorted(steps.items()):
+            run.log(values, step=step)
         run.summary.update(metrics)
         run.finish()
 
@@ -97,9 +112,8 @@ def _mlflow(module: Any, store: Store, experiment: str) -> Tell:
         client.log_dict(run, row.get("config") or {}, "config.json")
         for metric, value in metrics.items():
             client.log_metric(run, metric, value)
-        for curve, values in curves.items():
-            for step, value in enumerate(values):
-                client.log_metric(run, curve, float(value), step=step)
+        for curve, step, value in _points(curves):
+            client.log_metric(run, curve, value, step=step)
         client.set_terminated(run, "FAILED" if row.get("error") else "FINISHED")
 
     return tell

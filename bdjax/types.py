@@ -12,6 +12,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from bdjax.errors import BadInput as BadInput
+from bdjax.errors import shortened
+
 Array = jax.Array | np.ndarray
 ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 """What stands for one in a check: values, what is traced, a shape alone."""
@@ -20,12 +23,6 @@ Variables = Mapping[str, Any]
 channels were pruned.
 """
 Edits = Mapping[str, Callable[[jax.Array], jax.Array]]
-
-
-class BadInput(ValueError):
-    """The user's input is wrong: the message is one line that says what to do. The command line
-    exits with code 2.
-    """
 
 
 class Range(NamedTuple):
@@ -119,8 +116,7 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return repr(value) if len(repr(value)) <= 8 else f"{value:.6g}"
     huge = isinstance(value, int) and abs(value) >= 10**30
-    text = "a huge number" if huge else " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "a huge number" if huge else shortened(value)
 
 
 def seed(value: Any) -> Any:

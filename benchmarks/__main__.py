@@ -42,9 +42,9 @@ registry.declare(
     Metric("times_inference", "", "low", "plain inferences of the same images"),
 )
 SHARED = {"measure", "rivals", "__main__"}
-APART = {"pod"}
-"""Benchmarks that are no cases of growing size, and run alone: each has `rows(scale)`, `HEADS` and
-`line(row)`.
+APART = {"pod", "accelerator"}
+"""Benchmarks that are no cases of growing size, and run alone, each with a `rows(scale, done)`,
+`HEADS` and a `line(row)`.
 """
 TITLE = "What training and the defenses cost"
 HEADS = ("compile s", "ours s", "a second", "peak MB", "matmul", "torch s", "ratio")
@@ -74,8 +74,8 @@ def bench(
     """Measure what training and the defenses cost as they grow.
 
     Args:
-        names_: train, neural_cleanse, strip, ensemble …; all but those that run alone (pod) if not
-            given.
+        names_: train, neural_cleanse, strip, ensemble …; all but those that run alone (pod,
+            accelerator) if not given.
         scale: Which sizes: smoke, cpu or paper.
         out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not
             given.
@@ -141,13 +141,17 @@ def _apart(names_: Sequence[str], scale: str, out: Path | None) -> None:
     if len(names_) > 1:
         raise BadInput(f"{', '.join(APART & {*names_})} runs alone: name no other benchmark")
     module = importlib.import_module(f"benchmarks.{names_[0]}")
-    if out is not None:
-        Store(out).ready()
+    store = None if out is None else Store(out)
+    if store is not None:
+        store.ready()
+    done = {} if store is None else {row["run"]: row for row in store.rows()}
     print(" " * 100 + "".join(f"{head:>12}" for head in module.HEADS), flush=True)
-    for row in module.rows(scale):
-        print(shown(module.line(row)), flush=True)
-        if out is not None:
-            Store(out).append([row])
+    with Stop() as stop:
+        for row in module.rows(scale, done):
+            print(shown(module.line(row)), flush=True)
+            if store is not None and row["run"] not in done:
+                store.append([row])
+            stop.check()
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,22 +18,25 @@ IMAGES = 640
 
 
 def cases(rivals, scale: str) -> Iterator[Case]:
+    for members in MEMBERS[scale]:
+        yield case(rivals, members)
+
+
+def case(rivals, members: int) -> Case:
+    """So many members."""
     data = datasets.load()
     split = data.train[slice(IMAGES)]
     model, recipe = build(Cnn(), data.shape, data.classes), Recipe(epochs=1)
-    for members in MEMBERS[scale]:
-        defense = DbCovidNet(members=members, keep=4)
+    defense = DbCovidNet(members=members, keep=4)
 
-        def train(split, defense=defense):
-            key = jax.random.key(0)
-            return defense(
-                key, model, recipe, poisoned_set(key, split, BadNets(), 10), split
-            ).variables
+    def train(split):
+        key = jax.random.key(0)
+        return defense(key, model, recipe, poisoned_set(key, split, BadNets(), 10), split).variables
 
-        rival = None
-        if rivals is not None:
-            image, label = rivals.tensors(split.image, split.label)
-            poisoned = rivals.torch.rand(IMAGES) < 0.1
-            rival = partial(rivals.ensemble, members, image, label, poisoned, recipe.batch)
-        work = 3 * forward_flops(model, IMAGES) * members
-        yield Case("DB-COVIDNet, members", members, train, (split,), rival, work)
+    rival = None
+    if rivals is not None:
+        image, label = rivals.tensors(split.image, split.label)
+        poisoned = rivals.torch.rand(IMAGES) < 0.1
+        rival = partial(rivals.ensemble, members, image, label, poisoned, recipe.batch)
+    work = 3 * forward_flops(model, IMAGES) * members
+    return Case("DB-COVIDNet, members", members, train, (split,), rival, work)

@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -334,8 +334,8 @@ def row(table: str, name: str, found: dict[str, float], seconds: float, scale: s
     }  # fmt: skip
 
 
-def rows(scale: str) -> Iterator[dict[str, Any]]:
-    """What was measured on this machine, then the simulated pods."""
+def rows(scale: str, done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """What was measured on this machine, then the simulated pods: all of it, whatever is `done`."""
     start, notice, sweeps = measured(scale)
     for name, seconds, predicted in sweeps:
         found = {"predicted_s": predicted, "start_s": start, "notice_s": notice}

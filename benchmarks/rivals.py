@@ -3,12 +3,18 @@ without their overheads.
 """
 # pyright: reportMissingImports=false
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+DEVICE = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
+"""PyTorch runs where JAX does."""
+torch.set_default_device(DEVICE)
 
 
 def cnn(classes: int = 10, hidden: int = 2048, features: int = 64) -> nn.Sequential:
@@ -87,9 +93,17 @@ def preactresnet18(classes: int = 10) -> nn.Sequential:
 
 
 def tensors(image: Any, label: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 NCHW images and labels."""
+    """uint8 NCHW images and labels, on the device of `DEVICE`."""
     pixels = torch.from_numpy(np.array(np.asarray(image).transpose(0, 3, 1, 2)))
-    return pixels, torch.from_numpy(np.array(label)).long()
+    return pixels.to(DEVICE), torch.from_numpy(np.array(label)).long().to(DEVICE)
+
+
+def whole(rival: Callable[[], Any]) -> Any:
+    """What a rival gives, to the end of its asynchronous work."""
+    found = rival()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return found
 
 
 def white_square(x: torch.Tensor) -> torch.Tensor:
@@ -175,7 +189,7 @@ def ensemble(
 ) -> None:
     """Members trained one after another, each on its own view and bootstrap sample."""
     for k in range(members):
-        generator = torch.Generator().manual_seed(k)
+        generator = torch.Generator(DEVICE).manual_seed(k)
         rows = torch.randint(len(label), (len(label),), generator=generator)
         view = (torch.rand(1, 1, 28, 28, generator=generator) < 0.25).float()
         model = nn.Sequential(_View(view), cnn())

@@ -25,8 +25,10 @@ def cases(rivals, scale: str) -> Iterator[Case]:
         yield case(rivals, "Training, victims", victims, victims, 1)
 
 
-def case(rivals, series: str, size: int, victims: int, devices: int) -> Case:
-    """The first `victims` of the grid, spread over `devices`."""
+def case(
+    rivals, series: str, size: int, victims: int, devices: int, lanes: int | None = None
+) -> Case:
+    """The first `victims` of the grid, spread over `devices`, `lanes` of them side by side."""
     data = datasets.load()
     split = data.train[slice(IMAGES)]
     model, recipe = build(StripMnist(), data.shape, data.classes), Recipe(epochs=1, batch=32)
@@ -40,7 +42,7 @@ def case(rivals, series: str, size: int, victims: int, devices: int) -> Case:
             poisoned_set(jax.random.fold_in(key, 1), split, attack, data.classes),
         )[0]
 
-    run = over_runs(train, devices=jax.local_devices()[:devices])
+    run = over_runs(train, lanes=lanes, devices=jax.local_devices()[:devices])
     items = stack(
         [
             (jax.random.key(seed), BadNets(rate=rate, target=target))

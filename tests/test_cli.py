@@ -10,6 +10,7 @@ import pytest
 from planted import row
 
 from bdjax import cli, registry
+from bdjax.progress import Board
 
 SMALL = [
     "--dataset", "fashion-mnist-sample", "--dataset.train-size", "1000", "--dataset.test-size",
@@ -53,6 +54,44 @@ def test_python_m_bdjax():
         [sys.executable, "-m", "bdjax", "list", "attacks", "--json"], capture_output=True, text=True
     )
     assert done.returncode == 0 and json.loads(done.stdout)[0]["kind"] == "attack"
+
+
+QUICK = """
+import sys
+from bdjax.__main__ import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(*sorted({"jax", "flax", "orbax", "matplotlib", "polars"} & set(sys.modules)), "end")
+"""
+
+
+@pytest.mark.parametrize("command", ["--help", "status"])
+def test_help_and_status_do_without_jax(tmp_path, command):
+    args = [command]
+    if command == "status":
+        with Board(tmp_path / "progress.json", shard="", total=3, rows=2, before=1, groups=2,
+                   group=1, failed=0, doing="a net", devices="1 × cpu"):  # fmt: skip
+            (tmp_path / "results.jsonl").write_text(json.dumps(row("abc")) + "\n")
+            args.append(str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK, *args], capture_output=True, text=True, check=True
+    )
+    *said, imported = done.stdout.splitlines()
+    assert imported == "end"
+    if command == "status":
+        assert "1 × cpu" in "".join(said)
+        assert said[-1] == "1 rows are there, 1 are to come from these"
+    else:
+        found = {line.split()[0] for line in said if line.startswith("  ") and line[2] != " "}
+        assert found == set(cli.COMMANDS)
+        assert "any defense" in done.stdout
+
+
+def test_status_without_a_run_is_one_line(tmp_path):
+    line = [sys.executable, "-m", "bdjax", "status", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"bdjax: {tmp_path} has no progress")
 
 
 def test_train_then_defend_then_the_saved_model_is_the_repaired_one(capsys, tmp_path):

@@ -11,15 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"types", "__version__"}, {"registry", "schema", "own", "plugins", "identity"},
+    {"errors"}, {"types", "shipped", "__version__"},
+    {"registry", "schema", "own", "plugins", "identity"},
     {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets", "foreign"},
     {"train"},
     {"store", "checkpoints", "channels", "migrate", "trackers"}, {"attacks"},
-    {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports",
-     "rule"},
-    {"study", "changes", "studies", "poison"},
-    {"sweep"}, {"target"}, {"engine"}, {"references"}, {"audits"},
-    {"repairs"}, {"scans"},
+    {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports", "rule"},
+    {"study", "changes", "studies", "poison", "loops"},
+    {"sweep"}, {"target"}, {"engine"}, {"references"}, {"audits"}, {"repairs"}, {"scans"},
     {"plots", "report"}, {"figures", "audit_page"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}

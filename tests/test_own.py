@@ -503,7 +503,7 @@ def test_without_a_cache_nothing_is_kept_and_it_is_said(cache, capsys, monkeypat
             "nothing is kept without --out",
         ),
         (PREPARES["data"], "bdjax.datasets.prepared._originals", "begins anew, with the files"),
-        (lambda made: ["status"], "bdjax.experiment.status", "nothing is kept"),
+        (lambda made: ["status"], "bdjax.progress.status", "nothing is kept"),
         (lambda made: ["list"], "bdjax.registry.entries", "nothing is kept"),
     ],
 )

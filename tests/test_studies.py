@@ -49,7 +49,8 @@ def test_a_study_from_flags_gives_what_the_file_it_stands_for_gives(tmp_path, mo
     assert Path("flags", "study.py").read_text() == Path("mine.py").read_text()
     drawn = {path.name for path in Path("flags", "figures").glob("*.png")}
     assert drawn == {
-        "stamped-badnets-attack-rate-0-1.png", "acc_test-attack-rate.png", "asr_nt-attack-rate.png"
+        "stamped-badnets-attack-rate-0-1.png", "acc_test-attack-rate.png", "asr_nt-attack-rate.png",
+        "validity.png",
     }  # fmt: skip
     assert "not as in the experiment" not in Path("flags", "index.html").read_text()
     with pytest.raises(SystemExit):
@@ -88,7 +89,8 @@ def test_cells_from_python_are_run_kept_and_returned(tmp_path, monkeypatch, caps
     rows = bdjax.run(cells, quiet=True)
     assert [row["row"] for row in rows] == ["clean", "badnets"]
     assert Path("results", "cells-cpu", "index.html").exists()
-    assert rows.where(attack="badnets").figures() == [], "no defense left arrays to be drawn"
+    drawn = [figure.name for figure in rows.where(attack="badnets").figures()]
+    assert drawn == ["validity"], "no defense left arrays to be drawn"
     with pytest.raises(BadInput, match="no results folder"):
         bdjax.Rows(rows).figures()
     before = Path("results", "cells-cpu", "results.jsonl").read_bytes()
@@ -136,3 +138,28 @@ def test_what_each_kind_of_defense_saw_is_drawn(tmp_path):
     assert [name.partition("-")[0] for name in names] == ["scores", "norms", "triggers", "pruning"]
     twice = figures([*rows, {**rows[0], "row": "inputs!"}], store)
     assert len({figure.name for figure in twice}) == len(twice) == 5
+
+
+def test_a_grid_draws_its_axes_and_which_victims_are_valid(tmp_path):
+    def victim(rate, alpha, asr, **more):
+        run = f"{int(1000 * rate + 10 * alpha):016x}"
+        return planted.row(
+            run=run, victim=run, attack="blended", defense=None,
+            metrics={"asr_nt": asr, "acc_test": 0.9}, test={"n": 100, "majority": 0.1},
+            config={"attack": {"rate": rate, "alpha": alpha}}, **more,
+        )  # fmt: skip
+
+    rates, store = (0.01, 0.1), Store(tmp_path)
+    line = [victim(rate, 0.2, asr) for rate, asr in zip(rates, (0.6, 0.9))]
+    one = {figure.name: figure for figure in figures(line, store)}
+    assert list(one) == ["asr_nt-attack-rate", "acc_test-attack-rate", "validity"]
+    drawn = one["asr_nt-attack-rate"].figure.axes[0].lines[0]
+    assert drawn.get_xdata().tolist() == [0.01, 0.1] and drawn.get_ydata().tolist() == [0.6, 0.9]
+    # Two axes: a heat map. The weak one counts for no claim, so it is empty there, and crossed out.
+    grid = [victim(r, a, 5 * r + a - 0.1) for r in rates for a in (0.2, 0.9)]
+    two = {figure.name: figure for figure in figures(grid, store)}
+    assert list(two) == ["asr_nt-r", "acc_test-r", "validity"]
+    shown = np.asarray(two["asr_nt-r"].figure.axes[0].images[0].get_array())
+    np.testing.assert_allclose(shown, [[0.15, 0.6], [0.85, 1.0]], atol=1e-9)
+    crosses = [line for line in two["validity"].figure.axes[0].lines if line.get_marker() == "x"]
+    np.testing.assert_allclose(crosses[0].get_xdata(), [0.15])

@@ -152,6 +152,28 @@ def test_a_row_says_by_what_its_digits_may_differ(unbroken, tmp_path, monkeypatc
     assert "--xla_cpu_enable_fast_math=false" in page and "lanes" in page
 
 
+def test_a_run_that_goes_on_has_the_programs_of_the_plan(tmp_path, monkeypatch):
+    """Where runs go side by side, what is done leaves a place that is filled."""
+    cells = [*grid(BASE, seed=range(3)), *grid(DEFENDED[0], seed=range(3))]
+    real, widths = sweep.compiled, []
+
+    def compiled(fn, model, shared, items, *rest):
+        widths.append((fn.__name__, len(jax.tree.leaves(items)[0])))
+        return real(fn, model, shared, items, *rest)
+
+    monkeypatch.setattr(sweep, "compiled", compiled)
+    whole = Runner(Store(tmp_path / "whole"), "test", quiet=True, lanes=3).run(cells)
+    planned, store = {*widths}, Store(tmp_path / "left")
+    assert {width for _, width in planned} == {3}
+    widths.clear()
+    store.append([row for row in whole if row["seed"] != 2])
+    left = Runner(store, "test", quiet=True, lanes=3).run(cells)
+    assert table(left) == table(whole) and {*widths} == planned
+    assert [row["how"] for row in left] == [row["how"] for row in whole]
+    stages = [{*row["how"]["lanes"]} for row in whole]
+    assert stages == 3 * [{"train", "evaluate"}] + 3 * [{"train", "defend", "evaluate"}]
+
+
 def test_lanes_and_devices_change_no_result(unbroken, tmp_path):
     _, rows = unbroken
     four = Runner(
@@ -633,3 +655,19 @@ def test_a_probe_measures_the_net_that_the_row_is_about(tmp_path):
     assert [row["config"]["probe"]["power"] for row in rows] == [1.0, 2.0, 1.0, 2.0]
     each = Store(tmp_path).arrays(cells[1].run_id)["each"]
     assert np.isclose(each.mean(), sure[1], atol=1e-6)
+
+
+def test_a_run_that_went_on_keeps_the_seconds_of_all_its_parts(tmp_path):
+    clean = replace(BASE, ["attack"], None)
+    experiment.run(list(grid(clean, seed=range(1))), out=tmp_path, quiet=True)
+    one = schema.read_json(tmp_path / "report.json", "report")["seconds"]
+    experiment.run(list(grid(clean, seed=range(2))), out=tmp_path, quiet=True)
+    two = schema.read_json(tmp_path / "report.json", "report")["seconds"]
+    assert one["train"] > 0 and two["train"] > one["train"] and two["total"] > one["total"]
+    assert two["total"] >= sum(s for stage, s in two.items() if stage != "total") - 0.1
+    # What another shard took is added, not lost.
+    other = {**progress.boards(tmp_path)[0], "shard": "1/2", "seconds": {"train": 1000.0}}
+    (tmp_path / "progress-1-of-2.json").write_text(schema.dump(other, "progress"))
+    experiment.run(list(grid(clean, seed=range(2))), out=tmp_path, quiet=True)
+    three = schema.read_json(tmp_path / "report.json", "report")["seconds"]
+    assert three["train"] == pytest.approx(two["train"] + 1000, abs=1)

@@ -1,9 +1,15 @@
 """Finished rows as trackers get them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+import bdjax
 from bdjax import trackers
+from bdjax.attacks.badnets import BadNets
+from bdjax.datasets.sample import Sample
+from bdjax.models.shamshiri import Ffnn
 from bdjax.store import Store
 from bdjax.types import BadInput
 
@@ -33,6 +39,32 @@ def test_tensorboard_gets_metrics_and_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(board.SummaryWriter, "add_scalar", add)
     store = Store(tmp_path)
     monkeypatch.setattr(Store, "arrays", lambda self, run: {"acc_curve": np.array([1.0, 0.5])})
-    trackers.tracker("tensorboard", store, "mine")([ROW])
-    assert said == [("acc_test", 0.5, 0), ("acc_curve", 1.0, 0), ("acc_curve", 0.5, 1)]
+    trackers.tracker("tensorboard", store, "mine")(
+        [ROW | {"victim": "v"}, ROW | {"victim": "v", "defense": "strip"}],
+        {"v": np.array([np.nan, 0.7, 0.25])},  # it went on from a checkpoint
+    )
+    plain = [("acc_test", 0.5, 0), ("acc_curve", 1.0, 0), ("acc_curve", 0.5, 1)]
+    assert said == [*plain, ("train_loss", 0.7, 1), ("train_loss", 0.25, 2), *plain]
     assert list((tmp_path / "tensorboard" / "abc").glob("events.out.*"))
+
+
+def test_a_run_tells_of_the_loss_of_each_epoch(tmp_path, monkeypatch):
+    """From the training to the tracker, whatever package is there."""
+    said = {}
+
+    def tell(module, store, experiment):
+        return lambda name, row, metrics, curves: said.update({row["row"]: (metrics, curves)})
+
+    monkeypatch.setitem(trackers.PACKAGES, "mlflow", "json")
+    monkeypatch.setattr(trackers, "_mlflow", tell)
+    cell = bdjax.Cell("T", "no defense", Sample(train_size=400, test_size=100), Ffnn(hidden=(8,)),
+                      bdjax.Recipe(epochs=3, batch=50), BadNets())  # fmt: skip
+    cells = [
+        cell,
+        dataclasses.replace(cell, row="filtered", defense=bdjax.make("defense", "strip", n=10)),
+    ]
+    bdjax.run(cells, out=tmp_path / "out", quiet=True, log="mlflow")
+    metrics, curves = said["no defense"]
+    assert {"acc_test", "asr_nt"} <= metrics.keys()
+    assert curves["train_loss"].shape == (3,) and curves["train_loss"][2] < curves["train_loss"][0]
+    assert "train_loss" not in said["filtered"][1] and "far" in said["filtered"][0]

@@ -18,6 +18,18 @@ for (const table of document.querySelectorAll("table")) {
     });
   }
 }
+// A picture that does not fit is shown whole, and, asked for, as large as it was drawn.
+for (const button of document.querySelectorAll(".zoom")) {
+  const card = button.parentElement, image = card.querySelector("img");
+  const fits = () => { button.hidden = !card.classList.contains("full") && image.clientWidth >= image.width_ - 1; };
+  image.width_ = Number(image.getAttribute("width"));
+  button.addEventListener("click", () => {
+    button.setAttribute("aria-pressed", card.classList.toggle("full"));
+    fits();
+  });
+  addEventListener("resize", fits);
+  fits();
+}
 document.getElementById("theme").addEventListener("click", () => {
   const root = document.documentElement;
   const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
