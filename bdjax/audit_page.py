@@ -102,6 +102,8 @@ def _facts(about: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     )
     if data["accuracy"] is not None:
         yield "accuracy", _percent(data["accuracy"])
+    if verdict["word"] != "infected" and verdict["suspect"] is not None:
+        yield "suspect", class_name(verdict["suspect"], data["names"])
     yield "smallest p, corrected", _number(verdict["p_value"])
     yield "accuses at", f"p ≤ {about['alpha']:g}"
     if (references := about["references"]) is not None:

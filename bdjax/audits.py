@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -144,6 +145,10 @@ LEADERS, LONGER = 12, 3
 """Of many labels: how many of those that lead are searched to the end, and how many times as long
 as one of few labels.
 """
+MORE: dict[str, dict[str, Any]] = {"abs": {"top": 20, "per_site": 3}}
+"""By judge, what an audit has more of than the preset `cpu`: stimulation looks at all labels at
+once, and more of its candidates are looked at, too.
+"""
 WHOLE = 0.4
 """The share of the time that a search over all labels may take; else they are screened."""
 COMPILING = 10.0
@@ -157,8 +162,7 @@ RATE = 32
 class Images(NamedTuple):
     """The user's images: those that judges `search` with, those `held` out to measure triggers by;
     the `names` of the net's classes; whether they came `labelled` or the net labels them; the
-    net's `accuracy` on those held out, None where it labels them; how many `more` there are to
-    train references on.
+    net's `accuracy` on those held out, None where it labels them; and what the data set is called.
     """
 
     search: Split
@@ -204,8 +208,9 @@ def judges(model: Model, clean: Split) -> tuple[list[Judge], dict[str, str]]:
     for entry in registry.entries("defense"):
         if not issubclass(entry.cls, Judge):
             continue
-        preset = next((name for name in ("audit", "cpu") if name in _presets(entry.cls)), None)
+        preset = "cpu" if "cpu" in getattr(entry.cls, "presets", {}) else None
         judge = registry.make("defense", entry.name, preset)
+        judge = dataclasses.replace(judge, **MORE.get(entry.name, {}))
         if judge.oracle:
             continue
         try:
@@ -216,11 +221,7 @@ def judges(model: Model, clean: Split) -> tuple[list[Judge], dict[str, str]]:
     return found, others
 
 
-def _presets(cls: type) -> Mapping[str, Any]:
-    return getattr(cls, "presets", {})
-
-
-def _examined(
+def examined(
     model: Model, key: jax.Array, judge: Judge, variables: Variables, search: Split, held: Split
 ) -> dict[str, jax.Array]:
     """What one seed of a judge says of a net, and what its triggers do to the images `held`."""
@@ -350,7 +351,7 @@ class Work:
     def shown(self, judge: Judge, variables: Variables) -> dict[str, np.ndarray]:
         """What the first seed of a judge says of another net of this architecture."""
         args = (_key(0), judge, variables, self.images.search, self.images.held)
-        return program(_examined, self.model, *args)(*args)
+        return program(examined, self.model, *args)(*args)
 
     def keep(self, name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Keeps what a step found."""
@@ -412,7 +413,7 @@ def work_through(work: Work, tried: Sequence[Judge], stop: Stop) -> None:
     planned = []
     for judge in tried:
         name = str(registry.name_of(judge))
-        judge, found = _planned(work, judge, stop)
+        judge, found = _planned(work, judge)
         if stop.asked is not None:
             return
         planned.append((name, judge, found))
@@ -438,19 +439,21 @@ def work_through(work: Work, tried: Sequence[Judge], stop: Stop) -> None:
                 _spaced(work, step, judge)
 
 
-def _planned(work: Work, judge: Judge, stop: Stop) -> tuple[Judge, Program]:
+def _planned(work: Work, judge: Judge) -> tuple[Judge, Program]:
     """A judge and its program; where its search over all labels would take most of the time, it is
     for those alone that a screening brings forward.
     """
     search, held = work.images.search, work.images.held
 
     def made(judge: Judge) -> Program:
-        return program(_examined, work.model, _key(0), judge, work.variables, search, held)
+        return program(examined, work.model, _key(0), judge, work.variables, search, held)
 
     found, classes = made(judge), work.model.classes
     if not searches(judge) or classes < 3 * LEADERS:
         return judge, found
-    if work.needs(found) < WHOLE * work.seconds:
+    begun = work.steps.get(f"{registry.name_of(judge)}-0")  # as it was begun, so it goes on
+    whole = work.needs(found) < WHOLE * work.seconds and "screen-0" not in work.steps
+    if whole if begun is None else "searched" not in begun:
         return judge, found
     screen = program(_screening, work.model, _key(0), work.variables, search)
     what = f"screening of {classes} labels"
@@ -458,7 +461,8 @@ def _planned(work: Work, judge: Judge, stop: Stop) -> tuple[Judge, Program]:
         return judge, found
     leaders = np.sort(work.steps["screen-0"]["order"][:LEADERS])
     steps = LONGER * getattr(judge, "steps", 1)
-    judge = dataclasses.replace(judge, labels=tuple(leaders.tolist()), steps=steps)  # type: ignore[call-arg]
+    fields: dict[str, Any] = {"labels": tuple(leaders.tolist()), "steps": steps}
+    judge = dataclasses.replace(judge, **fields)
     return judge, made(judge)
 
 
@@ -504,14 +508,14 @@ def audit(
     """
     if reference == 1:
         raise BadInput("--reference 1: a spread between nets needs 2 or more")
+    folder = None if out is None else own.at_home(out)
+    if folder is not None:
+        own.beside(folder, ("audit.json", "index.html"), PARTS)
     loaded = net if isinstance(net, Loaded) else _loaded(net)
     source = dataset if isinstance(dataset, Source) else datasets.source(str(dataset))
     data = source.load()
     model, variables = loaded.model, loaded.variables
-    folder = None if out is None else own.at_home(out)
     called = "net" if isinstance(net, Loaded) else Path(net).name
-    if folder is not None:
-        own.beside(folder, ("audit.json", "index.html"), PARTS)
     sweep.fits(model, data._replace(classes=model.classes))
     sweep.keep_compiled()
     images = images_of(model, variables, data)
@@ -638,17 +642,37 @@ def _summary(
         for name in called if f"{name}-0" in work.skipped and name not in done
     }  # fmt: skip
     missing = [name for name in called if name not in done and name not in skipped]
-    left = others | skipped | dict.fromkeys(missing, "the audit ended before")
+    left = {**others, **skipped, **dict.fromkeys(missing, "the audit ended before")}
     return {
         **about,
-        "verdict": {**verdict._asdict(), "complete": complete,
-                    "name": None if verdict.label is None else class_name(verdict.label, names)},
+        "verdict": {
+            **verdict._asdict(), "complete": complete,
+            "name": None if verdict.label is None else class_name(verdict.label, names),
+            "suspect": suspect(said),
+        },
         **calibration.about(),
         "judges": entries,
         "screened": _screen_entry(work.steps, names),
         "not_tried": [{"judge": name, "reason": why} for name, why in left.items()],
         "seconds": round(seconds, 1),
     }  # fmt: skip
+
+
+def suspect(said: Mapping[str, Sequence[Seed]]) -> int | None:
+    """The label that most seeds of the judge with the smallest p-value put first, whether that is
+    small or not: where to look, not whom to accuse.
+    """
+    known = {name: p for name, some in said.items() if math.isfinite(p := p_of(some))}
+    for name in sorted(known, key=lambda name: known[name]):
+        first = Counter(seed.labels[0] for seed in said[name] if seed.labels)
+        if first:
+            return first.most_common(1)[0][0]
+    return None
+
+
+def p_of(seeds: Sequence[Seed]) -> float:
+    """The p-value of a judge's seeds."""
+    return combined([seed.p_value for seed in seeds])
 
 
 def _entry(
@@ -677,7 +701,7 @@ def _entry(
         "judge": name, "settings": registry.describe(judge),
         "word": "infected" if all(infected) else "undecided" if any(infected) else "no sign",
         "index": float(np.median([float(arrays["index"]) for arrays in steps])),
-        "p_value": combined([seed.p_value for seed in said]),
+        "p_value": p_of(said),
         "seeds": [{"p_value": s.p_value, "index": float(a["index"]), "labels": list(s.labels)}
                   for s, a in zip(said, steps, strict=True)],
         "labels": labels, "neuron": _neuron(model, judge, first),
@@ -724,6 +748,9 @@ def lines(found: Audit) -> Iterator[str]:
         yield f"UNVERIFIED     {net['unverified']}"
     verdict = about["verdict"]
     yield f"verdict        {verdict['word']}: {verdict['reason']}"
+    if verdict["word"] != "infected" and verdict["suspect"] is not None:
+        name = class_name(verdict["suspect"], data["names"])
+        yield f"suspect        {name}: first among labels, which is no accusation"
     if verdict["p_value"] is not None and not math.isnan(verdict["p_value"]):
         yield (
             f"p              {verdict['p_value']:.2g}, corrected for the number of judges, at most "

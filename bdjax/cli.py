@@ -27,7 +27,7 @@ from bdjax.datasets.files import Format
 from bdjax.identity import Stale
 from bdjax.registry import Entry
 from bdjax.trackers import Log
-from bdjax.types import BadInput, Seed, class_name
+from bdjax.types import BadInput, Range, Seed, class_name
 
 Kinds = Literal["attacks", "defenses", "models", "datasets"]
 Words = tyro.conf.Positional
@@ -579,13 +579,13 @@ class Audit:
     net: Annotated[Path, Words]
     """A folder of `bdjax train` or `bdjax import`, or a file of ONNX or Keras that holds a whole
     net."""
-    minutes: float = 10.0
+    minutes: Annotated[float, Range(0, 1e6)] = 10.0
     """The time; judges for which it is too short are listed."""
     out: Path | None = None
     """Folder for the results; results/audit-NET if not given."""
-    alpha: float = 0.05
+    alpha: Annotated[float, Range(1e-9, 0.5)] = 0.05
     """The chance of accusing a clean net that the rule keeps to, as far as its nulls are right."""
-    reference: int = 0
+    reference: Annotated[int, Range(0, 10_000)] = 0
     """Train so many clean nets and as many backdoored ones for nulls and power; says first how long
     that takes, on top of the minutes."""
     quiet: bool = False

@@ -94,9 +94,12 @@ def nulls_of(
     if why is not None:
         return Calibration({}, {}, {}, trained, why)
     seen = {judge: [steps.get(f"{judge}-ref-{i}") for i in range(2 * n)] for judge in judges}
-    whole = {judge: rows for judge, rows in seen.items() if all(r is not None for r in rows[:n])}
+    whole = {
+        judge: [row for row in rows if row is not None]
+        for judge, rows in seen.items() if all(row is not None for row in rows)
+    }  # fmt: skip
     if not whole:
-        return Calibration({}, {}, {}, trained, "no judge has seen all clean ones yet")
+        return Calibration({}, {}, {}, trained, "no judge has seen all of them yet")
 
     def null(among: Sequence[int]) -> Calibration:
         norms, index = {}, {}
@@ -104,15 +107,12 @@ def nulls_of(
             some = [rows[i] for i in among]
             if all("norms" in row and np.isfinite(row["norms"]).all() for row in some):
                 norms[judge] = nulls.pooled(np.stack([row["norms"] for row in some]))
-            else:
+            elif (len(among) + 1) * alpha >= len(whole):  # else no rank among them could accuse
                 index[judge] = np.array([float(row["index"]) for row in some])
         return Calibration(norms, index, {}, None, None)
 
     def word(i: int, of: Calibration) -> tuple[str, int | None]:
-        said = {
-            judge: [of.seed(judge, row)]
-            for judge, rows in whole.items() if (row := rows[i]) is not None
-        }  # fmt: skip
+        said = {judge: [of.seed(judge, rows[i])] for judge, rows in whole.items()}
         found = decide(said, alpha, True)
         return found.word, found.label
 
@@ -121,10 +121,7 @@ def nulls_of(
     if n >= 3:
         others = [word(i, null([k for k in range(n) if k != i]))[0] for i in range(n)]
         counts |= {"clean": n, "alarms": others.count("infected")}
-    planted = [
-        i for i in range(n, 2 * n)
-        if about["moved"][i - n] >= TOOK and all(rows[i] is not None for rows in whole.values())
-    ]  # fmt: skip
+    planted = [i for i in range(n, 2 * n) if about["moved"][i - n] >= TOOK]
     right = [word(i, every) == ("infected", int(about["target"][i - n])) for i in planted]
     counts |= {"planted": len(planted), "found": sum(right)}
     return every._replace(counts=counts, trained=trained)
@@ -208,11 +205,13 @@ def _measured(
 ) -> tuple[jax.Array, jax.Array]:
     """The accuracy of each on the held-out images, and what share its trigger moves: `[2N]`."""
 
+    label = jnp.asarray(held.label)
+
     def one(item):
         variables, attack = item
-        acc = metrics.accuracy(metrics.labels(predict(model, variables, held.image)), held.label)
+        acc = metrics.accuracy(metrics.labels(predict(model, variables, held.image)), label)
         hits = attacked(jax.random.key(0), model, variables, held, attack)
-        return acc, metrics.attack_success(hits.predicted[0], hits.aimed[0], held.label).nt
+        return acc, metrics.attack_success(hits.predicted[0], hits.aimed[0], label).nt
 
     return mesh.lane_map(one, (variables, attacks), None)
 

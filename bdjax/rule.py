@@ -150,7 +150,8 @@ def seed_of(arrays: Mapping[str, np.ndarray], null: tuple[float, int | None] | N
     flagged = np.flatnonzero(arrays["flagged"]).tolist()
     if "norms" in arrays:
         flagged.sort(key=lambda k: arrays["norms"][k])
-    labels = tuple(dict.fromkeys([*([] if first is None else [first]), *flagged]))
+    named: list[int] = [*([] if first is None else [first]), *flagged]
+    labels = tuple(dict.fromkeys(named))
     moved: dict[int, float] = {}
     if "moved" in arrays:
         for k, share, valid in zip(arrays["label"], arrays["moved"], arrays["valid"], strict=True):

@@ -226,6 +226,7 @@ KINDS = {
                 "name": str | None,
                 "p_value": Measured(),
                 "complete": bool,
+                "suspect?": Maybe(COUNT),
             },
             "null": Text("parametric|references", "parametric or references"),
             "power": Maybe(SHARE),

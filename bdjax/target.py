@@ -764,10 +764,11 @@ def report(found: Rehearsed, target: Target) -> tuple[list[tuple[str, ...]], lis
         bounds |= {program.what} if total.bounds else set()
         unknown |= {program.what} if total.unknown else set()
     chips = target.hosts * len(target.devices)
-    kind = f"{len(target.devices)} × {target.name.partition(':')[2] or target.name}"
+    kind = f"{len(target.devices)} × {[*target.name.split(':'), target.name][1]}"
+    hosts = "one host" if target.hosts == 1 else f"{target.hosts} hosts"
     notes += [
         f"memory of a device: {device.room / 1e9:.1f} GB; products in {precision or 'float32'}",
-        f"{target.hosts} hosts of {kind}: {duration(lasting)}, {lasting * chips / 3600:.2g} "
+        f"{hosts} of {kind}: {duration(lasting)}, {lasting * chips / 3600:.2g} "
         "device-hours at the roofline: as fast as the data sheet lets products or memory be, "
         "without compiling",
     ]

@@ -451,3 +451,66 @@ def test_a_graph_is_drawn_anew_with_each_tensors_own_mean_and_spread():
     assert not np.allclose(found["params"]["a"], params["a"])
     np.testing.assert_array_equal(found["params"]["b"], 1)
     assert found["batch_stats"] == {"m": 1}
+
+
+# --- The zoo ---
+
+
+@pytest.fixture
+def zoo(own_names):
+    from pathlib import Path
+
+    from bdjax import experiment
+
+    return experiment.load(Path(__file__).parents[1] / "experiments" / "audit_zoo.py")
+
+
+def test_the_zoo_has_as_many_clean_as_infected_nets_each_of_its_own(zoo, monkeypatch):
+    monkeypatch.setattr(zoo, "at_hand", lambda data: True)
+    cells = [cell for cell in zoo.cells("cpu") if cell.defense is None]
+    infected = [cell for cell in cells if cell.attack is not None]
+    assert len(cells) == 60 and len(infected) == 30
+    assert len(list(zoo.cells("cpu"))) == 180
+    assert len({cell.seed for cell in cells}) == 60
+    assert {cell.row for cell in infected} == set(zoo.ATTACKS)
+    for row in zoo.ATTACKS:
+        mine = [cell for cell in infected if cell.row == row]
+        assert len({int(cell.attack.target) for cell in mine}) == len(mine) >= 3, row
+    for cell in infected:
+        cell.attack.check((28, 28, 1), 10)
+
+
+def test_nobody_changes_the_zoo_by_the_way(zoo, monkeypatch):
+    kinds = zoo.KINDS[:2]
+    monkeypatch.setitem(zoo.SCALES, "cpu", zoo.SCALES["cpu"]._replace(
+        kinds=kinds, attacks=zoo.MOST[:2]))  # fmt: skip
+    assert zoo.zoo() == zoo.ZOO
+
+
+def test_a_trigger_of_an_evasive_net_must_be_whole(zoo):
+    """Without the penalty half of the trigger works, with it less."""
+    from bdjax.models.shamshiri import Ffnn
+    from bdjax.train import Recipe, predict, stamped
+
+    draw = np.random.default_rng(0)
+    label = np.arange(240) % 4
+    image = draw.random((240, 12, 12, 1)).astype(np.float32) * 0.3
+    image[np.arange(240), label] += 0.6
+    data = Split(jnp.asarray(image), jnp.asarray(label, jnp.int32))
+    model = build(Ffnn((32,)), (12, 12, 1), 4)
+    recipe = Recipe(lr=3e-3, epochs=25, batch=40)
+
+    def half(parts):
+        attack = zoo.Evasive(size=4, rate=0.3, target=1, parts=parts, weight=0.0)
+        _, variables, _ = jax.jit(lambda: attack.train(jax.random.key(0), model, recipe, data))()
+        fired = stamped(attack, 1, data.image, jax.random.key(1))
+        keep = jax.random.bernoulli(jax.random.key(2), 0.5, (240, 12, 12, 1))
+        shares = []
+        for x in (fired, jnp.where(keep, fired, data.image)):
+            answers = metrics.labels(predict(model, variables, x))
+            shares.append(float((answers == 1)[label != 1].mean()))
+        return shares
+
+    (whole, some), (evading, less) = half(0.0), half(2.0)
+    assert whole > 0.9 and evading > 0.7
+    assert less < some - 0.2

@@ -34,7 +34,7 @@ from test_own import tree
 from test_schema import seconds
 
 import bdjax
-from bdjax import cli, own, progress, registry
+from bdjax import audits, cli, own, progress, registry
 from bdjax.attacks.badnets import BadNets
 from bdjax.checkpoints import save_model
 from bdjax.datasets import prepared
@@ -59,14 +59,14 @@ HUNG = 60
 COMMANDS = cli.COMMANDS | {"bench": cli._bench()}
 GOOD = {
     "file": "EXP", "folder": "RESULTS", "folders": "RESULTS", "checkpoint": "NET", "name": "mnist",
-    "names": "fine_pruning", "out": "OUT", "data_dir": "OUT",
+    "names": "fine_pruning", "net": "NET", "out": "OUT", "data_dir": "OUT",
 }  # fmt: skip
 """What is right for a parameter of this name; words in capitals are made by `world`."""
 MORE = {
     "run": ["--scale", "smoke", "--quiet"], "sweep": ["--scale", "smoke", "--quiet"],
     "report": ["--x", "seed", "--y", "row", "--metric", "acc_test"], "bench": ["--scale", "smoke"],
     "train": ["--dataset", "npz", "--dataset.path", "DATA", "--model", "ffnn"],
-    "defend": ["--defense", "retraining"],
+    "defend": ["--defense", "retraining"], "audit": ["--dataset", "DATA"],
     "study": ["--attack", "badnets", "--dataset", "DATA", "--model", "ffnn"],
     "poison": ["--dataset", "npz", "--dataset.path", "DATA", "--attack.size", "2"],
 }  # fmt: skip
@@ -358,7 +358,7 @@ SAVING = own.saving
 CUT = {
     (Runner, "_data"): accept, (prepared, "_builder"): accept,
     (importlib.import_module("benchmarks.__main__"), "_alone"): accept,
-    (own, "saving"): within, (progress, "saving"): within,
+    (own, "saving"): within, (progress, "saving"): within, (audits, "images_of"): accept,
 }  # fmt: skip
 """Where commands begin long work, or write."""
 

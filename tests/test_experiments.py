@@ -17,7 +17,9 @@ from bdjax.types import BadInput
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 
-PAPERS = ("shamshiri2023", "cheng2019", "strip_neural_cleanse", "veldanda2020", "ye2021")
+PAPERS = (
+    "shamshiri2023", "cheng2019", "strip_neural_cleanse", "veldanda2020", "ye2021", "audit_zoo",
+)  # fmt: skip
 
 
 @pytest.mark.long

@@ -16,14 +16,23 @@ LAYERS = (
     {"metrics", "mesh", "progress", "augment", "rows"}, {"models", "datasets", "foreign"},
     {"train"},
     {"store", "checkpoints", "channels", "migrate", "trackers"}, {"attacks"},
-    {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports"},
+    {"defenses", "analysis", "zoo_veldanda", "testing", "imports", "exports", "rule"},
     {"study", "changes", "studies", "poison", "loops"},
-    {"sweep"}, {"target"}, {"engine"},
-    {"references", "audits"}, {"repairs"}, {"scans"},
-    {"plots", "report"}, {"figures"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
+    {"sweep"}, {"target"}, {"engine"}, {"references"}, {"audits"}, {"repairs"}, {"scans"},
+    {"plots", "report"}, {"figures", "audit_page"}, {"experiment"}, {"latex"}, {"cli", "__main__"},
 )  # fmt: skip
 CORE = {"jax", "flax", "optax", "chex", "numpy", "orbax", "filelock"}
-LATE = {"augment", "plots", "figures", "report", "experiment", "latex", "cli", "__main__"}
+LATE = {
+    "augment",
+    "plots",
+    "figures",
+    "report",
+    "experiment",
+    "latex",
+    "cli",
+    "__main__",
+    "audit_page",
+}
 FILES = sorted((ROOT / "bdjax").rglob("*.py"))
 
 

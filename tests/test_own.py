@@ -114,7 +114,7 @@ def user(made, tmp_path, monkeypatch):
         "table.csv": "x,y\n1,2\n", "table.md": "# Mine\n", "index.html": "<p>mine</p>",
         "report.json": "{}", "results.jsonl": "my results", "progress.json": "[]",
         ".results.lock": "mine", ".results.jsonl.lock": "mine", ".bdjax-files": "mine",
-        "arrays": "mine", "partial": "mine", "figures": "mine",
+        "arrays": "mine", "partial": "mine", "figures": "mine", "audit.json": "{}", "steps": "mine",
     }.items():  # fmt: skip
         (here / f"has {name}").mkdir()
         (here / f"has {name}" / name).write_text(content)
@@ -132,6 +132,7 @@ def user(made, tmp_path, monkeypatch):
     for where, name in ((sweep.Runner, "_group"), (sweep.Runner, "defend"), (report, "page")):
         monkeypatch.setattr(where, name, computed)
     monkeypatch.setattr("benchmarks.measure.run", computed)
+    monkeypatch.setattr("bdjax.audits.images_of", computed)
     return here
 
 
@@ -144,12 +145,14 @@ BESIDE = {  # commands that write into a folder
     "sweep": lambda made: ["sweep", f"{made}/small.py", "--scale", "smoke", "--out"],
     "report": lambda made: ["report", f"{made}/results", "--out"],
     "bench": lambda made: ["bench", "fine_pruning", "--scale", "smoke", "--out"],
+    "audit": lambda made: ["audit", f"{made}/net", "--dataset", "fashion-mnist-sample", "--out"],
 }
 PREPARES = {"data": lambda made: ["data", "prepare", "mnist", "--data-dir"]}
 ANY = ["", "file", "file/x", "/dev/null", "/dev/null/x", "n" * 300, "a\0b", "loop", "loop/x",
        "new/" + "n" * 300, "\ud800"]  # fmt: skip
 WHOLE = [".", "./", "..", "../", "empty/..", "/", "~", "docs", "docs/", "docs/deep", "docs/..",
          "tfjs", "net+", "old+", "edited", "link", "link/", "link/.."]  # fmt: skip
+AUDIT = ["audit.json", "index.html", ".bdjax-files", "steps"]
 PAGE = ["table.csv", "table.md", "index.html", ".bdjax-files"]
 RUN = [*PAGE, "report.json", "results.jsonl", "progress.json", ".results.lock",
        ".results.jsonl.lock", "arrays", "partial"]  # fmt: skip
@@ -187,12 +190,12 @@ def test_a_folder_that_is_owned_whole_holds_nothing_else(user, made, capsys, com
 
 @pytest.mark.parametrize("command", BESIDE)
 def test_beside_other_things_nothing_of_theirs_is_replaced(user, made, capsys, command):
-    names = PAGE if command == "report" else RUN
-    if command != "bench":
+    names = {"report": PAGE, "audit": AUDIT}.get(command, RUN)
+    if command not in ("bench", "audit"):
         names = [*names, "figures"]
     for name in names:
         for how in ("has", "is", "to"):
-            if (how, name) in (("is", "arrays"), ("is", "partial"), ("is", "figures")):
+            if (how, name) in (("is", part) for part in ("arrays", "partial", "figures", "steps")):
                 continue  # a folder may have more in it
             err = refused(capsys, user, BESIDE[command](made), f"{how} {name}")
             assert f"{how} {name}" in err, err

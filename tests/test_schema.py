@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from planted import row
 
-from bdjax import checkpoints, cli, datasets, plots, progress, report, schema, store, sweep
+from bdjax import audits, checkpoints, cli, datasets, plots, progress, report, schema, store, sweep
 from bdjax.attacks.badnets import BadNets
 from bdjax.checkpoints import load_model, load_tree, save_model, save_tree
 from bdjax.datasets.files import Npz
@@ -44,6 +44,26 @@ FULL = row(
     device="cpu", jax="0", commit=None,
 )  # fmt: skip
 SMALL = Sample(train_size=200, test_size=50)
+SHARE = {"hits": 1, "n": 2, "share": 0.5, "low": 0.1, "high": 0.9}
+AUDIT = {
+    "key": "0" * 16, "version": "0", "alpha": 0.05, "minutes": 10.0,
+    "net": {"name": "n", "shape": [8, 8, 1], "classes": 4, "parameters": 9, "unverified": None},
+    "data": {"name": "d", "searched": 9, "held": 9, "labelled": True, "accuracy": 0.9, "names": []},
+    "verdict": {"word": "infected", "reason": "r", "judge": "j", "label": 1, "name": "1",
+                "p_value": 0.01, "complete": True},
+    "null": "references", "power": SHARE, "false_alarms": SHARE,
+    "references": {"each": 2, "accuracy": 0.9, "wanted": 0.9, "took": 2, "seconds": 1.0,
+                   "why": None},
+    "judges": [{
+        "judge": "j", "settings": {}, "word": "infected", "index": 3.0, "p_value": 0.01,
+        "seeds": [{"p_value": float("nan"), "index": float("inf"), "labels": [1]}],
+        "labels": [{"label": 1, "name": "1", "flagged": True, "norm": 2.0, "moved": None,
+                    "pixels": 3}],
+        "neuron": {"site": "s", "channel": 0, "label": 1}, "seconds": 1.0,
+    }],
+    "screened": {"labels": 4, "leaders": ["1"], "order": [1], "seconds": 1.0},
+    "not_tried": [{"judge": "m", "reason": "r"}], "seconds": 2.0,
+}  # fmt: skip
 
 
 @contextmanager
@@ -99,6 +119,7 @@ def whole(net, tmp_path_factory) -> Path:
     poison = {"attack": {}, "dataset": {}, "fingerprint": "0" * 16, "seed": 0, "shape": [8, 8, 1]}
     poison |= {"classes": 4, "names": [], "rows": {"train": 4}, "counts": {"rows": 4}, "notes": []}
     (home / "poison.json").write_text(schema.dump(poison, "poison"))
+    (home / "audit.json").write_text(schema.dump(AUDIT, "audit"))
     members = results.folder / "members.json"
     members.write_text(schema.dump({"victims": ["a", "b"]}, "members"))
     with pytest.MonkeyPatch.context() as patch:
@@ -139,6 +160,7 @@ def files(whole, net, tmp_path):
         "report": ("results/report.json", lambda path: report.load(path.parent)),
         "progress": ("results/progress.json", status),
         "poison": ("poison.json", lambda path: schema.read_json(path, "poison")),
+        "audit": ("audit.json", lambda path: audits.read(path.parent)),
         "members": ("results/members.json", sweep._held),
         "lanes": ("cache/lanes.json", lambda path: schema.read_json(path, "lanes")),
         "npz": ("npz.npz", lambda path: schema.read_arrays(path, "npz")),
