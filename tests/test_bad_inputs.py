@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ from test_own import tree
 from test_schema import seconds
 
 import bdjax
-from bdjax import audits, cli, own, progress, registry
+from bdjax import audits, cli, own, progress, registry, report
 from bdjax.attacks.badnets import BadNets
 from bdjax.checkpoints import save_model
 from bdjax.datasets import prepared
@@ -592,6 +593,10 @@ RIGHT: dict[str, Any] = {
     "store": Store("nowhere"), "experiment": "e", "table": None, "dataset": SOURCE, "seed": 0,
     "reported": {}, "self": None, "fields": {}, "scale": "smoke", "out": None, "seeds": None,
     "train.data": DATA, "run.study": "../../small.py", "load_model.path": "../../net", "width": 80,
+    "file": "nowhere.onnx", "found": "nowhere", "audit.net": "nowhere", "repair_net.net": "nowhere",
+    "scan_set.net": "nowhere", "scan_images.net": "nowhere",
+    "scan_images.images": "nowhere", "scan_images.clean": SOURCE, "module": nn.Dense(4),
+    "sections": [report.Section("T", ROWS)], "entry": registry.entries("attack")[0],
     "load.folder": "../../results", "merge.folders": ["../../results"], "write.folder": "made",
 }  # fmt: skip
 """What is right for a parameter of this name, or of this name of this function."""
