@@ -198,8 +198,10 @@ def grouped(name: str, score: np.ndarray, label: np.ndarray, names: Sequence[str
         return Judged(name, fault=f"fewer than 4 classes have {FEWEST} rows: none to compare with")
     rest = {k: 1 - clear for k, (clear, _) in found.items()}
     first = min(rest, key=lambda k: rest[k])
-    others = np.asarray([v for k, v in rest.items() if k != first])
-    p_value = float(nulls.against_controls(rest[first], others, len(found)))
+    others = np.log([v for k, v in rest.items() if k != first])
+    n, spread = len(others), max(float(others.std(ddof=1)), 1e-6)
+    t = (np.log(rest[first]) - others.mean()) / (spread * (1 + 1 / n) ** 0.5)
+    p_value = min(1.0, len(found) * float(nulls.student(t, n - 1)))
     suspects = (label == first) & (score > found[first][1])
     return Judged(name, p_value, f"label {class_name(first, names)}", score, suspects)
 

@@ -60,6 +60,7 @@ COMMANDS = cli.COMMANDS | {"bench": cli._bench()}
 GOOD = {
     "file": "EXP", "folder": "RESULTS", "folders": "RESULTS", "checkpoint": "NET", "name": "mnist",
     "names": "fine_pruning", "net": "NET", "out": "OUT", "data_dir": "OUT",
+    "images": "DATA",
 }  # fmt: skip
 """What is right for a parameter of this name; words in capitals are made by `world`."""
 MORE = {
@@ -67,6 +68,7 @@ MORE = {
     "report": ["--x", "seed", "--y", "row", "--metric", "acc_test"], "bench": ["--scale", "smoke"],
     "train": ["--dataset", "npz", "--dataset.path", "DATA", "--model", "ffnn"],
     "defend": ["--defense", "retraining"], "audit": ["--dataset", "DATA"],
+    "repair": ["--defense", "last-layer-unlearning"],
     "study": ["--attack", "badnets", "--dataset", "DATA", "--model", "ffnn"],
     "poison": ["--dataset", "npz", "--dataset.path", "DATA", "--attack.size", "2"],
 }  # fmt: skip
@@ -124,6 +126,7 @@ def kind_of(hint: Any) -> str:
 
 FLAGS = list(flags())
 NAMED = {"arch": "resnet18", "dataset": "fashion-mnist-sample"}
+NAMED |= {"attack": "badnets", "defense": "fine-pruning"}
 """Methods for flags that take none if not given."""
 
 
