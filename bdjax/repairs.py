@@ -120,6 +120,7 @@ def repair_net(
     A repair is picked on images that it has not seen, by accuracy less the share of them that
     triggers move: those of another search than the one that it was given.
     """
+    told = None if audit is None else audited(audit)
     loaded = imports.load_net(net)
     model, variables, about = loaded.model, loaded.variables, loaded.about
     source: Any = about["dataset"] if dataset is None else dataset
@@ -140,10 +141,7 @@ def repair_net(
         raise BadInput(f"{len(joined.label)} clean images are too few: give a few hundred")
     given = _Given(model, variables, seen, held, data.test)
     key_find, key_proof, key_mend, key_table = jax.random.split(jax.random.key(seed), 4)
-    if audit is None:
-        found = search(key_find, model, variables, seen)
-    else:
-        found = audited(audit)
+    found = search(key_find, model, variables, seen) if told is None else told
     found.check(model.shape, model.classes)
     suspects = sorted({int(k) for k in np.asarray(found.label)[np.flatnonzero(found.suspect)]})
     names = ", ".join(class_name(k, data.names) for k in suspects)
