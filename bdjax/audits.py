@@ -274,7 +274,7 @@ def _stimulating(
 ) -> dict[str, jax.Array]:
     """Which label each neuron lifts (see `Abs`), and its site."""
     judge = Abs(**Abs.presets["cpu"])
-    rows = seeds(key, search.label, judge.images)
+    rows = seeds(key, jnp.asarray(search.label), judge.images)
     image, label = unit(search.image[rows]), search.label[rows]
     found, site = judge.stimulate(model, variables, image, label)
     return {**found._asdict(), "site": jnp.asarray(site)}
