@@ -376,7 +376,8 @@ def _table(
         yield Line(f"moved by the trigger of label {label}", shares[0][i], shares[1][i])
         yield Line(f"pixels of a new trigger of label {label}", *(n[i] for n in norms), share=False)
     known: Any = about["attack"] if attack is None else attack
-    for kind in range(1, known.triggers + 1 if known is not None else 1):
+    for kind in range(1, 1 + (known.triggers if known is not None else 0)):
+        assert known is not None
         x = stamped(known, kind, given.test.image, jax.random.fold_in(key, kind))
         label = jnp.asarray(given.test.label)
         aimed = np.asarray(known.success(jnp.asarray(kind), label, model.classes))
