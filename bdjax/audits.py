@@ -283,7 +283,7 @@ def _stimulating(
 ) -> dict[str, jax.Array]:
     """Which label each neuron lifts (see `Abs`), and its site."""
     judge = Abs(**Abs.presets["cpu"])
-    rows = seeds(key, search.label, judge.images)
+    rows = seeds(key, jnp.asarray(search.label), judge.images)
     image, label = unit(search.image[rows]), search.label[rows]
     found, site = judge.stimulate(model, variables, image, label)
     return {**found._asdict(), "site": jnp.asarray(site)}
@@ -294,7 +294,12 @@ def leaders_of(steps: Mapping[str, Mapping[str, np.ndarray]]) -> list[int]:
     the first neurons of each site lift: a backdoor with a large trigger is no small patch, but has
     its neurons.
     """
-    found = steps["screen-0"]["order"][:LEADERS].tolist()
+    return list(dict.fromkeys([*steps["screen-0"]["order"][:LEADERS].tolist(), *lifted(steps)]))
+
+
+def lifted(steps: Mapping[str, Mapping[str, np.ndarray]]) -> list[int]:
+    """The labels that the first neurons of each site lift."""
+    found: list[int] = []
     if (neurons := steps.get("stimulated-0")) is not None:
         rank = np.where(neurons["suspect"], -neurons["elevation"], np.inf)
         for site in np.unique(neurons["site"]):
@@ -713,7 +718,7 @@ def _summary(
         "verdict": {
             **verdict._asdict(), "complete": complete,
             "name": None if verdict.label is None else class_name(verdict.label, names),
-            "suspect": suspect(said),
+            "suspect": suspect(said, work.steps),
         },
         **calibration.about(),
         "judges": entries,
@@ -723,10 +728,19 @@ def _summary(
     }  # fmt: skip
 
 
-def suspect(said: Mapping[str, Sequence[Seed]]) -> int | None:
+def suspect(
+    said: Mapping[str, Sequence[Seed]], steps: Mapping[str, Mapping[str, np.ndarray]]
+) -> int | None:
     """The label that most seeds of the judge with the smallest p-value put first, whether that is
-    small or not: where to look, not whom to accuse.
+    small or not: where to look, not whom to accuse. After a screening, one that neurons lift goes
+    before, where its trigger is no larger than half of those of the leaders are.
     """
+    for arrays in steps.values():
+        if "searched" in arrays and (mine := lifted(steps)):
+            norms = arrays["norms"]
+            least = min(mine, key=lambda k: norms[k])
+            if norms[least] <= np.median(norms[steps["screen-0"]["order"][:LEADERS]]):
+                return least
     known = {name: p for name, some in said.items() if math.isfinite(p := p_of(some))}
     for name in sorted(known, key=lambda name: known[name]):
         first = Counter(seed.labels[0] for seed in said[name] if seed.labels)

@@ -523,3 +523,21 @@ def test_a_trigger_of_an_evasive_net_must_be_whole(zoo):
     (whole, some), (evading, less) = half(0.0), half(2.0)
     assert whole > 0.9 and evading > 0.7
     assert less < some - 0.2
+
+
+def test_of_a_screening_the_suspect_is_what_both_ways_bring_forward():
+    order = np.arange(20)
+    norms = np.full(20, np.nan)
+    norms[: audits.LEADERS] = np.arange(10, 10 + audits.LEADERS)
+    neurons = {
+        "label": np.array([15, 16, 3]), "elevation": np.array([3.0, 2.0, 9.0]),
+        "suspect": np.array([True, True, False]), "site": np.zeros(3, int),
+    }  # fmt: skip
+    steps = {"screen-0": {"order": order}, "stimulated-0": neurons}
+    said = {"a": [Seed(0.9, (0,), {})]}
+    assert audits.lifted(steps) == [15, 16]
+    for size, wanted in ((11.0, 15), (40.0, 0)):
+        norms[[15, 16]] = size, 50.0
+        found = {**steps, "a-0": {"searched": order[:8], "norms": norms}}
+        assert audits.suspect(said, found) == wanted
+    assert audits.suspect(said, {}) == 0 and audits.suspect({}, {}) is None
