@@ -7,6 +7,7 @@ file for programs.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 import time
@@ -153,6 +154,14 @@ MORE: dict[str, dict[str, Any]] = {"abs": {"top": 20, "per_site": 3}}
 """By judge, what an audit has more of than the preset `cpu`: stimulation looks at all labels at
 once, and more of its candidates are looked at, too.
 """
+LEAN: dict[str, dict[str, int]] = {
+    "abs": {"images": 15, "top": 12, "per_site": 2},
+    "deep-inspect": {"steps": 1000},
+    "mesa": {"epochs": 3},
+    "mntd": {"shadows": 12, "validation": 6, "recipe.epochs": 6},
+    "neural-cleanse": {"batches": 5},
+}
+"""By judge, what it has at most where all of them, once, would take more than the time."""
 WHOLE = 0.4
 """The share of the time that a search over all labels may take; else they are screened."""
 COMPILING = 10.0
@@ -285,7 +294,12 @@ def leaders_of(steps: Mapping[str, Mapping[str, np.ndarray]]) -> list[int]:
     the first neurons of each site lift: a backdoor with a large trigger is no small patch, but has
     its neurons.
     """
-    found = steps["screen-0"]["order"][:LEADERS].tolist()
+    return list(dict.fromkeys([*steps["screen-0"]["order"][:LEADERS].tolist(), *lifted(steps)]))
+
+
+def lifted(steps: Mapping[str, Mapping[str, np.ndarray]]) -> list[int]:
+    """The labels that the first neurons of each site lift."""
+    found: list[int] = []
     if (neurons := steps.get("stimulated-0")) is not None:
         rank = np.where(neurons["suspect"], -neurons["elevation"], np.inf)
         for site in np.unique(neurons["site"]):
@@ -354,6 +368,7 @@ class Work:
         self.steps: dict[str, dict[str, np.ndarray]] = {}
         self.skipped: dict[str, str] = {}
         self.rate: float | None = None
+        self.lean = False
         if folder is not None:
             for path in sorted((folder / "steps").glob("*.npz")):
                 self.steps[path.stem] = schema.read_arrays(path, "arrays")
@@ -377,10 +392,19 @@ class Work:
             self.rate = timed.flops / max(timed.seconds or 0.0, 1e-4)
         return found.flops / self.rate + COMPILING
 
+    def made(self, judge: Judge) -> Program:
+        """What shows a net to a judge."""
+        images = self.images
+        args = (_key(0), judge, self.variables, images.search, images.held)
+        return program(examined, self.model, *args)
+
+    def needs_of(self, judge: Judge) -> float:
+        """About how many seconds a judge needs, once."""
+        return self.needs(self.made(judge))
+
     def shown(self, judge: Judge, variables: Variables) -> dict[str, np.ndarray]:
         """What the first seed of a judge says of another net of this architecture."""
-        args = (_key(0), judge, variables, self.images.search, self.images.held)
-        return program(examined, self.model, *args)(*args)
+        return self.made(judge)(_key(0), judge, variables, self.images.search, self.images.held)
 
     def keep(self, name: str, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Keeps what a step found."""
@@ -405,7 +429,7 @@ class Work:
         self.skipped.pop(name, None)
         sweep.say(f"{what}: about {duration(need)}", self.quiet)
         start = time.monotonic()
-        self.keep(name, found(*args) | {"seconds": np.asarray(time.monotonic() - start)})
+        self.keep(name, found(*args) | {"seconds": time.monotonic() - start, "lean": self.lean})
         return True
 
 
@@ -468,16 +492,28 @@ def work_through(work: Work, tried: Sequence[Judge], stop: Stop) -> None:
                 _spaced(work, step, judge)
 
 
+def budgeted(work: Work, tried: Sequence[Judge]) -> list[Judge]:
+    """The judges, with no more than `LEAN` has where all of them once would take too long; as it
+    was begun, so it goes on.
+    """
+    begun = [bool(arrays["lean"]) for arrays in work.steps.values() if "lean" in arrays]
+    work.lean = begun[0] if begun else sum(map(work.needs_of, tried)) > work.seconds
+    found = []
+    for judge in tried:
+        for path, most in LEAN.get(str(registry.name_of(judge)), {}).items() if work.lean else ():
+            *parents, field = path.split(".")
+            now = getattr(functools.reduce(getattr, parents, judge), field)
+            judge = registry.replace(judge, path.split("."), min(now, most))
+        found.append(judge)
+    return found
+
+
 def _planned(work: Work, judge: Judge) -> tuple[Judge, Program]:
     """A judge and its program; where its search over all labels would take most of the time, it is
     for those alone that a screening brings forward.
     """
-    search, held = work.images.search, work.images.held
-
-    def made(judge: Judge) -> Program:
-        return program(examined, work.model, _key(0), judge, work.variables, search, held)
-
-    found, classes = made(judge), work.model.classes
+    search = work.images.search
+    found, classes = work.made(judge), work.model.classes
     if not searches(judge) or classes < 3 * LEADERS:
         return judge, found
     begun = work.steps.get(f"{registry.name_of(judge)}-0")  # as it was begun, so it goes on
@@ -496,7 +532,7 @@ def _planned(work: Work, judge: Judge) -> tuple[Judge, Program]:
     steps = LONGER * getattr(judge, "steps", 1)
     fields: dict[str, Any] = {"labels": tuple(leaders), "steps": steps}
     judge = dataclasses.replace(judge, **fields)
-    return judge, made(judge)
+    return judge, work.made(judge)
 
 
 def _spaced(work: Work, step: str, judge: Judge) -> None:
@@ -588,6 +624,7 @@ def audit(
     where = "nothing is kept" if folder is None else f"what was finished is kept in {folder}"
     with kept(f"{where}; the same command goes on from there"), Stop() as stop:
         _begin(work, about, chosen, others)
+        chosen = budgeted(work, chosen)
         work_through(work, chosen, stop)
         if reference and stop.asked is None:
             seen = {name: judge for judge in chosen
@@ -681,7 +718,7 @@ def _summary(
         "verdict": {
             **verdict._asdict(), "complete": complete,
             "name": None if verdict.label is None else class_name(verdict.label, names),
-            "suspect": suspect(said),
+            "suspect": suspect(said, work.steps),
         },
         **calibration.about(),
         "judges": entries,
@@ -691,10 +728,19 @@ def _summary(
     }  # fmt: skip
 
 
-def suspect(said: Mapping[str, Sequence[Seed]]) -> int | None:
+def suspect(
+    said: Mapping[str, Sequence[Seed]], steps: Mapping[str, Mapping[str, np.ndarray]]
+) -> int | None:
     """The label that most seeds of the judge with the smallest p-value put first, whether that is
-    small or not: where to look, not whom to accuse.
+    small or not: where to look, not whom to accuse. After a screening, one that neurons lift goes
+    before, where its trigger is no larger than half of those of the leaders are.
     """
+    for arrays in steps.values():
+        if "searched" in arrays and (mine := lifted(steps)):
+            norms = arrays["norms"]
+            least = min(mine, key=lambda k: norms[k])
+            if norms[least] <= np.median(norms[steps["screen-0"]["order"][:LEADERS]]):
+                return least
     known = {name: p for name, some in said.items() if math.isfinite(p := p_of(some))}
     for name in sorted(known, key=lambda name: known[name]):
         first = Counter(seed.labels[0] for seed in said[name] if seed.labels)

@@ -15,7 +15,6 @@ from planted import TARGET, Units, command, units
 from bdjax import audits, metrics, references, schema
 from bdjax.audits import audit, read, triggers
 from bdjax.checkpoints import save_model
-from bdjax.defenses.base import Judge
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts import nulls
 from bdjax.defenses.parts.offers import Offered, moves, offered, pixels
@@ -354,14 +353,23 @@ def test_of_many_labels_the_leaders_are_searched(planted, tmp_path, monkeypatch)
     assert found.about["screened"]["order"][0] == 17
     assert found.about["verdict"]["label"] == 17, found.reason
     (judge,) = found.about["judges"]
-    assert len(judge["labels"]) == 8 and judge["p_value"] is not None
+    assert len(judge["labels"]) == len(found.about["screened"]["leaders"]) >= 8
+    assert judge["p_value"] is not None
 
 
-class Mute(Judge):
-    """A judge without p-value, labels or triggers."""
+def test_judges_have_less_where_all_would_take_too_long(planted, tmp_path, monkeypatch):
+    def batches(found):
+        (judge,) = found.about["judges"]
+        return judge["settings"]["batches"]
 
-    def once(self, key, model, variables, clean):
-        return Verdict(jnp.ones(()), jnp.asarray(True), jnp.zeros(model.classes, bool), {})
+    monkeypatch.setattr(audits, "SEEDS", 1)
+    monkeypatch.setattr(audits, "LEAN", {"neural-cleanse": {"batches": 3, "steps": 1000}})
+    monkeypatch.setattr(audits.Work, "needs_of", lambda self, judge: 1e9)
+    found = run(planted, tmp_path / "out")
+    assert batches(found) == 3 and found.about["judges"][0]["settings"]["steps"] == NC.steps
+    monkeypatch.setattr(audits.Work, "needs_of", lambda self, judge: 0.0)
+    assert batches(run(planted, tmp_path / "out")) == 3  # as it was begun
+    assert batches(run(planted, tmp_path / "other")) == NC.batches
 
 
 CODES = {"infected": 3, "undecided": 4}
@@ -515,3 +523,21 @@ def test_a_trigger_of_an_evasive_net_must_be_whole(zoo):
     (whole, some), (evading, less) = half(0.0), half(2.0)
     assert whole > 0.9 and evading > 0.7
     assert less < some - 0.2
+
+
+def test_of_a_screening_the_suspect_is_what_both_ways_bring_forward():
+    order = np.arange(20)
+    norms = np.full(20, np.nan)
+    norms[: audits.LEADERS] = np.arange(10, 10 + audits.LEADERS)
+    neurons = {
+        "label": np.array([15, 16, 3]), "elevation": np.array([3.0, 2.0, 9.0]),
+        "suspect": np.array([True, True, False]), "site": np.zeros(3, int),
+    }  # fmt: skip
+    steps = {"screen-0": {"order": order}, "stimulated-0": neurons}
+    said = {"a": [Seed(0.9, (0,), {})]}
+    assert audits.lifted(steps) == [15, 16]
+    for size, wanted in ((11.0, 15), (40.0, 0)):
+        norms[[15, 16]] = size, 50.0
+        found = {**steps, "a-0": {"searched": order[:8], "norms": norms}}
+        assert audits.suspect(said, found) == wanted
+    assert audits.suspect(said, {}) == 0 and audits.suspect({}, {}) is None
