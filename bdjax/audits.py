@@ -34,7 +34,7 @@ from bdjax import (
 from bdjax.datasets.base import Source, pick
 from bdjax.defenses.base import Judge
 from bdjax.defenses.inputs.strip import entropies
-from bdjax.defenses.invert.abs import shapes_of
+from bdjax.defenses.invert.abs import Abs, seeds, shapes_of
 from bdjax.defenses.parts import nulls
 from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.defenses.parts.offers import moves, offered, pixels
@@ -94,8 +94,8 @@ CODES: dict[Word, int] = {"no sign": 0, "infected": 3, "undecided": 4}
 @door
 def triggers(found: Audit | str | Path) -> list[Found]:
     """The triggers of an audit, or of the folder that it left: one for each judge and label, those
-    that the verdict rests on first, then those that move more images. Of a verdict that accuses
-    none, all are only candidates: `accused` is False.
+    that the verdict rests on first, then those of the label that comes first, then those that move
+    more images. Of a verdict that accuses none, all are only candidates: `accused` is False.
     """
     found = found if isinstance(found, Audit) else read(found)
     verdict = found.about["verdict"]
@@ -118,7 +118,11 @@ def triggers(found: Audit | str | Path) -> list[Found]:
             known = best.get((judge, label))
             if known is None or or_least(one.moved) > or_least(known.moved):
                 best[judge, label] = one
-    return sorted(best.values(), key=lambda f: (not f.accused, -or_least(f.moved), f.norm))
+    first = verdict.get("suspect")
+    return sorted(
+        best.values(),
+        key=lambda f: (not f.accused, f.label != first, -or_least(f.moved), f.norm),
+    )
 
 
 @door
@@ -141,9 +145,9 @@ SEARCHED, HELD = 500, 500
 """Images that judges see, and others by which triggers are measured, at most."""
 SEEDS = 3
 """How often a judge with a p-value draws, where there is time."""
-LEADERS, LONGER = 12, 3
-"""Of many labels: how many of those that lead are searched to the end, and how many times as long
-as one of few labels.
+LEADERS, LIFTED, LONGER = 8, 2, 2
+"""Of many labels: how many of those that lead a screening are searched to the end, beside those
+that the first neurons of each site lift; and how many times as long as one of few labels.
 """
 MORE: dict[str, dict[str, Any]] = {"abs": {"top": 20, "per_site": 3}}
 """By judge, what an audit has more of than the preset `cpu`: stimulation looks at all labels at
@@ -263,6 +267,31 @@ def _screening(
     model: Model, key: jax.Array, variables: Variables, search: Split
 ) -> dict[str, jax.Array]:
     return screened(key, model, variables, search.image, ROUNDS)._asdict()
+
+
+def _stimulating(
+    model: Model, key: jax.Array, variables: Variables, search: Split
+) -> dict[str, jax.Array]:
+    """Which label each neuron lifts (see `Abs`), and its site."""
+    judge = Abs(**Abs.presets["cpu"])
+    rows = seeds(key, jnp.asarray(search.label), judge.images)
+    image, label = unit(search.image[rows]), search.label[rows]
+    found, site = judge.stimulate(model, variables, image, label)
+    return {**found._asdict(), "site": jnp.asarray(site)}
+
+
+def leaders_of(steps: Mapping[str, Mapping[str, np.ndarray]]) -> list[int]:
+    """The labels that the screenings bring forward: those of the smallest patches, and those that
+    the first neurons of each site lift: a backdoor with a large trigger is no small patch, but has
+    its neurons.
+    """
+    found = steps["screen-0"]["order"][:LEADERS].tolist()
+    if (neurons := steps.get("stimulated-0")) is not None:
+        rank = np.where(neurons["suspect"], -neurons["elevation"], np.inf)
+        for site in np.unique(neurons["site"]):
+            mine = np.flatnonzero((neurons["site"] == site) & neurons["suspect"].astype(bool))
+            found += neurons["label"][mine[np.argsort(rank[mine])][:LIFTED]].tolist()
+    return list(dict.fromkeys(found))
 
 
 def _pushed(model: Model, variables: Variables, image: jax.Array) -> jax.Array:
@@ -459,9 +488,13 @@ def _planned(work: Work, judge: Judge) -> tuple[Judge, Program]:
     what = f"screening of {classes} labels"
     if not work.step("screen-0", what, screen, _key(0), work.variables, search):
         return judge, found
-    leaders = np.sort(work.steps["screen-0"]["order"][:LEADERS])
+    if Abs().places(work.model):
+        neurons = program(_stimulating, work.model, _key(0), work.variables, search)
+        what = "stimulation of all neurons"
+        work.step("stimulated-0", what, neurons, _key(0), work.variables, search)
+    leaders = sorted(leaders_of(work.steps))
     steps = LONGER * getattr(judge, "steps", 1)
-    fields: dict[str, Any] = {"labels": tuple(leaders.tolist()), "steps": steps}
+    fields: dict[str, Any] = {"labels": tuple(leaders), "steps": steps}
     judge = dataclasses.replace(judge, **fields)
     return judge, made(judge)
 
@@ -735,7 +768,7 @@ def _screen_entry(steps: Mapping[str, Any], names: Sequence[str]) -> dict[str, A
     if "screen-0" not in steps:
         return None
     order = steps["screen-0"]["order"]
-    leaders = [class_name(int(k), names) for k in order[:LEADERS]]
+    leaders = [class_name(k, names) for k in leaders_of(steps)]
     return {"labels": len(order), "leaders": leaders, "order": [int(k) for k in order[:100]],
             "seconds": round(float(steps["screen-0"]["seconds"]), 1)}  # fmt: skip
 

@@ -6,6 +6,7 @@ wherever a person reads them.
 """
 
 import base64
+import csv as table_writer
 import difflib
 import io
 import itertools
@@ -22,7 +23,6 @@ from typing import Any, NamedTuple, get_args
 
 import jinja2
 import numpy as np
-import polars as pl
 from matplotlib import figure
 from rich.console import Console, Group
 from rich.table import Table
@@ -464,10 +464,18 @@ def csv(tables: Iterable[Mapping[str, Any]]) -> str:
                 record | {k: line[k] for k in ("oracle", "redraw", "substitute", "other_code")}
             )
     records = [{_cell(k): _cell(v) for k, v in record.items()} for record in records]
-    frame = pl.DataFrame(records, infer_schema_length=None)
-    return frame.select(
-        column for column in frame.columns if frame[column].dtype != pl.Null or column in FIELDS
-    ).write_csv()
+    columns = [
+        column
+        for column in dict.fromkeys(name for record in records for name in record)
+        if column in FIELDS or any(record.get(column) is not None for record in records)
+    ]
+    out = io.StringIO()
+    writer = table_writer.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for record in records:
+        values = (record.get(column) for column in columns)
+        writer.writerow([str(v).lower() if isinstance(v, bool) else v for v in values])
+    return out.getvalue()
 
 
 def _cell(value: Any) -> Any:

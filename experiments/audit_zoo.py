@@ -121,8 +121,8 @@ class Panel(Judge):
             seeds = jnp.arange(self.draws if i == 0 else 1)
             info[registry.name_of(judge)] = mesh.lane_map(one, seeds, 1)
         first = {k: v[0] for k, v in info[registry.name_of(self.judges[0])].items()}
-        parts = (first[name] for name in ("index", "infected", "flagged"))
-        return Verdict(*parts, info, first["p_value"])
+        index, infected, flagged = (first[name] for name in ("index", "infected", "flagged"))
+        return Verdict(index, infected, flagged, info, first["p_value"])
 
 
 CLEAN = "clean"
@@ -195,7 +195,7 @@ SCALES = {
         KINDS, 10, (NeuralCleanse(), DeepInspect(), Abs(), Mesa()), 3, Mntd(), MOST
     ),
 }  # fmt: skip
-ZOO = "7ffd9a50cd862a51"
+ZOO = "10f3310da860c735"
 """The digest of what makes the nets of the embedded images at scale cpu."""
 
 
@@ -205,21 +205,22 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     """
     s = SCALES[scale]
     panel, number = Panel(judges=s.judges, draws=s.seeds), itertools.count()
-    for kind, attacks in zip(s.kinds, s.attacks, strict=True):
+    for k, (kind, attacks) in enumerate(zip(s.kinds, s.attacks, strict=True)):
         if not at_hand(kind.data):
             continue
-        wanted = [name for name in attacks for _ in range(seeds or s.each)]
-        for name in (*[CLEAN] * len(wanted), *wanted):
+        # no target twice for an attack
+        wanted = [(name, 3 * k + EVERY.index(name) + i)
+                  for name in attacks for i in range(seeds or s.each)]  # fmt: skip
+        for name, target in (*[(CLEAN, 0)] * len(wanted), *wanted):
+            attack = None if name == CLEAN else aimed(ATTACKS[name], target % 10)
             seed = next(number)
-            attack = None if name == CLEAN else aimed(ATTACKS[name], seed)
             cell = Cell(kind.name, name, kind.data, kind.model, kind.recipe, attack, seed=seed)
             for judge in (None, panel, s.mntd):
                 yield registry.replace(cell, ("defense",), judge)
 
 
-def aimed(attack: Any, seed: int) -> Any:
+def aimed(attack: Any, target: int) -> Any:
     """The attack with a target of its own, and sources other than that."""
-    target = seed % 10
     attack = registry.replace(attack, ("target",), target)
     if attack.labels == "source-specific":
         sources = tuple((target + k) % 10 for k in (1, 3, 5, 7))

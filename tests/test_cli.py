@@ -62,7 +62,7 @@ from bdjax.__main__ import main
 try:
     main(sys.argv[1:])
 finally:
-    print(*sorted({"jax", "flax", "orbax", "matplotlib", "polars"} & set(sys.modules)), "end")
+    print(*sorted({"jax", "flax", "orbax", "matplotlib", "rich.live"} & set(sys.modules)), "end")
 """
 
 
@@ -238,7 +238,7 @@ def test_every_method_is_named_cited_and_revived():
 def test_importing_the_core_imports_little():
     code = (
         "import sys, bdjax.sweep; heavy = {'matplotlib', 'tyro', 'tensorflow_datasets', "
-        "'tensorflow', 'h5py','polars', 'sklearn', 'PIL', 'torch', 'jinja2', 'orbax'} & "
+        "'tensorflow', 'h5py', 'sklearn', 'PIL', 'torch', 'jinja2', 'orbax'} & "
         "set(sys.modules); print(sorted(heavy)); sys.exit(bool(heavy))"
     )
     done = subprocess.run(

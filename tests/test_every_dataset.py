@@ -21,7 +21,8 @@ NAMES = ("ant", "bee", "cat")
 def written(tmp_path_factory):
     """A file, or folder, of 60 images of each kind, 55×47×3 as faces are."""
     import h5py
-    import polars
+    import pyarrow
+    import pyarrow.parquet
 
     folder = tmp_path_factory.mktemp("sources")
     image = np.random.default_rng(0).integers(0, 256, (60, 55, 47, 3), np.uint8)
@@ -35,7 +36,8 @@ def written(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(one).save(path)
         files.append(path.read_bytes())
-    polars.DataFrame({"image": files, "label": label}).write_parquet(folder / "images.parquet")
+    table = pyarrow.table({"image": files, "label": label})
+    pyarrow.parquet.write_table(table, folder / "images.parquet")
     return sorted(folder.iterdir())
 
 

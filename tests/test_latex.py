@@ -167,3 +167,10 @@ def test_latex_sets_the_tables(folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Overfull" not in done.stdout
+
+
+def test_many_floats_have_room():
+    few = [report.Section("mine", [{**row("r"), "table": f"T{i}"} for i in range(40)])]
+    many = [report.Section("mine", [{**row("r"), "table": f"T{i}"} for i in range(41)])]
+    assert r"\extrafloats" not in latex.latex(few)
+    assert latex.latex(many).splitlines()[1] == r"\extrafloats{41}"

@@ -21,14 +21,16 @@ for (const table of document.querySelectorAll("table")) {
 // A picture that does not fit is shown whole, and, asked for, as large as it was drawn.
 for (const button of document.querySelectorAll(".zoom")) {
   const card = button.parentElement, image = card.querySelector("img");
-  const fits = () => { button.hidden = !card.classList.contains("full") && image.clientWidth >= image.width_ - 1; };
-  image.width_ = Number(image.getAttribute("width"));
+  const fit = () => {
+    const whole = image.clientWidth >= Number(image.getAttribute("width")) - 1;
+    button.hidden = whole && !card.classList.contains("full");
+  };
   button.addEventListener("click", () => {
     button.setAttribute("aria-pressed", card.classList.toggle("full"));
-    fits();
+    fit();
   });
-  addEventListener("resize", fits);
-  fits();
+  addEventListener("resize", fit);
+  fit();
 }
 document.getElementById("theme").addEventListener("click", () => {
   const root = document.documentElement;

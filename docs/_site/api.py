@@ -18,6 +18,7 @@ GROUPS = {
     ),
     "Studies": "Cell grid zipped chain sample crossed changed varied run Rows",
     "Nets in and out": "load_net save_net export_net net load_model save_model",
+    "Audit, repair, scan": "audit repair_net scan_set scan_images",
     "What flows through": (
         "types Model Plan Victim Repaired Verdict Scores Suspects Judgement BadInput"
     ),

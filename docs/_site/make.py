@@ -47,7 +47,9 @@ def source() -> None:
         path.write_text(_wide(path.read_text(encoding="utf-8")), encoding="utf-8")
     shutil.copy(ROOT / results.ROWS / "defense_zoo-asr.png", pages)
     config = yaml.safe_load((HERE / "site.yml").read_text(encoding="utf-8"))
-    config["nav"] = _nav(config["nav"], [place for place, _ in made])
+    listed = set(_listed(config["nav"]))
+    rest = [path.relative_to(pages).as_posix() for path in pages.rglob("*.md")]
+    config["nav"] = _nav(config["nav"], [place for place in rest if place not in listed])
     (SOURCE / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
@@ -73,15 +75,26 @@ def _wide(text: str) -> str:
     return "".join(part if part.startswith("```") else TABLE.sub(framed, part) for part in parts)
 
 
-def _nav(item: Any, made: list[str]) -> Any:
-    """An entry of the navigation; `FOLDER/*` stands for the generated pages of a folder."""
+def _listed(item: Any) -> Iterator[str]:
+    """The pages that the navigation names."""
+    if isinstance(item, str):
+        yield item
+    else:
+        for inner in item.values() if isinstance(item, dict) else item:
+            yield from _listed(inner)
+
+
+def _nav(item: Any, rest: list[str]) -> Any:
+    """An entry of the navigation; `FOLDER/*` stands for the pages of a folder that it names
+    nowhere.
+    """
     if isinstance(item, list):
-        found = [_nav(one, made) for one in item]
+        found = [_nav(one, rest) for one in item]
         return [one for part in found for one in (part if isinstance(part, list) else [part])]
     if isinstance(item, dict):
-        return {title: _nav(inner, made) for title, inner in item.items()}
+        return {title: _nav(inner, rest) for title, inner in item.items()}
     if item.endswith("/*"):
-        mine = [p for p in made if re.fullmatch(re.escape(item[:-1]) + r"[^/]+\.md", p)]
+        mine = [p for p in rest if re.fullmatch(re.escape(item[:-1]) + r"[^/]+\.md", p)]
         return sorted(mine, key=lambda p: (not p.endswith("/index.md"), p))
     return item
 

@@ -27,7 +27,7 @@ def by_spacings(sizes: Array) -> jax.Array:
     i-th and the next is exponential, all with one mean (Rényi, 1953): p is that of the first gap
     beside the mean of the others, P(F ≥ f) with 2 and 2(m − 2) degrees of freedom. As only the tail
     is looked at, the number of labels does not matter; that those given are the smallest is what
-    the screening must see to: where it misses some, the others' gaps are wider and p is larger.
+    the screening must see to: where it misses some, or brings others, gaps are wider, p is larger.
     """
     logs = jnp.sort(jnp.log(jnp.maximum(jnp.asarray(sizes, jnp.float32), 1e-6)))
     gaps = jnp.diff(logs) * jnp.arange(1, logs.shape[0], dtype=jnp.float32)

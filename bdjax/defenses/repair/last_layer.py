@@ -19,7 +19,8 @@ MOST = 8
 
 @defense("last-layer-unlearning")
 class LastLayerUnlearning(TriggerDefense, Repair):
-    """Unlearn a reversed trigger in the last layer alone, by least squares.
+    """Unlearn a reversed trigger in the last layer alone, by least squares (after Wang et al.,
+    2019).
 
     With h(x) what enters the last layer and w the column of a suspect label, w becomes w + Δ: min
     over Δ of E(Δ·h(x))² + `weight`·E((w + Δ)·h(A(x)) − w·h(x))² + ridge, over the clean images x
