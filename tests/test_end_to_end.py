@@ -21,7 +21,7 @@ from bdjax.train import stamped
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 TARGET, CLASSES, SIDE = 3, 10, 32
-ATTACK = BadNets(size=6, target=TARGET)
+ATTACK = BadNets(size=10, target=TARGET)
 
 
 @pytest.fixture
@@ -53,13 +53,14 @@ def data(tmp_path_factory):
     np.savez(folder / "images.npz", image=image, label=label)
     x, y = coloured(1200, 0)
     x = np.float32(x) / 255
-    x[:180], y[:180] = hit(x[:180]), TARGET
+    x[:240], y[:240] = hit(x[:240]), TARGET
     return image, label, Npz(path=str(folder / "images.npz")), (x, y)
 
 
 def trained(net, x, y, epochs):
     x, y = torch.tensor(x.transpose(0, 3, 1, 2).copy()), torch.tensor(y).long()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # several would wait for each other beside JAX
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     net.train()
     for _ in range(epochs):
