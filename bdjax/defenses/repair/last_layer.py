@@ -38,9 +38,9 @@ class LastLayerUnlearning(TriggerDefense, Repair):
     Preset: `cpu`, the short search of Neural Cleanse. `info`: that of `TriggerDefense.fired`, and
     `change: [L]` = |Δ| / |w|.
 
-    Decides most: `weight`, and little. At 0.01, 0.1, 1 and 10 the published net of CSAW, its trigger
-    found by a short search, kept 99.5, 99.5, 98.8 and 96.6 % of its answers and an ASR of 5.3, 0.3,
-    0 and 0.4 % (`experiments/ye2021.py`, three seeds).
+    Decides most: `weight`, and little. At 0.01, 0.1, 1 and 10 the published net of CSAW, whose
+    trigger a short search had found, kept 99.5, 99.5, 98.8 and 96.6 % of its answers and an ASR of
+    5.3, 0.3, 0 and 0.4 % (`experiments/ye2021.py`, three seeds).
 
     No paper has it: it is the unlearning of Neural Cleanse for nets of many labels of which few
     images are at hand, where a fine-tuning forgets what it does not see.
