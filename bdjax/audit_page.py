@@ -85,7 +85,7 @@ def page(found: "Audit") -> str:
         about=about, net=about["net"], data=about["data"], verdict=about["verdict"],
         tone=WORDS[about["verdict"]["word"]], facts=list(_facts(about)), judges=judges,
         labels=list(_labels(about)), pictures=shown, null=null_words(about),
-        power=power_words(about), repair=_repair(about),
+        power=power_words(about), repair=_repair(found),
     )  # fmt: skip
 
 
@@ -185,8 +185,10 @@ def _first_line(judge: str) -> str:
     return " ".join(text.partition("\n\n")[0].split())
 
 
-def _repair(about: Mapping[str, Any]) -> str:
-    return f"bdjax repair {about['net']['name']} --dataset {about['data']['name']} --out repaired"
+def _repair(found: "Audit") -> str:
+    net, data = found.about["net"]["name"], found.about["data"]["name"]
+    audit = "" if found.folder is None else f" --audit {found.folder.name}"
+    return f"bdjax repair {net} --dataset {data}{audit} --out repaired"
 
 
 def _number(value: float | None) -> str:

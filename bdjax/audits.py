@@ -94,8 +94,8 @@ CODES: dict[Word, int] = {"no sign": 0, "infected": 3, "undecided": 4}
 @door
 def triggers(found: Audit | str | Path) -> list[Found]:
     """The triggers of an audit, or of the folder that it left: one for each judge and label, those
-    that the verdict rests on first, then those that move more images. Of a verdict that accuses
-    none, all are only candidates: `accused` is False.
+    that the verdict rests on first, then those of the label that comes first, then those that move
+    more images. Of a verdict that accuses none, all are only candidates: `accused` is False.
     """
     found = found if isinstance(found, Audit) else read(found)
     verdict = found.about["verdict"]
@@ -118,7 +118,11 @@ def triggers(found: Audit | str | Path) -> list[Found]:
             known = best.get((judge, label))
             if known is None or or_least(one.moved) > or_least(known.moved):
                 best[judge, label] = one
-    return sorted(best.values(), key=lambda f: (not f.accused, -or_least(f.moved), f.norm))
+    first = verdict.get("suspect")
+    return sorted(
+        best.values(),
+        key=lambda f: (not f.accused, f.label != first, -or_least(f.moved), f.norm),
+    )
 
 
 @door
@@ -270,7 +274,7 @@ def _stimulating(
 ) -> dict[str, jax.Array]:
     """Which label each neuron lifts (see `Abs`), and its site."""
     judge = Abs(**Abs.presets["cpu"])
-    rows = seeds(key, search.label, judge.images)
+    rows = seeds(key, jnp.asarray(search.label), judge.images)
     image, label = unit(search.image[rows]), search.label[rows]
     found, site = judge.stimulate(model, variables, image, label)
     return {**found._asdict(), "site": jnp.asarray(site)}

@@ -1,5 +1,6 @@
 """A net back into the format that it came in: the same graph and names, other weights."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from bdjax import own
 from bdjax.checkpoints import load_model
-from bdjax.foreign import files, native, runtime, safetensors
+from bdjax.foreign import files, native, onnx, runtime, safetensors
 from bdjax.foreign.fold import SAME, folded
 from bdjax.foreign.graph import parsed
 from bdjax.foreign.net import Imported
@@ -19,6 +20,9 @@ from bdjax.models.layers import build
 from bdjax.registry import door, name_of
 from bdjax.types import BadInput, Model, Variables
 
+ALONE = (
+    "it wants an older Orbax, so give both an environment of their own: pip install bdjax jax2onnx"
+)
 ENDINGS = {
     "onnx": (".onnx",), "torch": (".pt", ".pth", ".bin"), "safetensors": (".safetensors",),
     "keras": (".keras",), "h5": (".h5", ".hdf5"),
@@ -28,7 +32,8 @@ ENDINGS = {
 @door
 def export_net(folder: str | Path, file: str | Path) -> None:
     """Writes the net of a bdjax folder to `file`, in the format in which it was imported: the same
-    graph and names, the weights replaced, masks folded in. Any net can become `.safetensors`.
+    graph and names, the weights replaced, masks folded in. Any net can become `.safetensors`, and
+    one that came from no file `.onnx`, where jax2onnx is installed.
 
     Raises `BadInput` where a mask cannot be folded, where a defense wraps the net, or where the
     file, read again, gives other logits: more than 1e-5 of the largest |logit|.
@@ -47,7 +52,9 @@ def export(net: Any, model: Model, variables: Variables, about: dict[str, Any], 
     origin = check_file(about, path)
     bare = folded(model, variables)
     _close(model, bare, variables, "its masks, folded in,")
-    if origin is None:
+    if origin is None and path.suffix == ".onnx":
+        raw = _by_jax2onnx(model, bare)
+    elif origin is None:
         leaves = {".".join(path): np.asarray(value) for path, value in _in_order(model, bare)}
         raw = safetensors.written(leaves, {"format": "bdjax"})
     else:
@@ -66,6 +73,25 @@ def _in_order(model: Model, variables: Variables) -> Iterator[tuple[native.Path,
         yield path, flat[path]
 
 
+def _by_jax2onnx(model: Model, variables: Variables) -> bytes:
+    """A net of bdjax as ONNX, images [N, H, W, C] in [0, 1], read again and held against it."""
+    from jax2onnx import to_onnx  # type: ignore[import-not-found]
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        made = to_onnx(lambda x: model.apply(variables, x).logits, [("N", *model.shape)])
+    raw = made.SerializeToString()
+    found = onnx.read(raw, model.shape)
+    again = build(found.net, found.shape, found.classes)
+    x = np.random.default_rng(0).random((4, *model.shape), np.float32)
+    ours, theirs = (
+        np.asarray(jax.jit(lambda v, one=one: one.apply(v, x).logits)(v))
+        for one, v in ((again, found.variables), (model, variables))
+    )
+    if not (error := runtime.difference(ours, theirs, "")) <= SAME:
+        raise BadInput(f"the file, read again, gives logits that differ by {error:.1e}")
+    return raw
+
+
 def check_file(about: dict[str, Any], path: Path) -> Origin | None:
     """The file that is written again to `path`, None where that holds the weights alone; raises
     `BadInput` where a net that came so cannot become such a file, or one of the user's is there.
@@ -75,8 +101,15 @@ def check_file(about: dict[str, Any], path: Path) -> Origin | None:
     origin = origin if isinstance(origin, Origin) and origin.template is not None else None
     if path.suffix == ".safetensors" and (origin is None or origin.format != "safetensors"):
         return None
+    if origin is None and path.suffix == ".onnx":
+        if importlib.util.find_spec("jax2onnx") is None:
+            raise BadInput(f"{path}: a net of bdjax becomes ONNX by jax2onnx: {ALONE}")
+        return None
     if origin is None:
-        raise BadInput(f"{path}: the net came from no file: a .safetensors can be written")
+        raise BadInput(
+            f"{path}: the net came from no file: a .safetensors can be written, or a .onnx by "
+            f"jax2onnx: {ALONE}"
+        )
     if path.suffix not in (endings := ENDINGS[origin.format]):
         raise BadInput(f"{path}: the net came as {origin.format}: give a name in {endings[0]}")
     return origin

@@ -120,6 +120,7 @@ def repair_net(
     A repair is picked on images that it has not seen, by accuracy less the share of them that
     triggers move: those of another search than the one that it was given.
     """
+    told = None if audit is None else audited(audit)
     loaded = imports.load_net(net)
     model, variables, about = loaded.model, loaded.variables, loaded.about
     source: Any = about["dataset"] if dataset is None else dataset
@@ -140,10 +141,7 @@ def repair_net(
         raise BadInput(f"{len(joined.label)} clean images are too few: give a few hundred")
     given = _Given(model, variables, seen, held, data.test)
     key_find, key_proof, key_mend, key_table = jax.random.split(jax.random.key(seed), 4)
-    if audit is None:
-        found = search(key_find, model, variables, seen)
-    else:
-        found = audited(audit)
+    found = search(key_find, model, variables, seen) if told is None else told
     found.check(model.shape, model.classes)
     suspects = sorted({int(k) for k in np.asarray(found.label)[np.flatnonzero(found.suspect)]})
     names = ", ".join(class_name(k, data.names) for k in suspects)
@@ -368,7 +366,8 @@ def _table(
     """Shares of the test images, of the net as it was and as it is now."""
     both = (given.model, given.variables), (model, after)
     word = "accuracy" if own else "agreement with the net as it was"
-    yield Line(word, *(_right(*net, given.test) for net in both))
+    before, now = (_right(*net, given.test) for net in both)
+    yield Line(word, before, now)
     aims = [int(k) for k in np.asarray(proof.label)]
     shares = [moved(*net, given.test, proof) for net in both]
     norms = [again(key, *net, given.seen, aims)[1] for net in both]
@@ -376,15 +375,16 @@ def _table(
         label = class_name(k, names)
         yield Line(f"moved by the trigger of label {label}", shares[0][i], shares[1][i])
         yield Line(f"pixels of a new trigger of label {label}", *(n[i] for n in norms), share=False)
-    known = about["attack"] if attack is None else attack
-    for kind in range(1, known.triggers + 1 if known is not None else 1):
+    known: Any = about["attack"] if attack is None else attack
+    for kind in range(1, 1 + (known.triggers if known is not None else 0)):
+        assert known is not None
         x = stamped(known, kind, given.test.image, jax.random.fold_in(key, kind))
         label = jnp.asarray(given.test.label)
         aimed = np.asarray(known.success(jnp.asarray(kind), label, model.classes))
         counted = (aimed >= 0) & (aimed != np.asarray(label))
-        hits = (np.mean((answered(*net, x) == aimed)[counted]) for net in both)
+        before, now = (float(np.mean((answered(*net, x) == aimed)[counted])) for net in both)
         number = f" {kind}" if known.triggers > 1 else ""
-        yield Line(f"moved by the known trigger{number}", *map(float, hits))
+        yield Line(f"moved by the known trigger{number}", before, now)
     if (poisoned := about.get("triggered")) is not None:
-        hits = (_right(*net, Split(poisoned.image, poisoned.label)) for net in both)
-        yield Line("moved, of the poisoned images that came with it", *hits)
+        before, now = (_right(*net, Split(poisoned.image, poisoned.label)) for net in both)
+        yield Line("moved, of the poisoned images that came with it", before, now)

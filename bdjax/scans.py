@@ -92,7 +92,8 @@ def scan_set(
     """
     folder = _ready(out)
     train, _, names = dataset.read()
-    split = Split(np.asarray(train.image), np.asarray(train.label, np.int32))
+    image, label = np.asarray(train.image), np.asarray(train.label, np.int32)
+    split = Split(image, label)
     classes = max(len(names), int(split.label.max()) + 1)
     key_fit, key_judge = jax.random.split(jax.random.key(seed))
     if net is None:
@@ -110,7 +111,7 @@ def scan_set(
         registry.admit(judge, made, split)
         rows = clean_set(split)
         found = jax.jit(lambda v: judge(key_judge, made, v, rows))(variables)
-        return grouped(_name(judge), np.asarray(found.score), split.label, names)
+        return grouped(_name(judge), np.asarray(found.score), label, names)
 
     judged = [_tried(judge, one, say) for judge in _of(SampleFilter)]
     found = _decided(judged, alpha)
@@ -122,8 +123,8 @@ def scan_set(
             f"{alpha:.0%} of cases; poison in most classes at once is not seen."
         )
         more = {"names": np.array(names)} if names else {}
-        arrays = None if kept is None else {"image": split.image[kept], "label": split.label[kept]}
-        _write(folder, found, split.image, labels, "training set", null, arrays and arrays | more)
+        cleaned = None if kept is None else {"image": image[kept], "label": label[kept], **more}
+        _write(folder, found, image, labels, "training set", null, cleaned)
     return found
 
 

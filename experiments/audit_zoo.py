@@ -121,8 +121,8 @@ class Panel(Judge):
             seeds = jnp.arange(self.draws if i == 0 else 1)
             info[registry.name_of(judge)] = mesh.lane_map(one, seeds, 1)
         first = {k: v[0] for k, v in info[registry.name_of(self.judges[0])].items()}
-        parts = (first[name] for name in ("index", "infected", "flagged"))
-        return Verdict(*parts, info, first["p_value"])
+        index, infected, flagged = (first[name] for name in ("index", "infected", "flagged"))
+        return Verdict(index, infected, flagged, info, first["p_value"])
 
 
 CLEAN = "clean"

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +35,12 @@ from test_own import tree
 from test_schema import seconds
 
 import bdjax
-from bdjax import audits, cli, own, progress, registry
+from bdjax import audits, cli, own, progress, registry, repairs, report, scans
 from bdjax.attacks.badnets import BadNets
 from bdjax.checkpoints import save_model
 from bdjax.datasets import prepared
 from bdjax.datasets.files import Npz
+from bdjax.foreign import safetensors
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Ffnn
 from bdjax.store import Store
@@ -60,13 +62,17 @@ COMMANDS = cli.COMMANDS | {"bench": cli._bench()}
 GOOD = {
     "file": "EXP", "folder": "RESULTS", "folders": "RESULTS", "checkpoint": "NET", "name": "mnist",
     "names": "fine_pruning", "net": "NET", "out": "OUT", "data_dir": "OUT",
-    "images": "DATA",
+    "images": "DATA", "import.file": "WEIGHTS",
 }  # fmt: skip
-"""What is right for a parameter of this name; words in capitals are made by `world`."""
+"""What is right for a parameter of this name, or of this one of a command; words in capitals are
+made by `world`.
+"""
 MORE = {
     "run": ["--scale", "smoke", "--quiet"], "sweep": ["--scale", "smoke", "--quiet"],
     "report": ["--x", "seed", "--y", "row", "--metric", "acc_test"], "bench": ["--scale", "smoke"],
     "train": ["--dataset", "npz", "--dataset.path", "DATA", "--model", "ffnn"],
+    "import": ["--arch", "ffnn", "--arch.hidden", "4", "--preprocess", "0-1", "--size", "8", "8",
+               "1"],
     "defend": ["--defense", "retraining"], "audit": ["--dataset", "DATA"],
     "repair": ["--defense", "last-layer-unlearning"],
     "study": ["--attack", "badnets", "--dataset", "DATA", "--model", "ffnn"],
@@ -134,11 +140,16 @@ def base(command: str) -> list[str]:
     """A command line that is right."""
     words = ["data", "prepare"] if command == "data" else [command]
     mine = [flag for flag in FLAGS if flag.command == command and flag.name in GOOD]
-    words += [GOOD[flag.name] for flag in mine if flag.positional]
+    words += [good(flag) for flag in mine if flag.positional]
     words += MORE.get(command, [])
     for flag in mine:
-        words += [] if flag.positional else [flag.flag, GOOD[flag.name]]
+        words += [] if flag.positional else [flag.flag, good(flag)]
     return words
+
+
+def good(flag: Flag) -> str:
+    """What is right for a flag."""
+    return GOOD.get(f"{flag.command}.{flag.name}", GOOD[flag.name])
 
 
 # --- What does not belong there ---
@@ -334,12 +345,20 @@ def world(folder: Path) -> dict[str, str]:
     about = {"attack": BadNets(size=2), "recipe": Recipe(epochs=0), "seed": 0}
     about["dataset"] = Npz(path=str(folder / "data.npz"))
     save_model(folder / "net", NET, MODEL, VARIABLES, **about)
+    weights = VARIABLES["params"]
+    tensors = {
+        f"{layer}.{'weight' if leaf == 'kernel' else leaf}": np.asarray(value).T
+        for layer in weights
+        for leaf, value in weights[layer].items()
+    }
+    (folder / "w.safetensors").write_bytes(safetensors.written(tensors))
     (folder / "small.py").write_text(EXPERIMENT.format(data=str(folder / "data.npz")))
     facts = {"metrics": {"acc_test": 0.9}, "defense": "strip", "attack": "badnets"}
     rows = [row(f"{i:016x}", seed=i, **facts | {"row": f"R{i % 2}"}) for i in range(4)]
     Store(folder / "results").append(rows)
     progress.Board(folder / "results" / "progress.json", **BOARD).write()
-    return {"EXP": "small.py", "NET": "net", "RESULTS": "results", "DATA": "data.npz"}
+    return {"EXP": "small.py", "NET": "net", "RESULTS": "results", "DATA": "data.npz",
+            "WEIGHTS": "w.safetensors"}  # fmt: skip
 
 
 class Accepted(BaseException):
@@ -362,6 +381,7 @@ CUT = {
     (Runner, "_data"): accept, (prepared, "_builder"): accept,
     (importlib.import_module("benchmarks.__main__"), "_alone"): accept,
     (own, "saving"): within, (progress, "saving"): within, (audits, "images_of"): accept,
+    (repairs, "divide"): accept, (scans, "_of"): accept,
 }  # fmt: skip
 """Where commands begin long work, or write."""
 
@@ -592,6 +612,10 @@ RIGHT: dict[str, Any] = {
     "store": Store("nowhere"), "experiment": "e", "table": None, "dataset": SOURCE, "seed": 0,
     "reported": {}, "self": None, "fields": {}, "scale": "smoke", "out": None, "seeds": None,
     "train.data": DATA, "run.study": "../../small.py", "load_model.path": "../../net", "width": 80,
+    "file": "nowhere.onnx", "found": "nowhere", "audit.net": "nowhere", "repair_net.net": "nowhere",
+    "scan_set.net": "nowhere", "scan_images.net": "nowhere",
+    "scan_images.images": "nowhere", "scan_images.clean": SOURCE, "module": nn.Dense(4),
+    "sections": [report.Section("T", ROWS)], "entry": registry.entries("attack")[0],
     "load.folder": "../../results", "merge.folders": ["../../results"], "write.folder": "made",
 }  # fmt: skip
 """What is right for a parameter of this name, or of this name of this function."""

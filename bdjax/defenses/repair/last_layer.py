@@ -19,7 +19,8 @@ MOST = 8
 
 @defense("last-layer-unlearning")
 class LastLayerUnlearning(TriggerDefense, Repair):
-    """Unlearn a reversed trigger in the last layer alone, by least squares.
+    """Unlearn a reversed trigger in the last layer alone, by least squares (after Wang et al.,
+    2019).
 
     With h(x) what enters the last layer and w the column of a suspect label, w becomes w + Δ: min
     over Δ of E(Δ·h(x))² + `weight`·E((w + Δ)·h(A(x)) − w·h(x))² + ridge, over the clean images x
@@ -36,6 +37,10 @@ class LastLayerUnlearning(TriggerDefense, Repair):
 
     Preset: `cpu`, the short search of Neural Cleanse. `info`: that of `TriggerDefense.fired`, and
     `change: [L]` = |Δ| / |w|.
+
+    Decides most: `weight`, and little. At 0.01, 0.1, 1 and 10 the published net of CSAW, its trigger
+    found by a short search, kept 99.5, 99.5, 98.8 and 96.6 % of its answers and an ASR of 5.3, 0.3,
+    0 and 0.4 % (`experiments/ye2021.py`, three seeds).
 
     No paper has it: it is the unlearning of Neural Cleanse for nets of many labels of which few
     images are at hand, where a fine-tuning forgets what it does not see.
