@@ -29,10 +29,10 @@ warnings.filterwarnings("ignore")
 
 def _system(command):
     env = {**os.environ, "MPLBACKEND": "agg"}
-    done = subprocess.run(command, shell=True, text=True, stdout=-1, stderr=-2, env=env)
+    done = subprocess.run(command, shell=True, text=True, capture_output=True, env=env)
     print(done.stdout, end="")
     if done.returncode not in (0, 3, 4):  # those of an audit
-        raise RuntimeError(f"{command}: exit code {done.returncode}: {done.stdout}")
+        raise RuntimeError(f"{command}: exit code {done.returncode}: {done.stderr}")
 
 
 get_ipython().system = _system
