@@ -41,8 +41,8 @@ registry.declare(
     Metric("ratio", "", "high", "PyTorch / ours"),
     Metric("times_inference", "", "low", "plain inferences of the same images"),
 )
-SHARED = {"measure", "rivals", "__main__"}
-APART = {"pod"}
+SHARED = {"measure", "rivals", "sides", "__main__"}
+APART = {"pod", "peers"}
 """Benchmarks that are no cases of growing size, and run alone: each has `rows(scale)`, `HEADS` and
 `line(row)`.
 """
@@ -70,12 +70,15 @@ def bench(
     repeats: int = 3,
     devices: int | None = None,
     compare: Path | None = None,
+    backdoorbench: Path | None = None,
+    python: Path | None = None,
+    only: str | None = None,
 ) -> None:
     """Measure what training and the defenses cost as they grow.
 
     Args:
-        names_: train, neural_cleanse, strip, ensemble …; all but those that run alone (pod) if not
-            given.
+        names_: train, neural_cleanse, strip, ensemble …; all but those that run alone (pod, peers)
+            if not given.
         scale: Which sizes: smoke, cpu or paper.
         out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not
             given.
@@ -84,6 +87,9 @@ def bench(
         devices: How many devices `devices` spreads over; a CPU counts as that many (8 if not
             given).
         compare: A folder or results file of an earlier run: prints new / old of every case.
+        backdoorbench: For peers: a checkout of BackdoorBench, to compare with.
+        python: For peers: the interpreter that has them; this one if not given.
+        only: For peers: the comparisons whose title this pattern fits, such as "ART*".
     """
     for name in names_:
         if name not in names():
@@ -91,8 +97,12 @@ def bench(
                 f"unknown benchmark '{name}'{near(name, names())}; there are: {', '.join(names())}"
             )
     whole("repeats", repeats, 1)
+    options = {"backdoorbench": backdoorbench, "python": python, "only": only}
+    options = {name: value for name, value in options.items() if value is not None}
+    if options and {*names_} != {"peers"}:
+        raise BadInput(f"{', '.join(f'--{name}' for name in options)} is for peers alone")
     if APART & {*names_}:
-        return _apart(names_, scale, out)
+        return _apart(names_, scale, out, **options)
     old = None if compare is None else _rows(compare)
     if out is not None:
         Store(out).ready()
@@ -136,15 +146,17 @@ def bench(
         compared(made, old)
 
 
-def _apart(names_: Sequence[str], scale: str, out: Path | None) -> None:
+def _apart(names_: Sequence[str], scale: str, out: Path | None, **options: Any) -> None:
     """Runs a benchmark of its own kind."""
     if len(names_) > 1:
-        raise BadInput(f"{', '.join(APART & {*names_})} runs alone: name no other benchmark")
+        raise BadInput(
+            f"{', '.join(sorted(APART & {*names_}))} runs alone: name no other benchmark"
+        )
     module = importlib.import_module(f"benchmarks.{names_[0]}")
     if out is not None:
         Store(out).ready()
     print(" " * 100 + "".join(f"{head:>12}" for head in module.HEADS), flush=True)
-    for row in module.rows(scale):
+    for row in module.rows(scale, **options):
         print(shown(module.line(row)), flush=True)
         if out is not None:
             Store(out).append([row])

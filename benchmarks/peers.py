@@ -1,0 +1,453 @@
+"""`python -m benchmarks peers`: what a user would run instead. trojanzoo, ART and a checkout of
+BackdoorBench beside bdjax: the same weights, images and budgets, seconds and results of both.
+
+Each library runs in processes of its own, ours and theirs in turn. Cold is the first call in a
+fresh process, imports apart; warm are the calls after it, in processes that stay.
+"""
+
+import contextlib
+import fnmatch
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from bdjax import datasets, mesh, registry
+from bdjax.attacks.badnets import BadNets
+from bdjax.foreign import native
+from bdjax.sweep import commit, device_name
+from bdjax.train import Recipe, fit, poisoned_set
+from bdjax.types import BadInput, Split
+from benchmarks.residual import widened
+from benchmarks.sides import given, ours
+
+ROOT = Path(__file__).parents[1]
+PEERS = {"trojanzoo": "trojanzoo", "art": "ART", "backdoorbench": "BackdoorBench"}
+REPEATS = {"smoke": (1, 1), "cpu": (5, 3), "paper": (9, 5)}
+"""By scale, warm calls of each side, and fresh processes."""
+INSTALL = "pip install 'bdjax[peers]', into an environment apart"
+
+
+class Failed(Exception):
+    """A library stopped, in its words."""
+
+
+class Job(NamedTuple):
+    """A comparison: `job` is a function of both modules in `benchmarks.sides`, prepared with the
+    settings `ours` and `theirs`; `cause`: what is wrong there, or was changed.
+    """
+
+    name: str
+    peer: str
+    net: str
+    job: str
+    ours: dict[str, Any]
+    theirs: dict[str, Any]
+    cause: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{PEERS[self.peer]}: {self.name}"
+
+
+class Size(NamedTuple):
+    """How much each job does: Neural Cleanse's outer steps and mini-batches of 32 for each of 10
+    labels; STRIP's inputs, as many clean as stamped, and replicas; rows of a training set; images
+    and epochs of a fine-tuning.
+    """
+
+    steps: int
+    batches: int
+    inputs: int
+    replicas: int
+    rows: int
+    images: int = 0
+    epochs: int = 0
+
+
+SIZES = {
+    "smoke": {"small": Size(1, 2, 10, 4, 400, 100, 1), "residual": Size(1, 1, 4, 4, 200)},
+    "cpu": {"small": Size(10, 10, 100, 50, 5000, 1000, 5), "residual": Size(2, 2, 32, 20, 1000)},
+    "paper": {"small": Size(50, 31, 500, 50, 9000, 1000, 10), "residual": Size(8, 10, 100, 100, 9000)},
+}
+TRAINING = {
+    "smoke": {"small": (400, 1), "residual": (200, 0)},
+    "cpu": {"small": (5000, 5), "residual": (1000, 3)},
+    "paper": {"small": (9000, 8), "residual": (9000, 8)},
+}
+"""Images and epochs of the two victims; 0: the net as it begins."""
+LAST = "sees a PyTorch net's last layer alone, here the logits"
+CUT = "with a net cut before its last layer, of which it sees the last one alone"
+KERAS = "is for Keras alone, and on Keras 3 its reset sets the learning rate to 0 with the "\
+    "optimizer's other variables, so that no mask moves"
+
+
+def jobs(scale: str) -> Iterator[Job]:
+    """All comparisons of a scale but the study."""
+    small, residual = SIZES[scale]["small"], SIZES[scale]["residual"]
+    count = 32 * small.batches
+    search = {
+        "steps": small.steps, "batches": small.batches, "start_at_zero": False, "cost_up": 1.5,
+        "cost_down": 1.5**1.5, "patience": 10, "stop_ratio": 0.99, "stop_patience": 20,
+    }  # fmt: skip
+    zoo = "trojanzoo", "small"
+    yield Job(
+        "Neural Cleanse", *zoo, "neural_cleanse", {"images": count, "fields": search},
+        {"images": count, "epochs": small.steps, "batch": 32},
+        "keeps the last mask, not the best, of a rate that falls along a cosine; no verdict",
+    )  # fmt: skip
+    blend = {"blend": "average", "n": small.replicas}
+    pairs = {"inputs": small.inputs, "replicas": small.replicas, "batch": small.inputs}
+    given = {"inputs": small.inputs, "overlays": 2 * small.replicas}
+    whole = given | {"fields": blend | {"frr": 0.05}}
+    yield Job("STRIP", *zoo, "strip", whole, pairs)
+    yield Job("STRIP, scoring alone", *zoo, "strip_scores", given | {"fields": blend}, pairs)
+    there = {"reduce_method": "FastICA", "cluster_analysis": "silhouette_score"}
+    here = {"reduce": "ica", "rule": "silhouette", "starts": 1}
+    clustering = {"batch": 100, "fields": there}
+    yield Job(
+        "activation clustering", *zoo, "activation_clustering", {"fields": here}, clustering,
+        "compares rows of a shuffled loader with unshuffled truth",
+    )  # fmt: skip
+    yield Job(
+        "activation clustering, repaired", *zoo, "activation_clustering", {"fields": here},
+        clustering | {"repaired": True}, "rows in the order of its truth",
+    )  # fmt: skip
+    yield Job(
+        "spectral signatures", *zoo, "spectral_signatures", {"fields": {}}, {},
+        "is commented out there",
+    )  # fmt: skip
+    recipe = {"epochs": small.epochs, "batch": 100, "lr": 1e-3}
+    tuned = {"images": small.images, "recipe": recipe}
+    yield Job(
+        "Fine-Pruning", *zoo, "fine_pruning", tuned | {"fields": {"share": 0.8}},
+        tuned | {"ratio": 0.8},
+    )  # fmt: skip
+
+    art = "art", "small"
+    for words, repaired in (("", False), (", repaired", True)):
+        yield Job(
+            f"Neural Cleanse{words}", *art, "neural_cleanse",
+            {"images": count, "fields": search | {"cost_up": 2.0, "cost_down": 2.0**1.5}},
+            {
+                "images": count, "repaired": repaired,
+                "fields": {"steps": small.steps, "learning_rate": 0.1, "batch_size": 32},
+            },
+            "with its learning rate put back" if repaired else KERAS,
+        )  # fmt: skip
+    yield Job(
+        "STRIP", *art, "strip", given | {"fields": blend | {"frr": 0.05}},
+        {"inputs": small.inputs, "replicas": small.replicas, "frr": 0.05},
+        "takes the entropy over the replicas instead of the classes, and needs a Softmax appended",
+    )  # fmt: skip
+    for words, cut in (("", False), (", net cut", True)):
+        yield Job(
+            f"activation clustering{words}", *art, "activation_clustering",
+            {"fields": {"starts": 1, "size": 0.5}},
+            {"cut": cut, "fields": {"nb_clusters": 2, "nb_dims": 10, "reduce": "PCA"}},
+            CUT if cut else LAST,
+        )  # fmt: skip
+        yield Job(
+            f"spectral signatures{words}", *art, "spectral_signatures",
+            {"fields": {"projection": "released", "remove": 0.495}},
+            {"cut": cut, "fields": {"expected_pp_poison": 0.33, "eps_multiplier": 1.5}},
+            CUT if cut else LAST,
+        )  # fmt: skip
+    yield Job("Fine-Pruning", *art, "fine_pruning", tuned | {"fields": {"share": 0.8}}, {}, "has none")
+
+    bench = "backdoorbench", "residual"
+    count = 32 * residual.batches
+    search = {
+        "steps": residual.steps, "batches": residual.batches, "start_at_zero": False,
+        "success": 0.98, "stop_ratio": 0.99, "init": "ones",
+    }  # fmt: skip
+    for words, alone in (("", False), (", search alone", True)):
+        yield Job(
+            f"Neural Cleanse{words}", *bench, "neural_cleanse",
+            {"images": count, "fields": search, "search": alone},
+            {"images": count, "epochs": residual.steps, "batch": 32},
+        )  # fmt: skip
+    yield Job(
+        "STRIP", *bench, "strip",
+        {
+            "inputs": residual.inputs, "overlays": residual.replicas,
+            "fields": {"n": residual.replicas, "frr": 0.1},
+        },
+        {"inputs": residual.inputs, "replicas": residual.replicas, "frr": 0.1},
+    )  # fmt: skip
+    yield Job(
+        "activation clustering", *bench, "activation_clustering",
+        {"fields": {"reduce": "ica", "starts": 1}},
+        {"rows": residual.rows, "fields": {"nb_dims": 10, "nb_clusters": 2}},
+    )  # fmt: skip
+    yield Job(
+        "spectral signatures", *bench, "spectral_signatures",
+        {"fields": {"projection": "released", "site": "conv_last"}},
+        {"rows": residual.rows, "percentile": 85, "layer": "layer4"},
+    )  # fmt: skip
+
+
+# --- What both are given ---
+
+
+def victim(scale: str, net: str) -> tuple[Any, Any, dict[str, np.ndarray]]:
+    """A model with a backdoor, its variables, and the arrays that the jobs read."""
+    rows, epochs = TRAINING[scale][net]
+    most = SIZES[scale][net]
+    data, model, key = datasets.load(), ours.net(net), jax.random.key(0)
+    wide = widened if net == "residual" else lambda split: split
+    train, clean, test = (wide(split) for split in (data.train, data.clean, data.test))
+    attack = BadNets(rate=0.05 if net == "small" else 0.1)
+    poisoned = poisoned_set(key, train[mixed(len(train.label), rows)], attack, data.classes)
+    recipe = Recipe(epochs=max(epochs, 1), batch=64 if net == "small" else 32)
+    begin = jax.jit(model.init)
+    train_it = jax.jit(lambda key, poisoned: fit(key, model, recipe, poisoned)[0])
+    variables = train_it(key, poisoned) if epochs else begin(key)
+
+    def bytes_of(x):
+        return np.asarray(np.round(np.asarray(x) * 255), np.uint8)
+
+    stamp = jax.jit(jax.vmap(lambda x: attack.stamp(1, x, key)))
+    others = test[np.flatnonzero(np.asarray(test.label) != attack.target)]
+    image, label = jax.jit(lambda p: p.rows(np.arange(most.rows)))(poisoned)
+    kind = np.asarray(poisoned.plan.kind)[: most.rows]
+    valid = train[slice(None, most.inputs * most.replicas)]
+    arrays = {"train_image": bytes_of(image), "train_label": label, "poisoned": kind > 0}
+    arrays["stamped_image"] = bytes_of(stamp(others.image[: most.inputs].astype(np.float32) / 255))
+    arrays |= {
+        f"{name}_{part}": getattr(split, part)
+        for name, split in (("clean", clean), ("test", test), ("valid", valid))
+        for part in ("image", "label")
+    }
+    return model, variables, {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def mixed(n: int, rows: int) -> np.ndarray:
+    """`rows` of `n` numbers in random order."""
+    return np.random.default_rng(0).permutation(n)[:rows]
+
+
+def named(
+    net: str, model: Any, variables: Any, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """The weights by the names of a PyTorch net of the same architecture, whose arrays have
+    `shapes`.
+    """
+    blank = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    _, moves, _ = native.variables(ours.NETS[net][0], model, blank, "torch")
+    flat = flatten_dict(variables, sep="/")
+    return {move.name: move.theirs(np.asarray(flat[path])) for path, move in moves.items()}
+
+
+# --- Processes ---
+
+
+class Process(contextlib.AbstractContextManager):
+    """A library, ready to run a job."""
+
+    def __init__(
+        self, name: str, folder: Path, net: str, job: str, settings: Mapping[str, Any],
+        python: str = sys.executable, path: Sequence[str] = (), **variables: str,
+    ):  # fmt: skip
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION_CACHE")}
+        kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])
+        words = [python, "-m", "benchmarks.sides", name, str(folder), net, job]
+        self.errors = open(folder / f"{name}.log", "ab")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [*words, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self.errors, cwd=folder, env=kept | variables, text=True,
+        )  # fmt: skip
+        self.first = self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        found = json.loads(line) if line else {"error": f"ended with code {self.process.wait()}"}
+        if "error" in found:
+            self.__exit__()
+            raise Failed(found["error"])
+        return found
+
+    def run(self) -> dict[str, Any]:
+        print(file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait()
+        self.errors.close()
+
+
+class Peer(NamedTuple):
+    """A library that is there: how its processes are started, and its versions."""
+
+    python: str
+    path: tuple[str, ...]
+    versions: dict[str, str]
+
+    def start(self, job: Job, folder: Path) -> Process:
+        return Process(job.peer, folder, job.net, job.job, job.theirs, self.python, self.path)
+
+
+def measured(job: Job, peer: Peer | None, folder: Path, scale: str) -> dict[str, Any]:
+    """What is measured of `job`: metrics, the results of both sides, and why the other one stopped,
+    if it did.
+    """
+    warm, cold = REPEATS[scale]
+    starts = {"ours": lambda: Process("ours", folder, job.net, job.job, job.ours)}
+    if peer is not None:
+        starts["theirs"] = lambda: peer.start(job, folder)
+    first: dict[str, list[float]] = {name: [] for name in starts}
+    later: dict[str, list[float]] = {name: [] for name in starts}
+    last: dict[str, Any] = {}
+    why = ""
+    with contextlib.ExitStack() as stack:
+        sides = {}
+        for name, start in [*starts.items()]:
+            try:
+                sides[name] = stack.enter_context(start())
+                last[name] = sides[name].run()
+                first[name].append(last[name]["seconds"])
+            except Failed as error:
+                if name == "ours":
+                    raise
+                why = str(error)
+                del starts[name]
+                sides.pop(name, None)
+        for _ in range(warm):
+            for name, side in sides.items():
+                last[name] = side.run()
+                later[name].append(last[name]["seconds"])
+    for _ in range(cold - 1):
+        for name, start in starts.items():
+            with start() as side:
+                first[name].append(side.run()["seconds"])
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        keep = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        for _ in range(2):
+            with Process("ours", folder, job.net, job.job, job.ours, **keep) as side:
+                again = side.run()["seconds"]
+    both = list(zip(later.get("theirs", ()), later["ours"]))
+    found = {"ours_s": statistics.median(later["ours"]), "cold_s": statistics.median(first["ours"])}
+    found |= {"again_s": again, "peak_mb": last["ours"]["peak_mb"]}
+    if both and "theirs" in starts:
+        found |= {
+            "theirs_s": statistics.median(later["theirs"]),
+            "cold_theirs_s": statistics.median(first["theirs"]),
+            "peak_theirs_mb": last["theirs"]["peak_mb"],
+            "ratio": statistics.median(theirs / mine for theirs, mine in both),
+        }
+        found["cold_ratio"] = found["cold_theirs_s"] / found["cold_s"]
+    results = {name: answer["found"] for name, answer in last.items() if name in starts}
+    return {"metrics": found, "results": results, "why": why}
+
+
+# --- Rows ---
+
+HEADS = ("ours s", "theirs s", "ratio", "cold s", "theirs", "ratio", "again s")
+COLUMNS = "ours_s", "theirs_s", "ratio", "cold_s", "cold_theirs_s", "cold_ratio", "again_s"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as people read it, under `HEADS`: seconds, then the results and what is wrong."""
+    found = row["metrics"]
+    cells = [
+        (f"{found[name]:.2f}" if "ratio" in name else f"{found[name]:.3f}") if name in found else "–"
+        for name in COLUMNS
+    ]
+    text = f"{row['table']}: {row['row']}".ljust(100) + "".join(f"{cell:>12}" for cell in cells)
+    for side, results in row.get("results", {}).items():
+        words = "  ".join(f"{name} {briefly(value)}" for name, value in results.items())
+        text += f"\n    {side + ':':8} {words}"
+    return text + (f"\n    there: {row['cause']}" if row.get("cause") else "")
+
+
+def briefly(value: Any) -> str:
+    """A result in few characters: of many norms the smallest and the median."""
+    if isinstance(value, list):
+        if len(value) < 4:
+            return str(value)
+        return f"{min(value):.4g} … {statistics.median(value):.4g}"
+    return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
+
+
+def row(
+    table: str, name: str, scale: str, metrics: dict[str, float], results: dict[str, Any],
+    cause: str, config: Mapping[str, Any], versions: Mapping[str, Any], seconds: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
+    """A row of results."""
+    return {
+        "run": registry.digest(table, name, scale), "experiment": "peers", "scale": scale,
+        "table": table, "row": name, "seed": 0, "config": dict(config), "metrics": metrics,
+        "results": results, "cause": cause, "versions": dict(versions),
+        "seconds": {"compile": 0.0, "run": seconds}, "oracle": False, "device": device_name(),
+        "load": os.getloadavg()[0], "python": sys.version.split()[0], "jax": jax.__version__,
+        **mesh.how(), "commit": commit(), "written": time.time(),
+    }  # fmt: skip
+
+
+def there(name: str, folder: Path, python: str, path: Sequence[str]) -> Peer:
+    """A library, after its nets' weights are written; raises `Failed` where it is not there."""
+    with Process(name, folder, "none", "known", {}, python, path) as process:
+        found = process.first
+    for net, shapes in found["nets"].items():
+        model, variables = ours.loaded(given(folder, "ours", net))
+        np.savez(folder / f"{net}-{name}.npz", **named(net, model, variables, shapes))
+    return Peer(python, tuple(path), found["versions"])
+
+
+def rows(
+    scale: str,
+    backdoorbench: Path | None = None,
+    python: Path | None = None,
+    only: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A row for each comparison. `backdoorbench`: a checkout; `python`: the interpreter that has
+    the libraries; `only`: a pattern of titles, such as "ART*".
+    """
+    if backdoorbench is not None and not (backdoorbench / "detection_pretrain").is_dir():
+        raise BadInput(f"{backdoorbench} is no checkout of BackdoorBench")
+    names = [name for name in PEERS if name != "backdoorbench" or backdoorbench is not None]
+    wanted = [job for job in jobs(scale) if job.peer in names]
+    titles = [job.title for job in wanted]
+    chosen = [title for title in titles if only is None or fnmatch.fnmatch(title, only)]
+    if not chosen:
+        raise BadInput(f"no comparison fits '{only}'; there are: {'; '.join(titles)}")
+    wanted = [job for job in wanted if job.title in chosen]
+    interpreter = str(python or sys.executable)
+    with tempfile.TemporaryDirectory(prefix="bdjax-") as temporary:
+        folder = Path(temporary)
+        for net in dict.fromkeys(job.net for job in wanted):
+            _, variables, arrays = victim(scale, net)
+            np.savez(folder / f"{net}.npz", **arrays)
+            np.savez(folder / f"{net}-ours.npz", **flatten_dict(variables, sep="/"))
+        peers, missing = {}, {}
+        for name in dict.fromkeys(job.peer for job in wanted):
+            try:
+                path = [str(backdoorbench)] if name == "backdoorbench" else []
+                peers[name] = there(name, folder, interpreter, path)
+            except Failed as error:
+                missing[name] = f"{error} ({INSTALL})"
+        if missing and not peers:
+            raise BadInput("; ".join(f"{PEERS[name]}: {why}" for name, why in missing.items()))
+        for name, why in missing.items():
+            yield row(PEERS[name], "not there", scale, {}, {}, why, {}, {})
+        for job in wanted:
+            if job.peer in peers:
+                begun, peer = time.monotonic(), peers[job.peer]
+                found = measured(job, peer, folder, scale)
+                causes = [text for text in (job.cause, found["why"]) if text]
+                yield row(
+                    PEERS[job.peer], job.name, scale, found["metrics"], found["results"],
+                    "; ".join(causes), {"ours": job.ours, "theirs": job.theirs}, peer.versions,
+                    time.monotonic() - begun,
+                )  # fmt: skip
