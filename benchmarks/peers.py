@@ -27,15 +27,18 @@ from bdjax.attacks.badnets import BadNets
 from bdjax.foreign import native
 from bdjax.sweep import commit, device_name
 from bdjax.train import Recipe, fit, poisoned_set
-from bdjax.types import BadInput, Split
+from bdjax.types import BadInput
 from benchmarks.residual import widened
-from benchmarks.sides import given, ours
+from benchmarks.sides import given, ours, study
 
 ROOT = Path(__file__).parents[1]
 PEERS = {"trojanzoo": "trojanzoo", "art": "ART", "backdoorbench": "BackdoorBench"}
-REPEATS = {"smoke": (1, 1), "cpu": (5, 3), "paper": (9, 5)}
+REPEATS = {"smoke": (1, 1), "cpu": (3, 2), "paper": (5, 3)}
 """By scale, warm calls of each side, and fresh processes."""
 INSTALL = "pip install 'bdjax[peers]', into an environment apart"
+
+
+STUDY = "BackdoorBench: a whole study"
 
 
 class Failed(Exception):
@@ -78,7 +81,10 @@ class Size(NamedTuple):
 SIZES = {
     "smoke": {"small": Size(1, 2, 10, 4, 400, 100, 1), "residual": Size(1, 1, 4, 4, 200)},
     "cpu": {"small": Size(10, 10, 100, 50, 5000, 1000, 5), "residual": Size(2, 2, 32, 20, 1000)},
-    "paper": {"small": Size(50, 31, 500, 50, 9000, 1000, 10), "residual": Size(8, 10, 100, 100, 9000)},
+    "paper": {
+        "small": Size(50, 31, 500, 50, 9000, 1000, 10),
+        "residual": Size(8, 10, 100, 100, 9000),
+    },
 }
 TRAINING = {
     "smoke": {"small": (400, 1), "residual": (200, 0)},
@@ -88,8 +94,10 @@ TRAINING = {
 """Images and epochs of the two victims; 0: the net as it begins."""
 LAST = "sees a PyTorch net's last layer alone, here the logits"
 CUT = "with a net cut before its last layer, of which it sees the last one alone"
-KERAS = "is for Keras alone, and on Keras 3 its reset sets the learning rate to 0 with the "\
+KERAS = (
+    "is for Keras alone, and on Keras 3 its reset sets the learning rate to 0 with the "
     "optimizer's other variables, so that no mask moves"
+)
 
 
 def jobs(scale: str) -> Iterator[Job]:
@@ -163,7 +171,9 @@ def jobs(scale: str) -> Iterator[Job]:
             {"cut": cut, "fields": {"expected_pp_poison": 0.33, "eps_multiplier": 1.5}},
             CUT if cut else LAST,
         )  # fmt: skip
-    yield Job("Fine-Pruning", *art, "fine_pruning", tuned | {"fields": {"share": 0.8}}, {}, "has none")
+    yield Job(
+        "Fine-Pruning", *art, "fine_pruning", tuned | {"fields": {"share": 0.8}}, {}, "has none"
+    )
 
     bench = "backdoorbench", "residual"
     count = 32 * residual.batches
@@ -303,68 +313,88 @@ def measured(job: Job, peer: Peer | None, folder: Path, scale: str) -> dict[str,
     if it did.
     """
     warm, cold = REPEATS[scale]
-    starts = {"ours": lambda: Process("ours", folder, job.net, job.job, job.ours)}
+    caches = [Path(tempfile.mkdtemp(dir=folder)) for _ in range(cold)]
+
+    def mine(cache: Path) -> Process:
+        keep = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        return Process(
+            "ours", folder, job.net, job.job, job.ours, JAX_COMPILATION_CACHE_DIR=str(cache), **keep
+        )
+
+    starts = {"ours": lambda: mine(caches[0])}
     if peer is not None:
         starts["theirs"] = lambda: peer.start(job, folder)
     first: dict[str, list[float]] = {name: [] for name in starts}
-    later: dict[str, list[float]] = {name: [] for name in starts}
-    last: dict[str, Any] = {}
+    later: dict[str, list[dict[str, Any]]] = {name: [] for name in starts}
     why = ""
     with contextlib.ExitStack() as stack:
         sides = {}
         for name, start in [*starts.items()]:
             try:
-                sides[name] = stack.enter_context(start())
-                last[name] = sides[name].run()
-                first[name].append(last[name]["seconds"])
+                side = stack.enter_context(start())
+                first[name].append(side.run()["seconds"])
+                sides[name] = side
             except Failed as error:
                 if name == "ours":
                     raise
                 why = str(error)
                 del starts[name]
-                sides.pop(name, None)
         for _ in range(warm):
             for name, side in sides.items():
-                last[name] = side.run()
-                later[name].append(last[name]["seconds"])
-    for _ in range(cold - 1):
+                later[name].append(side.run())
+    for k in range(1, cold):
         for name, start in starts.items():
-            with start() as side:
+            with mine(caches[k]) if name == "ours" else start() as side:
                 first[name].append(side.run()["seconds"])
-    with tempfile.TemporaryDirectory(dir=folder) as cache:
-        keep = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        for _ in range(2):
-            with Process("ours", folder, job.net, job.job, job.ours, **keep) as side:
-                again = side.run()["seconds"]
-    both = list(zip(later.get("theirs", ()), later["ours"]))
-    found = {"ours_s": statistics.median(later["ours"]), "cold_s": statistics.median(first["ours"])}
-    found |= {"again_s": again, "peak_mb": last["ours"]["peak_mb"]}
-    if both and "theirs" in starts:
+    with mine(caches[0]) as side:
+        again = side.run()["seconds"]
+    found = {"again_s": again}
+    for name in starts:
+        end = "" if name == "ours" else "_theirs"
         found |= {
-            "theirs_s": statistics.median(later["theirs"]),
-            "cold_theirs_s": statistics.median(first["theirs"]),
-            "peak_theirs_mb": last["theirs"]["peak_mb"],
-            "ratio": statistics.median(theirs / mine for theirs, mine in both),
+            f"warm{end}_s": statistics.median(one["seconds"] for one in later[name]),
+            f"cpu{end}_s": statistics.median(one["cpu_s"] for one in later[name]),
+            f"cold{end}_s": statistics.median(first[name]),
+            f"peak{end}_mb": max(one["peak_mb"] for one in later[name]),
         }
+    if "theirs" in starts:
+        pairs = list(zip(later["theirs"], later["ours"]))
+        for what, of in (("ratio", "seconds"), ("cpu_ratio", "cpu_s")):
+            found[what] = statistics.median(theirs[of] / mine[of] for theirs, mine in pairs)
         found["cold_ratio"] = found["cold_theirs_s"] / found["cold_s"]
-    results = {name: answer["found"] for name, answer in last.items() if name in starts}
+    results = {name: later[name][-1]["found"] for name in starts}
     return {"metrics": found, "results": results, "why": why}
 
 
 # --- Rows ---
 
-HEADS = ("ours s", "theirs s", "ratio", "cold s", "theirs", "ratio", "again s")
-COLUMNS = "ours_s", "theirs_s", "ratio", "cold_s", "cold_theirs_s", "cold_ratio", "again_s"
+HEADS = ("ours s", "theirs s", "ratio", "CPU ratio", "cold s", "theirs s", "ratio", "again s")
+COLUMNS = (
+    "warm_s", "warm_theirs_s", "ratio", "cpu_ratio", "cold_s", "cold_theirs_s", "cold_ratio",
+    "again_s",
+)  # fmt: skip
+"""Of a row's metrics: seconds of a warm call, of both sides, theirs over ours, of CPU seconds too;
+of a first call; and of ours where an earlier process left its compiled programs.
+"""
 
 
 def line(row: dict[str, Any]) -> str:
     """A row as people read it, under `HEADS`: seconds, then the results and what is wrong."""
     found = row["metrics"]
     cells = [
-        (f"{found[name]:.2f}" if "ratio" in name else f"{found[name]:.3f}") if name in found else "–"
+        (f"{found[name]:.2f}" if "ratio" in name else f"{found[name]:.3f}")
+        if name in found
+        else "–"
         for name in COLUMNS
     ]
-    text = f"{row['table']}: {row['row']}".ljust(100) + "".join(f"{cell:>12}" for cell in cells)
+    text = f"{row['table']}: {row['row']}".ljust(100)
+    if "wall_s" in found:  # of a study
+        return (
+            text
+            + "  ".join(f"{name} {value:.5g}" for name, value in found.items())
+            + (f"\n    {row['cause']}" if row["cause"] else "")
+        )
+    text += "".join(f"{cell:>12}" for cell in cells)
     for side, results in row.get("results", {}).items():
         words = "  ".join(f"{name} {briefly(value)}" for name, value in results.items())
         text += f"\n    {side + ':':8} {words}"
@@ -419,6 +449,7 @@ def rows(
     names = [name for name in PEERS if name != "backdoorbench" or backdoorbench is not None]
     wanted = [job for job in jobs(scale) if job.peer in names]
     titles = [job.title for job in wanted]
+    titles += [STUDY] if backdoorbench is not None else []
     chosen = [title for title in titles if only is None or fnmatch.fnmatch(title, only)]
     if not chosen:
         raise BadInput(f"no comparison fits '{only}'; there are: {'; '.join(titles)}")
@@ -451,3 +482,11 @@ def rows(
                     "; ".join(causes), {"ours": job.ours, "theirs": job.theirs}, peer.versions,
                     time.monotonic() - begun,
                 )  # fmt: skip
+        if backdoorbench is not None and STUDY in chosen:
+            place = folder / "study"
+            place.mkdir()
+            checkout = backdoorbench.resolve()
+            for name, metrics, cause in study.studied(scale, place, checkout, interpreter, ROOT):
+                yield row(
+                    "A whole study", name, scale, metrics, {}, cause, {}, {}, metrics["wall_s"]
+                )

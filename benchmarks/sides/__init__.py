@@ -25,6 +25,7 @@ class Given(NamedTuple):
 
 def given(folder: Path, name: str, net: str) -> Given:
     """What stands in the folder for the library `name` and `net`."""
+
     def arrays(file: str) -> dict[str, np.ndarray]:
         with np.load(folder / file) as found:
             return dict(found)

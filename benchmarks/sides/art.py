@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from art.defences import detector, transformer
 from art.defences.detector.poison import ActivationDefence, SpectralSignatureDefense
 from art.defences.transformer.poisoning import STRIP, NeuralCleanse
 from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
 from benchmarks import rivals
 from benchmarks.sides import Given, anomaly, rates
-from torch import nn
 
 logging.disable(logging.WARNING)
 
@@ -86,6 +88,15 @@ def spectral_signatures(given: Given, fields: dict[str, Any], cut: bool):
         return SpectralSignatureDefense(shown, x, y, **fields).detect_poison()
 
     return _samples(given, cut, detect, 10)
+
+
+def fine_pruning(given: Given):
+    given_ = [
+        name
+        for name in (*dir(detector.poison), *dir(transformer.poisoning))
+        if "prun" in name.lower()
+    ]
+    raise LookupError(f"classes that prune: {given_ or 'none'}")
 
 
 def neural_cleanse(given: Given, images: int, fields: dict[str, Any], repaired: bool = False):

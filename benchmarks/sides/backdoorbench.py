@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from benchmarks.sides import Given, anomaly, rates
+from models.preact_resnet import PreActResNet18
 from PIL import Image
 from torch.utils.data import DataLoader
-
-from models.preact_resnet import PreActResNet18
 from utils.aggregate_block.dataset_and_transform_generate import get_transform
 from utils.aggregate_block.fix_random import fix_random
 from utils.bd_dataset_v2 import (
@@ -25,6 +23,8 @@ from utils.bd_dataset_v2 import (
     prepro_cls_DatasetBD_v2,
     xy_iter,
 )
+
+from benchmarks.sides import Given, anomaly, rates
 
 BATCH = 32
 

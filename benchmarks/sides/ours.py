@@ -72,7 +72,9 @@ def strip(given: Given, inputs: int, overlays: int, fields: dict[str, Any]):
     """The boundary from as many clean inputs as there are stamped ones."""
     model, variables = loaded(given)
     defense = Strip(inputs=inputs, boundary="empirical", **fields)
-    clean = Split(*(given.data[f"clean_{part}"][: inputs + overlays] for part in ("image", "label")))
+    clean = Split(
+        *(given.data[f"clean_{part}"][: inputs + overlays] for part in ("image", "label"))
+    )
     x = given.data["stamped_image"][:inputs]
     program = jax.jit(lambda v, clean, x: defense(KEY, model, v, clean, x))
 

@@ -6,12 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks import rivals
-from benchmarks.sides import Given, anomaly, rates
+import trojanvision  # noqa: F401  (sets its environment up)
 from torch import nn
 from torch.utils.data import TensorDataset
-
-import trojanvision  # noqa: F401  (sets its environment up)
 from trojanvision.attacks import BadNet
 from trojanvision.datasets import ImageSet
 from trojanvision.defenses import ActivationClustering, FinePruning, NeuralCleanse, Strip
@@ -19,6 +16,9 @@ from trojanvision.marks import Watermark
 from trojanvision.models import ImageModel
 from trojanvision.models.imagemodel import _ImageModel
 from trojanzoo.environ import env
+
+from benchmarks import rivals
+from benchmarks.sides import Given, anomaly, rates
 
 
 def known() -> dict[str, Any]:
@@ -35,9 +35,7 @@ class Images(ImageSet):
     name, num_classes, data_shape = "arrays", 10, [1, 28, 28]
 
     def __init__(self, parts: dict[str, tuple[np.ndarray, np.ndarray]], **kwargs):
-        self.parts = {
-            name: TensorDataset(*rivals.tensors(*part)) for name, part in parts.items()
-        }
+        self.parts = {name: TensorDataset(*rivals.tensors(*part)) for name, part in parts.items()}
         super().__init__(num_workers=0, **kwargs)
 
     def _get_org_dataset(self, mode: str, **kwargs):
@@ -133,7 +131,10 @@ def activation_clustering(given: Given, batch: int, fields: dict[str, Any], repa
 
     def run():
         attack, shared = attacked(
-            given, {"train": part(given, "train", ~poisoned), "valid": part(given, "test")}, batch, 9
+            given,
+            {"train": part(given, "train", ~poisoned), "valid": part(given, "test")},
+            batch,
+            9,
         )
         pixels, labels = rivals.tensors(image[poisoned], label[poisoned])
         attack.poison_set = TensorDataset(pixels.float() / 255, labels)
@@ -147,6 +148,12 @@ def activation_clustering(given: Given, batch: int, fields: dict[str, Any], repa
             return rates(defense.get_pred_labels(), defense.get_true_labels())
 
     return run
+
+
+def spectral_signatures(given: Given):
+    from trojanvision.defenses import SpectralSignature  # which it does not give
+
+    return SpectralSignature
 
 
 def fine_pruning(given: Given, images: int, ratio: float, recipe: dict[str, Any]):
