@@ -1,6 +1,14 @@
 """`python -m benchmarks peers`: what a user would run instead. trojanzoo, ART and a checkout of
 BackdoorBench beside bdjax: the same weights, images and budgets, seconds and results of both.
 
+They want old releases of what bdjax needs too, so they may have an environment apart:
+
+    python3.11 -m venv peers && peers/bin/pip install -e '.[peers]'
+    python -m benchmarks peers --python peers/bin/python --backdoorbench DIR
+
+BackdoorBench needs pyyaml, pandas, opencv-python-headless, kornia, imageio and pytorch_wavelets
+there as well; ART's Neural Cleanse needs tensorflow-cpu. What is not there has a row that says so.
+
 Each library runs in processes of its own, ours and theirs in turn. Cold is the first call in a
 fresh process, imports apart; warm are the calls after it, in processes that stay.
 """
@@ -29,7 +37,7 @@ from bdjax.sweep import commit, device_name
 from bdjax.train import Recipe, fit, poisoned_set
 from bdjax.types import BadInput
 from benchmarks.residual import widened
-from benchmarks.sides import given, ours, study
+from benchmarks.sides import ours, study
 
 ROOT = Path(__file__).parents[1]
 PEERS = {"trojanzoo": "trojanzoo", "art": "ART", "backdoorbench": "BackdoorBench"}
@@ -298,11 +306,14 @@ class Process(contextlib.AbstractContextManager):
 
 
 class Peer(NamedTuple):
-    """A library that is there: how its processes are started, and its versions."""
+    """A library that is there: how its processes are started, its versions, and the shapes of the
+    arrays of its nets.
+    """
 
     python: str
     path: tuple[str, ...]
     versions: dict[str, str]
+    nets: dict[str, dict[str, list[int]]]
 
     def start(self, job: Job, folder: Path) -> Process:
         return Process(job.peer, folder, job.net, job.job, job.theirs, self.python, self.path)
@@ -426,13 +437,9 @@ def row(
 
 
 def there(name: str, folder: Path, python: str, path: Sequence[str]) -> Peer:
-    """A library, after its nets' weights are written; raises `Failed` where it is not there."""
+    """A library; raises `Failed` where it is not there."""
     with Process(name, folder, "none", "known", {}, python, path) as process:
-        found = process.first
-    for net, shapes in found["nets"].items():
-        model, variables = ours.loaded(given(folder, "ours", net))
-        np.savez(folder / f"{net}-{name}.npz", **named(net, model, variables, shapes))
-    return Peer(python, tuple(path), found["versions"])
+        return Peer(python, tuple(path), **process.first)
 
 
 def rows(
@@ -457,19 +464,23 @@ def rows(
     interpreter = str(python or sys.executable)
     with tempfile.TemporaryDirectory(prefix="bdjax-") as temporary:
         folder = Path(temporary)
-        for net in dict.fromkeys(job.net for job in wanted):
-            _, variables, arrays = victim(scale, net)
-            np.savez(folder / f"{net}.npz", **arrays)
-            np.savez(folder / f"{net}-ours.npz", **flatten_dict(variables, sep="/"))
         peers, missing = {}, {}
         for name in dict.fromkeys(job.peer for job in wanted):
             try:
-                path = [str(backdoorbench)] if name == "backdoorbench" else []
+                path = [str(backdoorbench.resolve())] if name == "backdoorbench" else []  # type: ignore[union-attr]
                 peers[name] = there(name, folder, interpreter, path)
             except Failed as error:
                 missing[name] = f"{error} ({INSTALL})"
         if missing and not peers:
             raise BadInput("; ".join(f"{PEERS[name]}: {why}" for name, why in missing.items()))
+        for net in dict.fromkeys(job.net for job in wanted if job.peer in peers):
+            model, variables, arrays = victim(scale, net)
+            np.savez(folder / f"{net}.npz", **arrays)
+            np.savez(folder / f"{net}-ours.npz", **flatten_dict(variables, sep="/"))
+            for name, peer in peers.items():
+                if net in peer.nets:
+                    weights = named(net, model, variables, peer.nets[net])
+                    np.savez(folder / f"{net}-{name}.npz", **weights)
         for name, why in missing.items():
             yield row(PEERS[name], "not there", scale, {}, {}, why, {}, {})
         for job in wanted:

@@ -58,7 +58,7 @@ def rates(suspects, poisoned) -> dict[str, float]:
 
 
 def anomaly(norms) -> float:
-    """|norm − median| / (1.4826 · MAD) of the smallest norm, for libraries that give norms alone."""
+    """|norm − median| / (1.4826 · MAD) of the smallest norm, where a library gives norms alone."""
     norms = np.asarray(norms, float)
     gap = np.abs(norms - np.median(norms))
     return gap[norms.argmin()] / (1.4826 * np.median(gap))

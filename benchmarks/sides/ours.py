@@ -82,7 +82,7 @@ def strip(given: Given, inputs: int, overlays: int, fields: dict[str, Any]):
         found = program(variables, clean, x)
         return {
             "recall": float(found.flagged.mean()),
-            "fpr": float(found.info["boundary.realised"]),
+            "fpr": float(found.info["frr_fit"]),
             "entropy_clean": float(found.info["mean"]),
             "entropy_stamped": float(found.score.mean()),
         }

@@ -66,8 +66,8 @@ def ended(
     begun = time.monotonic()
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            words, cwd=folder, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **variables},
-            start_new_session=True,
+            words, cwd=folder, stdout=out, stderr=subprocess.STDOUT,
+            env={**os.environ, **variables}, start_new_session=True,
         )  # fmt: skip
     while True:
         found, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -166,7 +166,7 @@ def studied(scale: str, folder: Path, checkout: Path, python: str, root: Path) -
     """The name of a row, its metrics, and what is to be said of it: both as they are, then both
     killed in the middle and begun again.
     """
-    attacks, defenses, seeds, _, rows, tests = GRIDS[scale]
+    attacks, _, seeds, _, rows, tests = GRIDS[scale]
     data = datasets.load()
     written(folder, pictures(rows, data.train), pictures(tests, data.test))
     for part in checkout.iterdir():  # its scripts write beside themselves: not in the user's folder

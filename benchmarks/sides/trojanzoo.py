@@ -79,7 +79,7 @@ def neural_cleanse(given: Given, images: int, epochs: int, batch: int):
     parts["valid"] = parts["train"]
 
     def run():
-        attack, shared = attacked(given, parts, batch)
+        _, shared = attacked(given, parts, batch)
         defense = NeuralCleanse(defense_remask_epoch=epochs, **shared)
         caught = {}
         found = defense.get_mark_loss_list
