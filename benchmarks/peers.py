@@ -1,13 +1,16 @@
 """`python -m benchmarks peers`: what a user would run instead. trojanzoo, ART and a checkout of
 BackdoorBench beside bdjax: the same weights, images and budgets, seconds and results of both.
 
-They want old releases of what bdjax needs too, so they may have an environment apart:
+They have an environment apart, as trojanzoo needs an older matplotlib than bdjax:
 
-    python3.11 -m venv peers && peers/bin/pip install -e '.[peers]'
+    python3.11 -m venv peers
+    peers/bin/pip install -e '.[peers]'
+    peers/bin/pip install 'matplotlib<3.9'  # bdjax is not run there
     python -m benchmarks peers --python peers/bin/python --backdoorbench DIR
 
-BackdoorBench needs pyyaml, pandas, opencv-python-headless, kornia, imageio and pytorch_wavelets
-there as well; ART's Neural Cleanse needs tensorflow-cpu. What is not there has a row that says so.
+BackdoorBench needs pyyaml, pandas, opencv-python-headless, kornia, imageio, pytorch_wavelets and
+'setuptools<81' there as well; ART's Neural Cleanse needs tensorflow-cpu. What is not there has a
+row that says so.
 
 Each library runs in processes of its own, ours and theirs in turn. Cold is the first call in a
 fresh process, imports apart; warm are the calls after it, in processes that stay.
@@ -43,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 PEERS = {"trojanzoo": "trojanzoo", "art": "ART", "backdoorbench": "BackdoorBench"}
 REPEATS = {"smoke": (1, 1), "cpu": (3, 2), "paper": (5, 3)}
 """By scale, warm calls of each side, and fresh processes."""
-INSTALL = "pip install 'bdjax[peers]', into an environment apart"
+INSTALL = "benchmarks/peers.py says how they are installed; --python names their interpreter"
 
 
 STUDY = "BackdoorBench: a whole study"

@@ -166,7 +166,7 @@ def test_peers_that_are_not_there_are_one_line(tmp_path, capsys):
     empty = tmp_path / "python"
     empty.write_text("#!/bin/sh\nexit 3\n")
     empty.chmod(empty.stat().st_mode | stat.S_IXUSR)
-    with pytest.raises(BadInput, match=r"ART: ended with code 3 \(pip install"):
+    with pytest.raises(BadInput, match=r"ART: ended with code 3 \(benchmarks/peers"):
         bench(("peers",), scale="smoke", python=empty, only="ART*")
     with pytest.raises(BadInput, match="no comparison fits 'AR'; there are: trojanzoo: "):
         bench(("peers",), scale="smoke", only="AR")
