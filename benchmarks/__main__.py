@@ -83,7 +83,7 @@ def bench(
         out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not
             given.
         json_: One JSON object a line: case, ours_s, rival_s, ratio, matmul_share, device, and more.
-        repeats: How often ours, a matmul and the rival alternate.
+        repeats: How often ours, a matmul and the rival alternate; of peers, fresh processes as well.
         devices: How many devices `devices` spreads over; a CPU counts as that many (8 if not
             given).
         compare: A folder or results file of an earlier run: prints new / old of every case.
@@ -99,7 +99,9 @@ def bench(
     whole("repeats", repeats, 1)
     options = {"backdoorbench": backdoorbench, "python": python, "only": only}
     options = {name: value for name, value in options.items() if value is not None}
-    if options and {*names_} != {"peers"}:
+    if {*names_} == {"peers"}:
+        options |= {"repeats": repeats}
+    elif options:
         raise BadInput(f"{', '.join(f'--{name}' for name in options)} is for peers alone")
     if APART & {*names_}:
         return _apart(names_, scale, out, **options)
@@ -155,6 +157,8 @@ def _apart(names_: Sequence[str], scale: str, out: Path | None, **options: Any) 
     module = importlib.import_module(f"benchmarks.{names_[0]}")
     if out is not None:
         Store(out).ready()
+        if names_[0] == "peers":
+            options |= {"done": {row["run"] for row in Store(out).rows() if row["metrics"]}}
     print(" " * 100 + "".join(f"{head:>12}" for head in module.HEADS), flush=True)
     for row in module.rows(scale, **options):
         print(shown(module.line(row)), flush=True)

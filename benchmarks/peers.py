@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +44,6 @@ from benchmarks.sides import ours, study
 
 ROOT = Path(__file__).parents[1]
 PEERS = {"trojanzoo": "trojanzoo", "art": "ART", "backdoorbench": "BackdoorBench"}
-REPEATS = {"smoke": (1, 1), "cpu": (3, 2), "paper": (5, 3)}
-"""By scale, warm calls of each side, and fresh processes."""
 INSTALL = "benchmarks/peers.py says how they are installed; --python names their interpreter"
 
 
@@ -147,7 +145,7 @@ def jobs(scale: str) -> Iterator[Job]:
         "is commented out there",
     )  # fmt: skip
     recipe = {"epochs": small.epochs, "batch": 100, "lr": 1e-3}
-    tuned = {"images": small.images, "recipe": recipe}
+    tuned = {"images": small.images, "tests": small.images // 2, "recipe": recipe}
     yield Job(
         "Fine-Pruning", *zoo, "fine_pruning", tuned | {"fields": {"share": 0.8}},
         tuned | {"ratio": 0.8},
@@ -157,10 +155,10 @@ def jobs(scale: str) -> Iterator[Job]:
     for words, repaired in (("", False), (", repaired", True)):
         yield Job(
             f"Neural Cleanse{words}", *art, "neural_cleanse",
-            {"images": count, "fields": search | {"cost_up": 2.0, "cost_down": 2.0**1.5}},
+            {"images": count, "fields": search | {"patience": 5, "stop_patience": 10}},
             {
                 "images": count, "repaired": repaired,
-                "fields": {"steps": small.steps, "learning_rate": 0.1, "batch_size": 32},
+                "fields": {"steps": small.steps, "learning_rate": 0.1, "batch_size": 32, "norm": 1},
             },
             "with its learning rate put back" if repaired else KERAS,
         )  # fmt: skip
@@ -322,12 +320,11 @@ class Peer(NamedTuple):
         return Process(job.peer, folder, job.net, job.job, job.theirs, self.python, self.path)
 
 
-def measured(job: Job, peer: Peer | None, folder: Path, scale: str) -> dict[str, Any]:
-    """What is measured of `job`: metrics, the results of both sides, and why the other one stopped,
-    if it did.
+def measured(job: Job, peer: Peer | None, folder: Path, repeats: int) -> dict[str, Any]:
+    """What is measured of `job`, in `repeats` warm calls and fresh processes of each side: metrics,
+    the results of both, and why the other one stopped, if it did.
     """
-    warm, cold = REPEATS[scale]
-    caches = [Path(tempfile.mkdtemp(dir=folder)) for _ in range(cold)]
+    caches = [Path(tempfile.mkdtemp(dir=folder)) for _ in range(repeats)]
 
     def mine(cache: Path) -> Process:
         keep = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -353,12 +350,12 @@ def measured(job: Job, peer: Peer | None, folder: Path, scale: str) -> dict[str,
                     raise
                 why = str(error)
                 del starts[name]
-        for _ in range(warm):
+        for _ in range(repeats):
             for name, side in sides.items():
                 later[name].append(side.run())
-    for k in range(1, cold):
+    for cache in caches[1:]:
         for name, start in starts.items():
-            with mine(caches[k]) if name == "ours" else start() as side:
+            with mine(cache) if name == "ours" else start() as side:
                 first[name].append(side.run()["seconds"])
     with mine(caches[0]) as side:
         again = side.run()["seconds"]
@@ -424,13 +421,18 @@ def briefly(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
 
 
+def run_of(table: str, name: str, scale: str) -> str:
+    """What names a row's run."""
+    return registry.digest(table, name, scale)
+
+
 def row(
     table: str, name: str, scale: str, metrics: dict[str, float], results: dict[str, Any],
     cause: str, config: Mapping[str, Any], versions: Mapping[str, Any], seconds: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """A row of results."""
     return {
-        "run": registry.digest(table, name, scale), "experiment": "peers", "scale": scale,
+        "run": run_of(table, name, scale), "experiment": "peers", "scale": scale,
         "table": table, "row": name, "seed": 0, "config": dict(config), "metrics": metrics,
         "results": results, "cause": cause, "versions": dict(versions),
         "seconds": {"compile": 0.0, "run": seconds}, "oracle": False, "device": device_name(),
@@ -450,9 +452,11 @@ def rows(
     backdoorbench: Path | None = None,
     python: Path | None = None,
     only: str | None = None,
+    repeats: int = 3,
+    done: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """A row for each comparison. `backdoorbench`: a checkout; `python`: the interpreter that has
-    the libraries; `only`: a pattern of titles, such as "ART*".
+    the libraries; `only`: a pattern of titles, such as "ART*"; `done`: runs that are there.
     """
     if backdoorbench is not None and not (backdoorbench / "detection_pretrain").is_dir():
         raise BadInput(f"{backdoorbench} is no checkout of BackdoorBench")
@@ -463,7 +467,11 @@ def rows(
     chosen = [title for title in titles if only is None or fnmatch.fnmatch(title, only)]
     if not chosen:
         raise BadInput(f"no comparison fits '{only}'; there are: {'; '.join(titles)}")
-    wanted = [job for job in wanted if job.title in chosen]
+    wanted = [
+        job
+        for job in wanted
+        if job.title in chosen and run_of(PEERS[job.peer], job.name, scale) not in done
+    ]
     interpreter = str(python or sys.executable)
     with tempfile.TemporaryDirectory(prefix="bdjax-") as temporary:
         folder = Path(temporary)
@@ -489,14 +497,16 @@ def rows(
         for job in wanted:
             if job.peer in peers:
                 begun, peer = time.monotonic(), peers[job.peer]
-                found = measured(job, peer, folder, scale)
+                found = measured(job, peer, folder, repeats)
                 causes = [text for text in (job.cause, found["why"]) if text]
                 yield row(
                     PEERS[job.peer], job.name, scale, found["metrics"], found["results"],
-                    "; ".join(causes), {"ours": job.ours, "theirs": job.theirs}, peer.versions,
+                    "; ".join(causes),
+                    {"ours": job.ours, "theirs": job.theirs, "repeats": repeats}, peer.versions,
                     time.monotonic() - begun,
                 )  # fmt: skip
-        if backdoorbench is not None and STUDY in chosen:
+        last = run_of("A whole study", study.LAST, scale)
+        if backdoorbench is not None and STUDY in chosen and last not in done:
             place = folder / "study"
             place.mkdir()
             checkout = backdoorbench.resolve()

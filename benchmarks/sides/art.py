@@ -1,5 +1,5 @@
 """The Adversarial Robustness Toolbox, by its public classes."""
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 import logging
 from importlib.metadata import version
@@ -103,15 +103,9 @@ def neural_cleanse(given: Given, images: int, fields: dict[str, Any], repaired: 
     """On a Keras net with the same weights. `repaired`: the learning rate is put back where its
     `reset` has set it to 0 with the optimizer's other variables.
     """
-    import os
-
-    os.environ.setdefault("TF_USE_LEGACY_KERAS", "0")
     import keras
-    import tensorflow as tf
     from art.estimators.classification import KerasClassifier
 
-    if hasattr(tf.compat.v1, "disable_eager_execution"):
-        tf.compat.v1.disable_eager_execution()
     layers = keras.layers
     net = keras.Sequential([
         layers.Input((28, 28, 1)), layers.Conv2D(16, 5, activation="relu"), layers.MaxPooling2D(),
@@ -127,17 +121,18 @@ def neural_cleanse(given: Given, images: int, fields: dict[str, Any], repaired: 
     y = np.eye(10, dtype=np.float32)[given.data["clean_label"][:images]]
 
     def run():
-        cleanse = NeuralCleanse(KerasClassifier(net, clip_values=(0, 1)))
-        defense = cleanse(net, **fields)
+        classifier = KerasClassifier(net, clip_values=(0, 1))
+        defense = NeuralCleanse(classifier)(classifier, **fields)
+        reset, rate = defense.reset, fields["learning_rate"]
+
+        def again():
+            reset()
+            defense.opt.learning_rate.assign(rate)
+
         if repaired:
-            reset, rate = defense.reset, fields["learning_rate"]
-
-            def again():
-                reset()
-                defense.opt.learning_rate = rate
-
             defense.reset = again
-        norms = [float(np.abs(mask).sum()) for _, mask, _ in defense.outlier_masks(x, y)]
+        masks = [defense.generate_backdoor(x, y, target)[0] for target in np.eye(10)]
+        norms = [float(np.abs(mask).sum()) for mask in masks]
         return {"norms": norms, "index": anomaly(norms)}
 
     return run

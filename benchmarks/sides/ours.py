@@ -124,12 +124,14 @@ def spectral_signatures(given: Given, fields: dict[str, Any]):
     return _samples(given, SpectralSignatures(**fields))
 
 
-def fine_pruning(given: Given, images: int, recipe: dict[str, Any], fields: dict[str, Any]):
+def fine_pruning(
+    given: Given, images: int, tests: int, recipe: dict[str, Any], fields: dict[str, Any]
+):
     model, variables = loaded(given)
     defense = FinePruning(recipe=Recipe(**recipe), **fields)
     clean, test = (
         Split(*(given.data[f"{name}_{part}"][:most] for part in ("image", "label")))
-        for name, most in (("clean", images), ("test", None))
+        for name, most in (("clean", images), ("test", tests))
     )
 
     @jax.jit

@@ -40,11 +40,12 @@ OURS = {
 """What bdjax calls the same; for the sinusoid, which it has not, another attack on whole images."""
 SCRIPTS = {"strip": "detection_pretrain/strip.py"}
 """Where a defense's script is, if not in `defense/`."""
-OPTIONS = {
+OPTIONS: dict[str, tuple[str, ...]] = {
     "badnet": ("--patch_mask_path", "resource/badnet/trigger_image.png"),
     "strip": ("--clean_sample_num", "43"),
 }
 BATCH = 64
+LAST = "bdjax, killed after 60 % of its time and given again"
 
 
 class Ended(NamedTuple):
@@ -101,16 +102,18 @@ def written(folder: Path, train: Split, test: Split) -> None:
     for name, split in (("train", train), ("test", test)):
         np.savez(folder / f"{name}.npz", image=split.image, label=split.label)
     places = {k: folder / "data" / "gtsrb" / "Train" / f"{k:05d}" for k in range(CLASSES)}
-    lists = {k: (place / f"GT-{k:05d}.csv", k, train) for k, place in places.items()}
-    lists[-1] = (folder / "data" / "gtsrb" / "Test" / "GT-final_test.csv", None, test)
-    for file, k, split in lists.values():
+    lists: list[tuple[Path, int | None, Split]] = [
+        (place / f"GT-{k:05d}.csv", k, train) for k, place in places.items()
+    ]
+    lists.append((folder / "data" / "gtsrb" / "Test" / "GT-final_test.csv", None, test))
+    for file, k, split in lists:
         file.parent.mkdir(parents=True)
         with open(file, "w", newline="") as out:
             table = csv.writer(out, delimiter=";")
             table.writerow(["Filename", *"WHXYZA", "ClassId"])
             rows = range(len(split.label)) if k is None else np.flatnonzero(split.label == k)
             for i in rows:
-                Image.fromarray(split.image[i]).save(file.parent / f"{i:05d}.png")
+                Image.fromarray(np.asarray(split.image[i])).save(file.parent / f"{i:05d}.png")
                 table.writerow([f"{i:05d}.png", *[0] * 6, split.label[i]])
 
 
@@ -223,7 +226,7 @@ def studied(scale: str, folder: Path, checkout: Path, python: str, root: Path) -
     kept = left("killed")
     again = ended([sys.executable, *ours(scale, "killed")], folder, mine)
     yield (
-        "bdjax, killed after 60 % of its time and given again",
+        LAST,
         {"wall_s": again.seconds, "results": left("killed"), "kept": kept, "victims": victims},
         "" if again.code == 0 else again.last,
     )  # fmt: skip

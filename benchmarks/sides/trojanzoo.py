@@ -1,5 +1,5 @@
 """trojanzoo, by the constructors and methods that its users call."""
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 from importlib.metadata import version
 from typing import Any
@@ -156,8 +156,11 @@ def spectral_signatures(given: Given):
     return SpectralSignature
 
 
-def fine_pruning(given: Given, images: int, ratio: float, recipe: dict[str, Any]):
-    parts = {"train": part(given, "clean", slice(images)), "valid": part(given, "test")}
+def fine_pruning(given: Given, images: int, tests: int, ratio: float, recipe: dict[str, Any]):
+    parts = {
+        "train": part(given, "clean", slice(images)),
+        "valid": part(given, "test", slice(tests)),
+    }
 
     def run():
         torch.manual_seed(0)
