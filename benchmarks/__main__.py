@@ -83,7 +83,7 @@ def bench(
         out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not
             given.
         json_: One JSON object a line: case, ours_s, rival_s, ratio, matmul_share, device, and more.
-        repeats: How often ours, a matmul and the rival alternate; of peers, fresh processes as well.
+        repeats: How often ours, a matmul and the rival alternate; peers are also begun as often.
         devices: How many devices `devices` spreads over; a CPU counts as that many (8 if not
             given).
         compare: A folder or results file of an earlier run: prints new / old of every case.

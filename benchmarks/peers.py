@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -236,7 +237,7 @@ def victim(scale: str, net: str) -> tuple[Any, Any, dict[str, np.ndarray]]:
     def bytes_of(x):
         return np.asarray(np.round(np.asarray(x) * 255), np.uint8)
 
-    stamp = jax.jit(jax.vmap(lambda x: attack.stamp(1, x, key)))
+    stamp = jax.jit(jax.vmap(lambda x: attack.stamp(jnp.asarray(1), x, key)))
     others = test[np.flatnonzero(np.asarray(test.label) != attack.target)]
     image, label = jax.jit(lambda p: p.rows(np.arange(most.rows)))(poisoned)
     kind = np.asarray(poisoned.plan.kind)[: most.rows]
@@ -266,6 +267,11 @@ def named(
     _, moves, _ = native.variables(ours.NETS[net][0], model, blank, "torch")
     flat = flatten_dict(variables, sep="/")
     return {move.name: move.theirs(np.asarray(flat[path])) for path, move in moves.items()}
+
+
+def written(file: Path, arrays: Mapping[Any, Any]) -> None:
+    """Writes arrays by their names."""
+    np.savez(file, **{name: np.asarray(array) for name, array in arrays.items()})  # type: ignore[arg-type]
 
 
 # --- Processes ---
@@ -486,12 +492,12 @@ def rows(
             raise BadInput("; ".join(f"{PEERS[name]}: {why}" for name, why in missing.items()))
         for net in dict.fromkeys(job.net for job in wanted if job.peer in peers):
             model, variables, arrays = victim(scale, net)
-            np.savez(folder / f"{net}.npz", **arrays)
-            np.savez(folder / f"{net}-ours.npz", **flatten_dict(variables, sep="/"))
+            written(folder / f"{net}.npz", arrays)
+            written(folder / f"{net}-ours.npz", flatten_dict(variables, sep="/"))
             for name, peer in peers.items():
                 if net in peer.nets:
                     weights = named(net, model, variables, peer.nets[net])
-                    np.savez(folder / f"{net}-{name}.npz", **weights)
+                    written(folder / f"{net}-{name}.npz", weights)
         for name, why in missing.items():
             yield row(PEERS[name], "not there", scale, {}, {}, why, {}, {})
         for job in wanted:

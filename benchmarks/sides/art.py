@@ -1,5 +1,6 @@
 """The Adversarial Robustness Toolbox, by its public classes."""
-# pyright: reportMissingImports=false, reportMissingModuleSource=false
+# pyright: basic, reportMissingImports=false, reportMissingModuleSource=false
+# pyright: reportIndexIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 import logging
 from importlib.metadata import version

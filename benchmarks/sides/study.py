@@ -6,7 +6,6 @@ which the 43 classes are made from 10 by how bright a picture is among its likes
 """
 
 import csv
-import itertools
 import os
 import signal
 import subprocess
@@ -126,7 +125,7 @@ def scripts(scale: str) -> Iterator[tuple[str, list[str]]]:
         "--dataset", "gtsrb", "--dataset_path", "./data", "--device", "cpu", "--model", "resnet18",
         "--num_workers", "0", "--batch_size", str(BATCH), "--epochs", str(epochs), "--amp", "False",
     ]  # fmt: skip
-    for seed, attack in itertools.product(range(seeds), attacks):
+    for seed, attack in [(seed, attack) for seed in range(seeds) for attack in attacks]:
         name, seeded = f"{attack}_{seed}", [*shared, "--random_seed", str(seed)]
         yield (
             f"{name}/attack_result.pt",

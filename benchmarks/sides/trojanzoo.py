@@ -1,5 +1,6 @@
 """trojanzoo, by the constructors and methods that its users call."""
-# pyright: reportMissingImports=false, reportMissingModuleSource=false
+# pyright: basic, reportMissingImports=false, reportMissingModuleSource=false
+# pyright: reportIndexIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 from importlib.metadata import version
 from typing import Any
