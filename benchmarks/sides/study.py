@@ -27,7 +27,7 @@ NAME = "a whole study"
 CLASSES = 43
 GRIDS = {
     "smoke": (("badnet",), ("spectral",), 1, 1, 430, 215),
-    "cpu": (("badnet", "blended", "sig"), ("fp", "ac", "spectral", "strip"), 2, 2, 1290, 430),
+    "cpu": (("badnet", "blended", "sig"), ("fp", "ac", "spectral", "strip"), 2, 2, 860, 430),
     "paper": (("badnet", "blended", "sig"), ("fp", "ac", "spectral", "strip"), 2, 20, 8600, 1720),
 }
 """By scale: attacks, defenses, seeds, epochs, images to train on and to test on."""
