@@ -41,8 +41,8 @@ registry.declare(
     Metric("ratio", "", "high", "PyTorch / ours"),
     Metric("times_inference", "", "low", "plain inferences of the same images"),
 )
-SHARED = {"measure", "rivals", "__main__"}
-APART = {"pod", "accelerator"}
+SHARED = {"measure", "rivals", "sides", "__main__"}
+APART = {"pod", "accelerator", "peers"}
 """Benchmarks that are no cases of growing size, and run alone, each with a `rows(scale, done)`,
 `HEADS` and a `line(row)`.
 """
@@ -70,20 +70,26 @@ def bench(
     repeats: int = 3,
     devices: int | None = None,
     compare: Path | None = None,
+    backdoorbench: Path | None = None,
+    python: Path | None = None,
+    only: str | None = None,
 ) -> None:
     """Measure what training and the defenses cost as they grow.
 
     Args:
         names_: train, neural_cleanse, strip, ensemble …; all but those that run alone (pod,
-            accelerator) if not given.
+            accelerator, peers) if not given.
         scale: Which sizes: smoke, cpu or paper.
         out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not
             given.
         json_: One JSON object a line: case, ours_s, rival_s, ratio, matmul_share, device, and more.
-        repeats: How often ours, a matmul and the rival alternate.
+        repeats: How often ours, a matmul and the rival alternate; peers are also begun as often.
         devices: How many devices `devices` spreads over; a CPU counts as that many (8 if not
             given).
         compare: A folder or results file of an earlier run: prints new / old of every case.
+        backdoorbench: For peers: a checkout of BackdoorBench, to compare with.
+        python: For peers: the interpreter that has them; this one if not given.
+        only: For peers: the comparisons whose title this pattern fits, such as "ART*".
     """
     for name in names_:
         if name not in names():
@@ -91,8 +97,14 @@ def bench(
                 f"unknown benchmark '{name}'{near(name, names())}; there are: {', '.join(names())}"
             )
     whole("repeats", repeats, 1)
+    options = {"backdoorbench": backdoorbench, "python": python, "only": only}
+    options = {name: value for name, value in options.items() if value is not None}
+    if {*names_} == {"peers"}:
+        options |= {"repeats": repeats}
+    elif options:
+        raise BadInput(f"{', '.join(f'--{name}' for name in options)} is for peers alone")
     if APART & {*names_}:
-        return _apart(names_, scale, out)
+        return _apart(names_, scale, out, **options)
     old = None if compare is None else _rows(compare)
     if out is not None:
         Store(out).ready()
@@ -136,10 +148,12 @@ def bench(
         compared(made, old)
 
 
-def _apart(names_: Sequence[str], scale: str, out: Path | None) -> None:
+def _apart(names_: Sequence[str], scale: str, out: Path | None, **options: Any) -> None:
     """Runs a benchmark of its own kind."""
     if len(names_) > 1:
-        raise BadInput(f"{', '.join(APART & {*names_})} runs alone: name no other benchmark")
+        raise BadInput(
+            f"{', '.join(sorted(APART & {*names_}))} runs alone: name no other benchmark"
+        )
     module = importlib.import_module(f"benchmarks.{names_[0]}")
     store = None if out is None else Store(out)
     if store is not None:
@@ -147,9 +161,9 @@ def _apart(names_: Sequence[str], scale: str, out: Path | None) -> None:
     done = {} if store is None else {row["run"]: row for row in store.rows()}
     print(" " * 100 + "".join(f"{head:>12}" for head in module.HEADS), flush=True)
     with Stop() as stop:
-        for row in module.rows(scale, done):
+        for row in module.rows(scale, done, **options):
             print(shown(module.line(row)), flush=True)
-            if store is not None and row["run"] not in done:
+            if store is not None and done.get(row["run"]) is not row:
                 store.append([row])
             stop.check()
 

@@ -29,7 +29,7 @@ SMOKE = {"ResNet-20": (ResNet20(), 1)}
 
 def cases(rivals, scale: str) -> Iterator[Case]:
     for name, (net, steps) in (SMOKE if scale == "smoke" else NETS).items():
-        split = images(steps * BATCH)
+        split = widened(datasets.load().train[slice(steps * BATCH)])
         model = build(net, split.image.shape[1:], 10)
         variables = model.init(jax.random.key(0))
         rival = None if rivals is None else (rivals, getattr(rivals, name.lower().replace("-", "")))
@@ -38,9 +38,8 @@ def cases(rivals, scale: str) -> Iterator[Case]:
         yield strip(name, model, variables, split, rival)
 
 
-def images(n: int) -> Split:
-    """Embedded images in the middle of 32×32, in three equal channels."""
-    split = datasets.load().train[slice(n)]
+def widened(split: Split) -> Split:
+    """28×28×1 images in the middle of 32×32, in three equal channels."""
     wide = np.pad(split.image, ((0, 0), (2, 2), (2, 2), (0, 0)))
     return Split(np.repeat(wide, 3, -1), split.label)
 

@@ -1,17 +1,23 @@
 """The benchmarks: what they count, print and keep. Nothing here asserts how fast anything is."""
 
+import ast
+import inspect
 import json
 import math
+import stat
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from bdjax import mesh
 from bdjax.cli import main
-from bdjax.types import BadInput
-from benchmarks import measure, pod
+from bdjax.types import BadInput, Split
+from benchmarks import measure, peers, pod
 from benchmarks.__main__ import APART, bench, names
+from benchmarks.sides import anomaly, ours, rates, study
 
 
 def test_the_exponent_is_the_slope_and_peak_memory_counts_what_is_held():
@@ -109,3 +115,97 @@ def test_bad_words_are_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "strip", "--repeats", "0"])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+# --- Peers ---
+
+
+def test_every_comparison_names_functions_of_both_sides_that_take_its_settings():
+    here = peers.ROOT / "benchmarks" / "sides"
+    theirs = {
+        name: {
+            node.name: [arg.arg for arg in node.args.args]
+            for node in ast.parse((here / f"{name}.py").read_text()).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        for name in peers.PEERS
+    }
+    for scale in peers.SIZES:
+        found = list(peers.jobs(scale))
+        assert len({job.title for job in found}) == len(found)
+        for job in found:
+            inspect.signature(getattr(ours, job.job)).bind(None, **job.ours)
+            first, *others = theirs[job.peer][job.job]
+            assert first == "given" and job.theirs.keys() <= {*others}, job.title
+
+
+def test_the_other_net_has_the_same_weights():
+    torch = pytest.importorskip("torch")
+    from benchmarks import rivals
+
+    model = ours.net("small")
+    variables = jax.jit(model.init)(jax.random.key(0))
+    net = rivals.badnets_cnn()
+    shapes = {name: tuple(array.shape) for name, array in net.state_dict().items()}
+    weights = peers.named("small", model, variables, shapes)
+    net.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    x = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
+    with torch.no_grad():
+        theirs = net(torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
+    assert np.allclose(model.apply(variables, jnp.asarray(x)).logits, theirs, atol=1e-5)
+
+
+def test_a_process_answers_and_says_why_it_stops(tmp_path):
+    with peers.Process("ours", tmp_path, "none", "known", {}) as process:
+        assert process.first["versions"]["jax"] == jax.__version__
+    with pytest.raises(peers.Failed, match=r"no-such\.npz"):
+        peers.Process("ours", tmp_path, "no-such", "strip", {})
+
+
+def test_peers_that_are_not_there_are_one_line(tmp_path, capsys):
+    empty = tmp_path / "python"
+    empty.write_text("#!/bin/sh\nexit 3\n")
+    empty.chmod(empty.stat().st_mode | stat.S_IXUSR)
+    with pytest.raises(BadInput, match=r"ART: ended with code 3 \(benchmarks/peers"):
+        bench(("peers",), scale="smoke", python=empty, only="ART*")
+    with pytest.raises(BadInput, match="no comparison fits 'AR'; there are: trojanzoo: "):
+        bench(("peers",), scale="smoke", only="AR")
+    with pytest.raises(BadInput, match="is no checkout of BackdoorBench"):
+        bench(("peers",), scale="smoke", backdoorbench=tmp_path)
+    with pytest.raises(BadInput, match="--only is for peers alone"):
+        bench(("strip",), only="ART*")
+
+
+def test_a_row_of_two_sides_says_seconds_results_and_what_is_wrong():
+    metrics = {"warm_s": 2.0, "warm_theirs_s": 3.0, "ratio": 1.5}
+    results = {"ours": {"norms": [4.0, 9.0, 1.0, 7.0], "index": 3.25}, "theirs": {"recall": 0.04}}
+    row = peers.row("ART", "STRIP", "smoke", metrics, results, "a cause", {}, {})
+    first, mine, theirs, cause = peers.line(row).split("\n")
+    cells = first.removeprefix("ART: STRIP").split()
+    assert cells == ["2.000", "3.000", "1.50", *"–––––"] and len(cells) == len(peers.HEADS)
+    assert mine.split() == ["ours:", "norms", "1", "…", "5.5", "index", "3.25"]
+    assert theirs.split() == ["theirs:", "recall", "0.04"] and cause.endswith("there: a cause")
+
+
+def test_rates_and_the_index_of_what_others_give():
+    assert rates([1, 0, 1, 0], [1, 1, 0, 0]) == {"recall": 0.5, "fpr": 0.5}
+    assert anomaly([10.0, 11.0, 12.0, 2.0]) == pytest.approx(8.5 / (1.4826 * 1.0))
+
+
+def test_the_study_has_43_classes_and_a_command_for_each_step():
+    label = np.repeat(np.arange(10), 60)
+    image = np.random.default_rng(0).integers(0, 256, (600, 28, 28, 1)).astype(np.uint8)
+    found = study.pictures(86, Split(image, label))
+    assert found.image.shape == (86, 32, 32, 3)
+    assert (np.bincount(found.label) == 2).all() and found.label.max() == 42
+    commands = list(study.scripts("cpu"))
+    assert len(commands) == 3 * (1 + 4) * 2 and len({there for there, _ in commands}) == 30
+    assert "study" in study.ours("cpu", "out") and "--seeds" in study.ours("cpu", "out")
+
+
+def test_a_command_can_be_killed(tmp_path):
+    sleeps = [sys.executable, "-c", "print('on', flush=True); import time; time.sleep(60)"]
+    found = study.ended(sleeps, tmp_path, {}, until=2.0)
+    assert found.code == -9 and 2 <= found.seconds < 30
+    stops = [sys.executable, "-c", "print(1); raise SystemExit(4)"]
+    assert study.ended(stops, tmp_path, {})[2:] == (4, "1")
