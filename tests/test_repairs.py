@@ -140,7 +140,7 @@ def test_what_cannot_be_repaired_is_one_line(world, tmp_path, capsys):
     for more, words in (
         (["--defense", "neural-cleanse"], "repairs no net"),
         (["--defense", "auto:cpu"], "unknown defense 'auto'"),
-        (["--export", str(tmp_path / "a.onnx")], "the net came from no file"),
+        (["--export", str(tmp_path / "a.onnx")], "jax2onnx"),
         (["--export", str(tmp_path / "mine.safetensors")], "was not written by bdjax"),
         (["--audit", str(tmp_path)], "is no folder of an audit"),
         (["--minutes", "-1"], "minutes"),
