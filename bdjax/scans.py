@@ -81,9 +81,9 @@ def scan_set(
     """Whether the training set of `dataset` is poisoned, by every judge of training rows on `net`,
     or on one of the family `model` that `recipe` trains on it.
 
-    A judge tells poison from the other rows of a class by a score; poisoned classes are those whose
-    scores fall into two groups much more clearly than those of the other classes: `p_value` is that
-    of the clearest under a log-normal distribution of the others, times the number of classes. The
+    A judge tells poison from the other rows of a class by a score; a poisoned class has far larger
+    ones than the others, in the mean of |score|: `p_value` is that of the largest under a
+    log-normal distribution of the others, times the number of classes. The
     word is *infected* where a judge's p, times the number of judges, is at most `alpha`: on clean
     sets whose classes are alike that happens to the share `alpha` of them at most; *undecided*
     where only its own p is. Poison in most classes at once is not seen so.
@@ -189,19 +189,19 @@ def scan_images(
 
 
 def grouped(name: str, score: np.ndarray, label: np.ndarray, names: Sequence[str] = ()) -> Judged:
-    """A judge's `score: [N]` of training rows: the class that falls into two groups most clearly,
-    and those of its rows that are the more suspicious group.
+    """A judge's `score: [N]` of training rows: the class whose scores are largest in the mean of
+    |score|, and those of its rows that are the more suspicious of two groups.
     """
     score = np.where(np.isfinite(score), score, np.nanmin(score, initial=0.0))
     found = {k: two_groups(score[label == k]) for k in np.unique(label).tolist()}
     found = {k: one for k, one in found.items() if one is not None}
     if len(found) < 4:
         return Judged(name, fault=f"fewer than 4 classes have {FEWEST} rows: none to compare with")
-    rest = {k: 1 - clear for k, (clear, _) in found.items()}
+    rest = {k: -np.log(np.abs(score[label == k]).mean() + 1e-12) for k in found}
     first = min(rest, key=lambda k: rest[k])
-    others = np.log([v for k, v in rest.items() if k != first])
+    others = np.asarray([v for k, v in rest.items() if k != first])
     n, spread = len(others), max(float(others.std(ddof=1)), 1e-6)
-    t = (np.log(rest[first]) - others.mean()) / (spread * (1 + 1 / n) ** 0.5)
+    t = (rest[first] - others.mean()) / (spread * (1 + 1 / n) ** 0.5)
     p_value = min(1.0, len(found) * float(nulls.student(t, n - 1)))
     suspects = (label == first) & (score > found[first][1])
     return Judged(name, p_value, f"label {class_name(first, names)}", score, suspects)
