@@ -288,10 +288,14 @@ class Process(contextlib.AbstractContextManager):
         kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])
         words = [python, "-m", "benchmarks.sides", name, str(folder), net, job]
         self.errors = open(folder / f"{name}.log", "ab")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [*words, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors, cwd=folder, env=kept | variables, text=True,
-        )  # fmt: skip
+        try:
+            self.process = subprocess.Popen(
+                [*words, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=self.errors, cwd=folder, env=kept | variables, text=True,
+            )  # fmt: skip
+        except OSError as error:
+            self.errors.close()
+            raise Failed(f"{python}: {error.strerror}") from error
         self.first = self.answer()
 
     def answer(self) -> dict[str, Any]:
@@ -478,7 +482,7 @@ def rows(
         for job in wanted
         if job.title in chosen and run_of(PEERS[job.peer], job.name, scale) not in done
     ]
-    interpreter = str(python or sys.executable)
+    interpreter = os.path.abspath(python or sys.executable)  # not resolved: of an environment
     with tempfile.TemporaryDirectory(prefix="bdjax-") as temporary:
         folder = Path(temporary)
         peers, missing = {}, {}
