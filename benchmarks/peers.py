@@ -330,7 +330,7 @@ class Peer(NamedTuple):
         return Process(job.peer, folder, job.net, job.job, job.theirs, self.python, self.path)
 
 
-def measured(job: Job, peer: Peer | None, folder: Path, repeats: int) -> dict[str, Any]:
+def measured(job: Job, peer: Peer, folder: Path, repeats: int) -> dict[str, Any]:
     """What is measured of `job`, in `repeats` warm calls and fresh processes of each side: metrics,
     the results of both, and why the other one stopped, if it did.
     """
@@ -342,9 +342,7 @@ def measured(job: Job, peer: Peer | None, folder: Path, repeats: int) -> dict[st
             "ours", folder, job.net, job.job, job.ours, JAX_COMPILATION_CACHE_DIR=str(cache), **keep
         )
 
-    starts = {"ours": lambda: mine(caches[0])}
-    if peer is not None:
-        starts["theirs"] = lambda: peer.start(job, folder)
+    starts = {"ours": lambda: mine(caches[0]), "theirs": lambda: peer.start(job, folder)}
     first: dict[str, list[float]] = {name: [] for name in starts}
     later: dict[str, list[dict[str, Any]]] = {name: [] for name in starts}
     why = ""
@@ -357,7 +355,7 @@ def measured(job: Job, peer: Peer | None, folder: Path, repeats: int) -> dict[st
                 sides[name] = side
             except Failed as error:
                 if name == "ours":
-                    raise
+                    raise Failed(f"bdjax: {error}") from error
                 why = str(error)
                 del starts[name]
         for _ in range(repeats):
@@ -507,7 +505,10 @@ def rows(
         for job in wanted:
             if job.peer in peers:
                 begun, peer = time.monotonic(), peers[job.peer]
-                found = measured(job, peer, folder, repeats)
+                try:
+                    found = measured(job, peer, folder, repeats)
+                except Failed as error:
+                    found = {"metrics": {}, "results": {}, "why": str(error)}
                 causes = [text for text in (job.cause, found["why"]) if text]
                 yield row(
                     PEERS[job.peer], job.name, scale, found["metrics"], found["results"],
