@@ -288,10 +288,14 @@ class Process(contextlib.AbstractContextManager):
         kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])
         words = [python, "-m", "benchmarks.sides", name, str(folder), net, job]
         self.errors = open(folder / f"{name}.log", "ab")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [*words, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors, cwd=folder, env=kept | variables, text=True,
-        )  # fmt: skip
+        try:
+            self.process = subprocess.Popen(
+                [*words, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=self.errors, cwd=folder, env=kept | variables, text=True,
+            )  # fmt: skip
+        except OSError as error:
+            self.errors.close()
+            raise Failed(f"{python}: {error.strerror}") from error
         self.first = self.answer()
 
     def answer(self) -> dict[str, Any]:
@@ -326,7 +330,7 @@ class Peer(NamedTuple):
         return Process(job.peer, folder, job.net, job.job, job.theirs, self.python, self.path)
 
 
-def measured(job: Job, peer: Peer | None, folder: Path, repeats: int) -> dict[str, Any]:
+def measured(job: Job, peer: Peer, folder: Path, repeats: int) -> dict[str, Any]:
     """What is measured of `job`, in `repeats` warm calls and fresh processes of each side: metrics,
     the results of both, and why the other one stopped, if it did.
     """
@@ -338,9 +342,7 @@ def measured(job: Job, peer: Peer | None, folder: Path, repeats: int) -> dict[st
             "ours", folder, job.net, job.job, job.ours, JAX_COMPILATION_CACHE_DIR=str(cache), **keep
         )
 
-    starts = {"ours": lambda: mine(caches[0])}
-    if peer is not None:
-        starts["theirs"] = lambda: peer.start(job, folder)
+    starts = {"ours": lambda: mine(caches[0]), "theirs": lambda: peer.start(job, folder)}
     first: dict[str, list[float]] = {name: [] for name in starts}
     later: dict[str, list[dict[str, Any]]] = {name: [] for name in starts}
     why = ""
@@ -353,7 +355,7 @@ def measured(job: Job, peer: Peer | None, folder: Path, repeats: int) -> dict[st
                 sides[name] = side
             except Failed as error:
                 if name == "ours":
-                    raise
+                    raise Failed(f"bdjax: {error}") from error
                 why = str(error)
                 del starts[name]
         for _ in range(repeats):
@@ -479,7 +481,7 @@ def rows(
         for job in wanted
         if job.title in chosen and run_of(PEERS[job.peer], job.name, scale) not in ended
     ]
-    interpreter = str(python or sys.executable)
+    interpreter = os.path.abspath(python or sys.executable)  # not resolved: of an environment
     with tempfile.TemporaryDirectory(prefix="bdjax-") as temporary:
         folder = Path(temporary)
         peers, missing = {}, {}
@@ -504,7 +506,10 @@ def rows(
         for job in wanted:
             if job.peer in peers:
                 begun, peer = time.monotonic(), peers[job.peer]
-                found = measured(job, peer, folder, repeats)
+                try:
+                    found = measured(job, peer, folder, repeats)
+                except Failed as error:
+                    found = {"metrics": {}, "results": {}, "why": str(error)}
                 causes = [text for text in (job.cause, found["why"]) if text]
                 yield row(
                     PEERS[job.peer], job.name, scale, found["metrics"], found["results"],

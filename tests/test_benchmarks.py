@@ -168,6 +168,8 @@ def test_peers_that_are_not_there_are_one_line(tmp_path, capsys):
     empty.chmod(empty.stat().st_mode | stat.S_IXUSR)
     with pytest.raises(BadInput, match=r"ART: ended with code 3 \(benchmarks/peers"):
         bench(("peers",), scale="smoke", python=empty, only="ART*")
+    with pytest.raises(BadInput, match="absent: No such file or directory"):
+        bench(("peers",), scale="smoke", python=tmp_path / "absent", only="ART*")
     with pytest.raises(BadInput, match="no comparison fits 'AR'; there are: trojanzoo: "):
         bench(("peers",), scale="smoke", only="AR")
     with pytest.raises(BadInput, match="is no checkout of BackdoorBench"):
