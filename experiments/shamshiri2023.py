@@ -1,7 +1,7 @@
 """Shamshiri & Sohn, "Defense Method Challenges Against Backdoor Attacks in Neural Networks" (2023):
 Tables I and II.
 
-    bdjax run experiments/shamshiri2023.py                  # scale cpu: the embedded sample, 8 to 9
+    bdjax run experiments/shamshiri2023.py                  # scale cpu: the embedded sample, about ten
                                                             # minutes on 2 cores
     bdjax run experiments/shamshiri2023.py --scale smoke    # every kind of row once, tiny: no
                                                             # result

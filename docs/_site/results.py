@@ -8,6 +8,7 @@ build puts it there; in the README it stands between the comment and `<!-- end -
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -261,9 +262,24 @@ def short(_: str) -> str:
     return table_of(heads, lines)
 
 
+def made(_: str) -> str:
+    """By which code, on which jax and device the rows of each file were computed."""
+    lines = []
+    for name, scale, path in files():
+        rows = committed(path)
+        said = [
+            ", ".join(f"{word} ({n})" if n < len(rows) else str(word) for word, n in found.items())
+            for found in (
+                Counter(row.get(key) for row in rows) for key in ("commit", "jax", "device")
+            )
+        ]
+        lines.append([f"`{name}`, scale `{scale}`", str(len(rows)), *said])
+    return table_of(["experiment", "rows", "commit", "jax", "device"], lines, 2)
+
+
 PARTS: dict[str, Any] = {
     part.__name__: part
-    for part in (results, pivot, papers, claims, notes, runtime, attacks, defenses, short)
+    for part in (results, pivot, papers, claims, notes, runtime, attacks, defenses, short, made)
 }
 _HEAD = rf"<!-- (?P<head>(?P<name>{'|'.join(PARTS)}) ?(?P<argument>[^>]*?)) -->"
 
