@@ -8,6 +8,7 @@ from pathlib import Path
 # Before JAX starts: four virtual CPU devices for the tests of sharding.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("KERAS_BACKEND", "jax")  # else Keras, looked for by a test, wants TensorFlow
 # The same programs, less polished: most of the tests' time is compilation. The emitters of fusions
 # through MLIR take half of it; the releases for Python 3.11 still have the older ones, later ones
 # stop at the flag.
