@@ -151,7 +151,7 @@ def fill(path: Path, raw: bytes, kind: Format, values: Mapping[str, np.ndarray])
             path, raw, file, {k: v for k, v in torch.leaves(file.content).items() if "_mask" in k}
         )
         return torch.fill(path, raw, _in_file(values, torch.leaves(file.content), masks))
-    if keras.config_of(raw) is None and kind == "h5":
+    if kind == "h5" and keras.config_of(raw) is None:
         return keras.fill_bare(raw, values)
     return keras.fill(path, raw, values)
 
