@@ -62,7 +62,7 @@ def functional():
     x = L.Multiply()([L.Conv2D(8, 1)(x), L.Dense(8, activation="sigmoid")(skip)])
     x = L.Maximum()([L.Subtract()([x, L.Average()([a, b, skip])]), a])
     squeezed = L.Conv2D(8, 1, activation="hard_sigmoid")(L.GlobalAveragePooling2D(keepdims=True)(x))
-    x = L.GlobalAveragePooling2D(2)(L.Multiply()([x, squeezed]))
+    x = L.GlobalAveragePooling2D()(L.Multiply()([x, squeezed]))
     return keras.Model(image, L.Dense(5, activation="softmax")(x))
 
 
@@ -83,7 +83,7 @@ def nested():
     )
     image, shared = keras.Input((16, 16, 3)), L.Dense(8, activation="relu")
     x = L.Conv2D(8, 3, strides=2, padding="same", name="conv2d")(image)
-    x = shared(shared(L.GlobalAveragePooling2D(2)(block(block(x)))))
+    x = shared(shared(L.GlobalAveragePooling2D()(block(block(x)))))
     return keras.Model(image, L.Dense(1, activation="sigmoid")(inner(x)))
 
 
