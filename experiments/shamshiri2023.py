@@ -1,8 +1,8 @@
 """Shamshiri & Sohn, "Defense Method Challenges Against Backdoor Attacks in Neural Networks" (2023):
 Tables I and II.
 
-    bdjax run experiments/shamshiri2023.py                  # scale cpu: the embedded sample, about ten
-                                                            # minutes on 2 cores
+    bdjax run experiments/shamshiri2023.py                  # scale cpu: the embedded sample, about
+                                                            # ten minutes on 2 cores
     bdjax run experiments/shamshiri2023.py --scale smoke    # every kind of row once, tiny: no
                                                             # result
     bdjax run experiments/shamshiri2023.py --scale paper    # 60,000 images, 3 targets × 5 seeds:

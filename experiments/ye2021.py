@@ -236,7 +236,10 @@ class Forgotten:
     tuning: NcUnlearning
     weights: tuple[float, ...] = static((0.01, 0.1, 1.0, 10.0))
 
-    measures = (Metric("*.found", "share", "low", "* found", "of the reversed trigger"),)
+    measures = (
+        Metric("*.found", "share", "low", "* found", "of the reversed trigger"),
+        Metric("suspect", hint="the first label that the search names"),
+    )
 
     def __call__(self, key, model, variables, attack, clean, test):
         key_find, key_tune, key_fire = jax.random.split(key, 3)

@@ -126,7 +126,7 @@ def test_all_fields_since_0_1_say_what_was_done_before():
         return inner | {(cls, f.name) for f in new if "before" not in f.metadata}
 
     rows = committed()
-    assert len(rows) == 1461
+    assert len(rows) == 1466
     assert not set().union(*(missing(v, k) for row in rows for k, v in row["config"].items()))
 
 
@@ -580,9 +580,9 @@ def test_a_report_without_the_methods_goes_by_the_latest_rows():
 
 
 def some():
-    """Rows of every committed file, of every attack and defense that one of them has."""
+    """Rows of 0.1 of every committed file, of every attack and defense that one of them has."""
     found = {}
-    for row in committed():
+    for row in (row for row in committed() if "code" not in row):
         found.setdefault((row["experiment"], row["attack"], row["defense"]), row)
     return list(found.values())
 

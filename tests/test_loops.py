@@ -54,9 +54,8 @@ def run(folder, cell, monkeypatch, at=None):
         return row["metrics"], store.arrays(cell.run_id), len(made)
 
 
-@pytest.mark.parametrize(
-    "name", ["folded labels", *(pytest.param(n, marks=pytest.mark.long) for n in [*JUDGES][1:])]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", JUDGES)
 def test_a_search_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch, name):
     cell = replace(BASE, ["defense"], JUDGES[name])
     monkeypatch.setattr(sweep, "LASTING", math.inf)

@@ -18,7 +18,7 @@ import bdjax
 from bdjax.defenses.invert import deep_inspect, mesa
 from bdjax.defenses.invert.abs import VISIBLE, Abs, Candidate
 from bdjax.defenses.invert.neural_cleanse import WORST
-from bdjax.defenses.parts import inversion
+from bdjax.defenses.parts import inversion, screen
 from bdjax.defenses.parts.inversion import BOUND, Trigger, descend, squash, unsquash, within
 
 FAR = 50.0
@@ -101,7 +101,25 @@ def moves(generator, *inputs):
     assert float(highest[0]) > 0.999 and float(highest[-1]) < 0.1
 
 
+def screen_(monkeypatch):
+    """Every pixel is opaque: the price brings them back."""
+    real = screen.Trigger
+
+    def far(mask, pattern):
+        stuck = float(jnp.max(jnp.abs(mask))) == 2.0 if not isinstance(mask, jax.core.Tracer) else 0
+        return real(jnp.full_like(mask, FAR) if stuck else mask, pattern)
+
+    rounds = (screen.Round(1 << 30, 200, 8),)
+    images = nc.IMAGES.image
+    plain = screen.screened(KEY, nc.MODEL, nc.VARIABLES, images, rounds).cost
+    with monkeypatch.context() as patch:
+        patch.setattr(screen, "Trigger", far)
+        planted = screen.screened(KEY, nc.MODEL, nc.VARIABLES, images, rounds).cost
+    assert float(planted.max()) < screen.PRICE / 2 and np.allclose(plain, planted, atol=1.0)
+
+
 STUCK = {
+    "bdjax.defenses.parts.screen": screen_,
     "bdjax.defenses.invert.neural_cleanse": neural_cleanse,
     "bdjax.defenses.invert.abs": abs_,
     "bdjax.defenses.invert.deep_inspect": deep_inspect_,

@@ -604,7 +604,7 @@ def test_dry_run_prints_and_trains_nothing(small, tmp_path, capsys, monkeypatch)
 
 def test_status_from_files_alone(small, tmp_path, capsys):
     file, *_ = small
-    experiment.status(file.parent / "whole")
+    progress.status(file.parent / "whole")
     out = capsys.readouterr().out
     assert (
         "done" in out and "2/2" in out and "8/8" in out and "8 rows are there, 0 are to come" in out
@@ -622,12 +622,12 @@ def test_status_from_files_alone(small, tmp_path, capsys):
             json.dumps({**now, "started": now["updated"] - 60})
         )
     (tmp_path / "progress-7-of-8.json").write_text("{torn")
-    experiment.status(tmp_path)
+    progress.status(tmp_path)
     out = capsys.readouterr().out
     # 4 of 8 rows in a minute
     assert "4.0" in out and "60 s" in out and "silent for 60 min: killed?" in out
     with pytest.raises(BadInput, match=r"no progress\.json"):
-        experiment.status(tmp_path / "nowhere")
+        progress.status(tmp_path / "nowhere")
 
 
 @registry.pytree

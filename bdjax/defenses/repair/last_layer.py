@@ -44,6 +44,10 @@ class LastLayerUnlearning(TriggerDefense, Repair):
 
     No paper has it: it is the unlearning of Neural Cleanse for nets of many labels of which few
     images are at hand, where a fine-tuning forgets what it does not see.
+
+    Reference: Bolun Wang, Yuanshun Yao, Shawn Shan, Huiying Li, Bimal Viswanath, Haitao Zheng and
+    Ben Y. Zhao, "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks",
+    In IEEE Symposium on Security and Privacy.
     """
 
     weight: Weight = 1.0
