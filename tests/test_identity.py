@@ -580,9 +580,14 @@ def test_a_report_without_the_methods_goes_by_the_latest_rows():
 
 
 def some():
-    """Rows of 0.1 of every committed file, of every attack and defense that one of them has."""
+    """Rows of every committed file, of every attack and defense that one of them has, as 0.1 had
+    them: without their code, and called otherwise.
+    """
     found = {}
-    for row in (row for row in committed() if "code" not in row):
+    for row in committed():
+        if "code" in row:
+            later = ("code", "how", "written", "plan", "twin", "labels", "test", "verdict")
+            row = {k: v for k, v in row.items() if k not in later} | {"run": row["run"][::-1]}
         found.setdefault((row["experiment"], row["attack"], row["defense"]), row)
     return list(found.values())
 
