@@ -101,7 +101,7 @@ def test_what_cannot_be_scanned_is_one_line(world, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_a_poisoned_set_is_infected_and_its_clean_twin_is_not(sample, tmp_path):
+def test_a_set_is_not_convicted_and_what_is_suspect_can_be_looked_at(sample, tmp_path):
     image, label = sample.train.image[:1500].copy(), sample.train.label[:1500].copy()
     np.savez(tmp_path / "twin.npz", image=image, label=label)
     rows = np.random.default_rng(0).permutation(np.flatnonzero(label != 3))[:60]
@@ -111,9 +111,9 @@ def test_a_poisoned_set_is_infected_and_its_clean_twin_is_not(sample, tmp_path):
     how = {"model": Ffnn(hidden=(64,)), "recipe": Recipe(epochs=10, batch=32), "say": len}
     twin = scan_set(Npz(path=str(tmp_path / "twin.npz")), **how)
     found = scan_set(Npz(path=str(tmp_path / "poisoned.npz")), out=tmp_path / "out", **how)
-    assert twin.word != "infected" and not twin.suspects.any()
-    assert found.word == "infected" and "label 3" in found.reason
-    hit = np.isin(np.arange(1500), rows)
-    assert (found.suspects & hit).sum() > 40 and (found.suspects & ~hit).sum() < 30
-    kept = np.load(tmp_path / "out" / "cleaned.npz")
-    assert len(kept["label"]) == 1500 - found.suspects.sum()
+    assert twin.word == found.word == "undecided" and "do not convict" in found.reason
+    assert sorted(found.order.tolist()) == list(range(1500))
+    assert (tmp_path / "out" / "index.html").exists()
+    if found.suspects.any():
+        kept = np.load(tmp_path / "out" / "cleaned.npz")
+        assert len(kept["label"]) == 1500 - found.suspects.sum()
