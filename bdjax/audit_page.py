@@ -1,15 +1,13 @@
 """The page of an audit: one self-contained file, the verdict first."""
 
-import base64
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from bdjax import plots, registry
-from bdjax.report import DPI, Figure, draw
+from bdjax.report import TONES, Figure, draw, embedded, templates
 from bdjax.types import class_name
 
 if TYPE_CHECKING:
@@ -53,7 +51,6 @@ BLIND = {
         "and shows no trigger: it can ask for a closer look, but convicts nobody.",
     ),
 }
-WORDS = {"infected": "bad", "undecided": "fair", "no sign": "good"}
 
 
 def page(found: "Audit") -> str:
@@ -61,30 +58,20 @@ def page(found: "Audit") -> str:
     from bdjax.audits import leading, null_words, power_words
 
     about = found.about
-    pictures = draw(_figures(found))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bdjax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    pictures = [{"id": one.name, **embedded(one)} for one in draw(_figures(found))]
+    environment = templates()
     environment.filters |= {"number": _number, "percent": _percent}
     judges = [
         {
-            **judge, "leading": leading(judge), "tone": WORDS[judge["word"]],
+            **judge, "leading": leading(judge), "tone": TONES[judge["word"]],
             "blind": BLIND.get(judge["judge"]), "about": _first_line(judge["judge"]),
         }
         for judge in about["judges"]
     ]  # fmt: skip
-    shown = [
-        {
-            "id": picture.name, "title": picture.title, "caption": picture.caption,
-            "data": base64.b64encode(picture.png).decode(),
-            "width": int.from_bytes(picture.png[16:20], "big") * 96 // DPI,
-        }
-        for picture in pictures
-    ]  # fmt: skip
     return environment.get_template("audit.html.j2").render(
         about=about, net=about["net"], data=about["data"], verdict=about["verdict"],
-        tone=WORDS[about["verdict"]["word"]], facts=list(_facts(about)), judges=judges,
-        labels=list(_labels(about)), pictures=shown, null=null_words(about),
+        tone=TONES[about["verdict"]["word"]], facts=list(_facts(about)), judges=judges,
+        labels=list(_labels(about)), pictures=pictures, null=null_words(about),
         power=power_words(about), repair=_repair(found),
     )  # fmt: skip
 

@@ -24,7 +24,6 @@ import numpy as np
 from bdjax import (
     __version__,
     datasets,
-    metrics,
     own,
     references,
     registry,
@@ -32,7 +31,7 @@ from bdjax import (
     sweep,
     target,
 )
-from bdjax.datasets.base import Source, pick
+from bdjax.datasets.base import Source, pick, together
 from bdjax.defenses.base import Judge
 from bdjax.defenses.inputs.strip import entropies
 from bdjax.defenses.invert.abs import Abs, seeds, shapes_of
@@ -45,7 +44,7 @@ from bdjax.imports import Loaded, load_net
 from bdjax.progress import Stop, duration, kept
 from bdjax.registry import door
 from bdjax.rule import Seed, combined, decide, or_least, smallest
-from bdjax.train import predict, unit
+from bdjax.train import unit
 from bdjax.types import (
     BadInput,
     Dataset,
@@ -199,16 +198,15 @@ def images_of(model: Model, variables: Variables, data: Dataset) -> Images:
         search = search[pick(np.asarray(search.label), SEARCHED, 0)]
     elif (missing := min(SEARCHED - len(search.label), len(data.train.label))) > 0:
         more = data.train[pick(np.asarray(data.train.label), missing, 0)]
-        search = references.together(search, more)
-    answer = jax.jit(lambda image: metrics.labels(predict(model, variables, image)))
-    answers = [np.asarray(answer(split.image)) for split in (search, held)]
-    if min(map(np.min, answers)) < 0:
+        search = together(search, more)
+    said = [sweep.answers(model, variables, split.image) for split in (search, held)]
+    if min(map(np.min, said)) < 0:
         raise BadInput("the net gives some images no label: its answers are not numbers")
     labelled = data.classes == model.classes
     if labelled:
-        accuracy = float((answers[1] == np.asarray(held.label)).mean())
+        accuracy = float((said[1] == np.asarray(held.label)).mean())
     else:
-        search, held = (s._replace(label=a) for s, a in zip((search, held), answers, strict=True))
+        search, held = (s._replace(label=a) for s, a in zip((search, held), said, strict=True))
         accuracy = None
     names = data.names if labelled else ()
     search, held = (Split(jnp.asarray(s.image), jnp.asarray(s.label)) for s in (search, held))
@@ -221,9 +219,7 @@ def judges(model: Model, clean: Split) -> tuple[list[Judge], dict[str, str]]:
     for entry in registry.entries("defense"):
         if not issubclass(entry.cls, Judge):
             continue
-        preset = "cpu" if "cpu" in getattr(entry.cls, "presets", {}) else None
-        judge = registry.make("defense", entry.name, preset)
-        judge = dataclasses.replace(judge, **MORE.get(entry.name, {}))
+        judge = dataclasses.replace(registry.on_cpu(entry), **MORE.get(entry.name, {}))
         if judge.oracle:
             continue
         try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from bdjax import checkpoints, mesh, metrics, sweep
 from bdjax.attacks.badnets import BadNets
-from bdjax.datasets.base import pick
+from bdjax.datasets.base import pick, together
 from bdjax.defenses.parts import nulls
 from bdjax.foreign.net import Imported
 from bdjax.progress import duration
@@ -158,11 +158,6 @@ def planted(n: int, shape: tuple[int, int, int], classes: int) -> BadNets:
     )  # fmt: skip
 
 
-def together(one: Split, other: Split) -> Split:
-    """The images of both."""
-    return Split(np.concatenate([one.image, other.image]), np.concatenate([one.label, other.label]))
-
-
 def redrawn(key: jax.Array, variables: Variables) -> Variables:
     """The variables of a net whose initial ones nobody knows, its parameters drawn anew with each
     one's own mean and spread.
@@ -255,8 +250,7 @@ def _trained(work: Any, n: int, net: Any, data: Dataset, stop: Any) -> Variables
     if len(pool.label) > IMAGES:
         pool = pool[pick(np.asarray(pool.label), IMAGES, 0)]
     if not images.labelled:
-        answer = jax.jit(lambda image: metrics.labels(predict(model, work.variables, image)))
-        pool = pool._replace(label=np.asarray(answer(pool.image)))
+        pool = pool._replace(label=sweep.answers(model, work.variables, pool.image))
     pool = Split(jnp.asarray(pool.image), jnp.asarray(pool.label))
     many = len(pool.label)
     epochs = int(np.clip(round(DRAWS / many), *EPOCHS))

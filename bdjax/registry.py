@@ -366,6 +366,12 @@ def make(kind: str, name: str, preset: str | None = None, **fields) -> Any:
     return made
 
 
+def on_cpu(entry: Entry) -> Any:
+    """A registered method in its preset `cpu`, or with its defaults where it has none."""
+    preset = "cpu" if "cpu" in getattr(entry.cls, "presets", {}) else None
+    return make(entry.kind, entry.name, preset)
+
+
 def validate(method: Any) -> None:
     """Raises `BadInput` where a field of a method, recipe or model family, or of one within it, has
     a value outside its range, or of another kind than its annotation says. What is traced passes.

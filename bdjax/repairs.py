@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import imports, metrics, registry
+from bdjax import imports, registry
 from bdjax.audits import triggers
-from bdjax.datasets.base import Source, divide
+from bdjax.datasets.base import Source, divide, together
 from bdjax.defenses.base import Defense, Repair
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.defenses.parts.reversed import Reversed, TriggerDefense
 from bdjax.defenses.parts.screen import screened
 from bdjax.foreign.fold import folded
-from bdjax.sweep import fits, labelled
-from bdjax.train import predict, stamped, unit
+from bdjax.sweep import answers, fits, labelled
+from bdjax.train import stamped, unit
 from bdjax.types import (
     Attack,
     BadInput,
@@ -131,11 +131,7 @@ def repair_net(
         fits(model, data)
     else:
         data = labelled(source, model, variables, "net").load()
-    parts = data.train, data.clean
-    joined = Split(
-        np.concatenate([part.image for part in parts]),
-        np.concatenate([part.label for part in parts]),
-    )
+    joined = together(data.train, data.clean)
     seen, held = divide(joined, HELD, int(seed) % 2**31)
     if min(len(seen.label), len(held.label)) < 2:
         raise BadInput(f"{len(joined.label)} clean images are too few: give a few hundred")
@@ -223,18 +219,13 @@ def moved(model: Model, variables: Variables, images: Split, triggers: Reversed)
     """The share of the images of other labels that each of `triggers` brings to its own."""
     x, shares = unit(images.image), []
     for mask, pattern, label in zip(triggers.mask, triggers.pattern, np.asarray(triggers.label)):
-        answers = answered(model, variables, stamp(Trigger(mask, pattern), x))
-        shares.append(float(np.mean(answers[np.asarray(images.label) != label] == label)))
+        said = answers(model, variables, stamp(Trigger(mask, pattern), x))
+        shares.append(float(np.mean(said[np.asarray(images.label) != label] == label)))
     return shares
 
 
-def answered(model: Model, variables: Variables, x: Any) -> np.ndarray:
-    """The labels that a net gives `x: [N, H, W, C]`."""
-    return np.asarray(jax.jit(lambda v, x: metrics.labels(predict(model, v, x)))(variables, x))
-
-
 def _right(model: Model, variables: Variables, images: Split) -> float:
-    return float(np.mean(answered(model, variables, images.image) == np.asarray(images.label)))
+    return float(np.mean(answers(model, variables, images.image) == np.asarray(images.label)))
 
 
 # --- Repairs ---
@@ -382,7 +373,7 @@ def _table(
         label = jnp.asarray(given.test.label)
         aimed = np.asarray(known.success(jnp.asarray(kind), label, model.classes))
         counted = (aimed >= 0) & (aimed != np.asarray(label))
-        before, now = (float(np.mean((answered(*net, x) == aimed)[counted])) for net in both)
+        before, now = (float(np.mean((answers(*net, x) == aimed)[counted])) for net in both)
         number = f" {kind}" if known.triggers > 1 else ""
         yield Line(f"moved by the known trigger{number}", before, now)
     if (poisoned := about.get("triggered")) is not None:

@@ -44,6 +44,8 @@ FIRST = ("acc_train", "acc_test", "asr_all", "asr_nt", "far", "frr")
 PAGES = ("table.csv", "table.md", "index.html")
 """What every report writes; a run's adds `report.json` and figures."""
 MARKS = {"reproduced": "✓", "partly": "◐", "not": "✗", "open": "?"}
+TONES = {"infected": "bad", "undecided": "fair", "no sign": "good"}
+"""How a verdict is coloured."""
 LEGEND = "paper → ours: mean ± sample standard deviation over n seeds; Δ = ours − paper."
 OTHER = "made by other code than is at hand, and kept"
 DPI = 144
@@ -913,15 +915,7 @@ def page(sections: Sequence[Section], title: str) -> str:
     views = []
     for i, section in enumerate(sections):
         pictures = [
-            {
-                "id": f"s{i}-f{j}",
-                "title": picture.title,
-                "caption": picture.caption,
-                "data": base64.b64encode(picture.png).decode(),
-                # The width in a PNG's header, in CSS pixels.
-                "width": int.from_bytes(picture.png[16:20], "big") * 96 // DPI,
-            }
-            for j, picture in enumerate(section.pictures)
+            {"id": f"s{i}-f{j}", **embedded(picture)} for j, picture in enumerate(section.pictures)
         ]
         tables = [_view(table, f"s{i}-t{j}") for j, table in enumerate(_tables(section))]
         views.append(
@@ -936,10 +930,25 @@ def page(sections: Sequence[Section], title: str) -> str:
                 "pictures": pictures,
             }
         )
-    environment = jinja2.Environment(
+    return templates().get_template("page.html.j2").render(title=title, sections=views, marks=MARKS)
+
+
+def templates() -> jinja2.Environment:
+    """What makes pages of bdjax's templates: all that is shown is text, not markup."""
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("bdjax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("page.html.j2").render(title=title, sections=views, marks=MARKS)
+
+
+def embedded(picture: Picture) -> dict[str, Any]:
+    """A picture as templates take it, whole within the page."""
+    return {
+        "title": picture.title,
+        "caption": picture.caption,
+        "data": base64.b64encode(picture.png).decode(),
+        # The width in a PNG's header, in CSS pixels.
+        "width": int.from_bytes(picture.png[16:20], "big") * 96 // DPI,
+    }
 
 
 # --- The console ---

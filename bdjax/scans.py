@@ -2,7 +2,6 @@
 net by the filters of its inputs. Suspects ranked with pictures, an index, one word.
 """
 
-import base64
 import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import datasets, imports, own, registry
-from bdjax.datasets.base import Source, divide
+from bdjax.datasets.base import Source, divide, together
 from bdjax.datasets.files import is_image
 from bdjax.datasets.pictures import picture, stacked
 from bdjax.defenses.base import Defense, InputFilter, SampleFilter
@@ -160,10 +159,7 @@ def scan_images(
         data = labelled(clean, model, variables, "net").load()
     fits(model, data)
     given, files = _pictures(own.at_home(images), model)
-    parts = [data.train, data.clean, data.test]
-    joined = Split(
-        np.concatenate([p.image for p in parts]), np.concatenate([p.label for p in parts])
-    )
+    joined = together(data.train, data.clean, data.test)
     known, held = divide(joined, 0.5, int(seed) % 2**31)
     if min(len(known.label), len(held.label)) < FEWEST:
         raise BadInput(f"{len(joined.label)} clean images are too few: give a few hundred")
@@ -198,8 +194,8 @@ def grouped(name: str, score: np.ndarray, label: np.ndarray, names: Sequence[str
     |score|, and those of its rows that are the more suspicious of two groups.
     """
     score = np.where(np.isfinite(score), score, np.nanmin(score, initial=0.0))
-    found = {k: two_groups(score[label == k]) for k in np.unique(label).tolist()}
-    found = {k: one for k, one in found.items() if one is not None}
+    found = {k: second_group(score[label == k]) for k in np.unique(label).tolist()}
+    found = {k: below for k, below in found.items() if below is not None}
     if len(found) < 4:
         return Judged(name, fault=f"fewer than 4 classes have {FEWEST} rows: none to compare with")
     rest = {k: -np.log(np.abs(score[label == k]).mean() + 1e-12) for k in found}
@@ -208,13 +204,13 @@ def grouped(name: str, score: np.ndarray, label: np.ndarray, names: Sequence[str
     n, spread = len(others), max(float(others.std(ddof=1)), 1e-6)
     t = (rest[first] - others.mean()) / (spread * (1 + 1 / n) ** 0.5)
     p_value = min(1.0, len(found) * float(nulls.student(t, n - 1)))
-    suspects = (label == first) & (score > found[first][1])
+    suspects = (label == first) & (score > found[first])
     return Judged(name, p_value, f"label {class_name(first, names)}", score, suspects)
 
 
-def two_groups(score: np.ndarray) -> tuple[float, float] | None:
-    """How clearly the scores of a class `[n]` fall into two groups, as the share of their variance
-    that lies between these, and where the second one begins; None of too few.
+def second_group(score: np.ndarray) -> float | None:
+    """Where the less suspicious of the two groups begins into which the scores of a class `[n]`
+    fall, those with the most variance between them; None of too few.
     """
     n = len(score)
     if n < FEWEST or np.ptp(score) == 0:
@@ -224,8 +220,7 @@ def two_groups(score: np.ndarray) -> tuple[float, float] | None:
     first, second = sums[:-1] / m, (sums[-1] - sums[:-1]) / (n - m)
     between = m * (n - m) * (first - second) ** 2 / n**2
     able = (m >= max(2, LEAST * n)) & (m <= SHARE * n)
-    best = int(np.argmax(np.where(able, between, -1.0)))
-    return float(min(between[best] / order.var(), 1 - 1e-6)), float(order[best + 1])
+    return float(order[int(np.argmax(np.where(able, between, -1.0))) + 1])
 
 
 def ranked(name: str, score: np.ndarray, given: int, alpha: float) -> Judged:
@@ -268,11 +263,8 @@ def _decided(judged: Sequence[Judged], alpha: float) -> Scan:
 
 def _of(kind: type) -> Iterator[Any]:
     for entry in registry.entries("defense"):
-        if issubclass(entry.cls, kind):
-            presets = getattr(entry.cls, "presets", {})
-            judge = registry.make("defense", entry.name, "cpu" if "cpu" in presets else None)
-            if not judge.oracle:
-                yield judge
+        if issubclass(entry.cls, kind) and not (judge := registry.on_cpu(entry)).oracle:
+            yield judge
 
 
 def _tried(judge: Defense, one: Callable[[Any], Judged], say: Callable[[str], Any]) -> Judged:
@@ -296,8 +288,7 @@ def _pictures(path: Path, model: Model) -> tuple[np.ndarray, list[str]]:
     files = sorted(p for p in path.glob("*") if is_image(p)) if path.is_dir() else []
     if not files:
         train, test, _ = datasets.source(str(path)).read()
-        parts = [train] if test is None else [train, test]
-        image = np.concatenate([part.image for part in parts])
+        image = np.concatenate([split.image for split in (train, test) if split is not None])
         files = [Path(str(i)) for i in range(len(image))]
     else:
         height, width, _ = model.shape
@@ -345,10 +336,8 @@ def _write(
 
 
 def _page(found: Scan, image: np.ndarray, words: Sequence[str], title: str, null: str) -> str:
-    import jinja2
-
     from bdjax import plots
-    from bdjax.report import DPI, Figure, draw
+    from bdjax.report import TONES, Figure, draw, embedded, templates
 
     rows = found.order[:SHOWN]
     across = min(8, len(rows))
@@ -358,15 +347,10 @@ def _page(found: Scan, image: np.ndarray, words: Sequence[str], title: str, null
     grid = grid.reshape(down, across, *image.shape[1:])
     caption = "The most suspicious first: " + ", ".join(f"{i} ({words[i]})" for i in rows.tolist())
     (drawn,) = draw([Figure("suspects", "Suspects", caption, plots.images(grid))])
-    shown = {
-        "title": drawn.title, "caption": drawn.caption,
-        "data": base64.b64encode(drawn.png).decode(),
-        "width": int.from_bytes(drawn.png[16:20], "big") * 96 // DPI,
-    }  # fmt: skip
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("bdjax"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    tone = {"infected": "bad", "undecided": "fair", "no sign": "good"}[found.word]
-    return environment.get_template("scan.html.j2").render(
-        scan=found, title=title, tone=tone, null=null, pictures=[shown]
+    return (
+        templates()
+        .get_template("scan.html.j2")
+        .render(
+            scan=found, title=title, tone=TONES[found.word], null=null, pictures=[embedded(drawn)]
+        )
     )

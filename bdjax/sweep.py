@@ -11,6 +11,7 @@ their rows are merged by whoever reads them.
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -651,8 +652,7 @@ class Runner:
             trained, losses = self._trained(missing, model, shared)
             names, code = [cell.victim_id for cell in missing], self._code(missing[0])
             path = self.store.folder / "victims" / registry.digest(names, code)
-            how = {**mesh.how(), "lanes": dict(self.laid)}
-            about = {"victims": names, "code": code, "how": how}
+            about = {"victims": names, "code": code, "how": self._how()}
             about |= {"halved": True} if self.halved else {}
             with renamed(path, old_victims) as temporary:
                 temporary.mkdir()
@@ -1089,9 +1089,13 @@ class Runner:
             "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "oracle": bool(cell.defense is not None and cell.defense.oracle),
             "device": device_name(), "jax": jax.__version__, "commit": commit(), "code": code,
-            "how": {**mesh.how(), "lanes": dict(self.laid)},
+            "how": self._how(),
             "written": time.time(),
         }  # fmt: skip
+
+    def _how(self) -> dict[str, Any]:
+        """By what the digits of what was computed last may differ."""
+        return {**mesh.how(), "lanes": dict(self.laid)}
 
     def _made(self, cell: Cell) -> dict[str, Any]:
         """By which code a cell's victim was made: None where it does not say."""
@@ -1134,13 +1138,19 @@ def lasts(judge: Judge, model: Model) -> bool:
     """Whether a judge may take minutes: by the flops of the model and the fields that count work,
     as if each of its steps saw `SEEN` images.
     """
-    image = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0))
-    cost = jax.jit(lambda v, x: model.apply(v, x).logits).lower(variables, image).cost_analysis()
     fields = (operator.attrgetter(name)(judge) for name in judge.budget_fields)
     times = math.prod(int(np.max(value)) for value in fields if np.ndim(value) == 0)
     searches = 3 * SEEN * times * model.classes * judge.seeds
-    return (cost or {}).get("flops", 0.0) * searches > LASTING
+    return _flops(model) * searches > LASTING
+
+
+@functools.lru_cache(maxsize=ARCHITECTURES)
+def _flops(model: Model) -> float:
+    """Those of the logits of an image, as the compiler counts them."""
+    image = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    cost = jax.jit(lambda v, x: model.apply(v, x).logits).lower(variables, image).cost_analysis()
+    return (cost or {}).get("flops", 0.0)
 
 
 def bytes_with(lanes: int, *program: Any) -> float:
@@ -1203,12 +1213,22 @@ def labelled(dataset: Any, model: Model, variables: Any, how: Literal["net", "no
             break  # `fits` says so
         label = np.zeros(len(split.image), np.int32)
         if how == "net":
-            label = np.asarray(metrics.labels(predict(model, variables, split.image)))
+            label = answers(model, variables, split.image)
         if label.min() < 0:
             raise BadInput("the net gives some images no label: its answers are not numbers")
         splits[name] = split._replace(label=label)
     names = data.names if data.classes == model.classes else ()
     return Labelled(data=data._replace(**splits, classes=model.classes, names=names))
+
+
+def answers(model: Model, variables: Any, image: Any) -> np.ndarray:
+    """The labels that a net gives `image: [N, H, W, C]`, -1 where its logits are not numbers."""
+    return np.asarray(_answers(model, variables, image))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answers(model: Model, variables: Any, image: Any) -> jax.Array:
+    return metrics.labels(predict(model, variables, image))
 
 
 def fits(model: Model, data: Dataset) -> None:

@@ -244,10 +244,7 @@ def _measured(
     name: str, scale: str, repeats: int, done: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """A row for each case of a benchmark."""
-    try:
-        from benchmarks import rivals
-    except ImportError:
-        rivals = None
+    rivals = measure.rivals()
     for case in importlib.import_module(f"benchmarks.{name}").cases(rivals, scale):
         run = registry.digest(case.series, case.size, scale, device_name())
         if run in done:

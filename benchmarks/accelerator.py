@@ -28,7 +28,7 @@ from bdjax.models.shamshiri import Cnn
 from bdjax.models.strip import StripMnist
 from bdjax.store import Store
 from bdjax.study import Cell
-from bdjax.sweep import Runner, commit, device_name
+from bdjax.sweep import Runner, device_name
 from bdjax.train import Recipe
 from bdjax.types import Metric
 from benchmarks import ensemble, measure, neural_cleanse, strip, sweep
@@ -162,7 +162,7 @@ def lanes(count: int, most: int) -> Make:
 
 def plan(scale: str) -> Iterator[tuple[str, str, Make]]:
     """Each row: its table, its name, and how it is made."""
-    rivals = _rivals()
+    rivals = measure.rivals()
     for entry in registry.entries("model"):
         yield "Logits and gradients, as on a CPU", entry.name, logits(entry.name)
     for entry in registry.entries("attack"):
@@ -189,14 +189,6 @@ def plan(scale: str) -> Iterator[tuple[str, str, Make]]:
     )  # fmt: skip
     for name, case in zip(names, cases, strict=True):
         yield "Long jobs", name, timed(case, rivals)
-
-
-def _rivals() -> Any:
-    try:
-        from benchmarks import rivals
-    except ImportError:
-        return None
-    return rivals
 
 
 # --- Rows ---
@@ -229,9 +221,6 @@ def rows(scale: str, done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         start = time.monotonic()
         found, seconds = make()
         seconds = {"compile": 0.0, "run": time.monotonic() - start} | seconds
-        yield {
-            "run": run, "experiment": "accelerator", "scale": scale, "table": table, "row": name,
-            "seed": 0, "config": {}, "metrics": {k: float(v) for k, v in found.items()},
-            "seconds": seconds, "oracle": False, "device": device_name(), "jax": jax.__version__,
-            "commit": commit(), "written": time.time(), "how": mesh.how(),
-        }  # fmt: skip
+        found = {k: float(v) for k, v in found.items()}
+        more = {"run": run, "how": mesh.how()}
+        yield measure.row("accelerator", table, name, scale, found, seconds, {}, **more)

@@ -5,14 +5,15 @@ the same run.
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bdjax import mesh
+from bdjax import mesh, registry
 from bdjax.plots import power_law
+from bdjax.sweep import commit, device_name
 from bdjax.target import flops
 from bdjax.types import Model
 
@@ -31,6 +32,30 @@ class Case(NamedTuple):
     rival: Callable[[], Any] | None = None
     flops: float | None = None
     baseline: tuple[str, Callable[[], Any]] | None = None
+
+
+def rivals() -> Any:
+    """The loops of PyTorch; None where that is not installed."""
+    try:
+        from benchmarks import rivals
+    except ImportError:
+        return None
+    return rivals
+
+
+def row(
+    experiment: str, table: str, name: str, scale: str, found: Mapping[str, float],
+    seconds: Mapping[str, float], config: Mapping[str, Any], **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A row of a benchmark of its own kind, with `run` among `more` where table, name and scale do
+    not say which it is.
+    """
+    return {
+        "run": registry.digest(table, name, scale), "experiment": experiment, "scale": scale,
+        "table": table, "row": name, "seed": 0, "config": dict(config), "metrics": dict(found),
+        "seconds": dict(seconds), "oracle": False, "device": device_name(), "jax": jax.__version__,
+        "commit": commit(), "written": time.time(), **more,
+    }  # fmt: skip
 
 
 def seconds(fn: Callable[[], Any]) -> float:

@@ -37,9 +37,9 @@ from flax.traverse_util import flatten_dict
 from bdjax import datasets, mesh, registry
 from bdjax.attacks.badnets import BadNets
 from bdjax.foreign import native
-from bdjax.sweep import commit, device_name
 from bdjax.train import Recipe, fit, poisoned_set
 from bdjax.types import BadInput
+from benchmarks import measure
 from benchmarks.residual import widened
 from benchmarks.sides import ours, study
 
@@ -439,14 +439,11 @@ def row(
     cause: str, config: Mapping[str, Any], versions: Mapping[str, Any], seconds: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """A row of results."""
-    return {
-        "run": run_of(table, name, scale), "experiment": "peers", "scale": scale,
-        "table": table, "row": name, "seed": 0, "config": dict(config), "metrics": metrics,
-        "results": results, "cause": cause, "versions": dict(versions),
-        "seconds": {"compile": 0.0, "run": seconds}, "oracle": False, "device": device_name(),
-        "load": os.getloadavg()[0], "python": sys.version.split()[0], "jax": jax.__version__,
-        **mesh.how(), "commit": commit(), "written": time.time(),
-    }  # fmt: skip
+    return measure.row(
+        "peers", table, name, scale, metrics, {"compile": 0.0, "run": seconds}, config,
+        results=results, cause=cause, versions=dict(versions), load=os.getloadavg()[0],
+        python=sys.version.split()[0], **mesh.how(),
+    )  # fmt: skip
 
 
 def there(name: str, folder: Path, python: str, path: Sequence[str]) -> Peer:

@@ -24,17 +24,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from bdjax import engine, registry
 from bdjax.attacks.badnets import BadNets
 from bdjax.datasets.sample import Sample
 from bdjax.models.shamshiri import Ffnn
 from bdjax.store import Store, read_rows
 from bdjax.study import Cell
-from bdjax.sweep import CHECKPOINT_EVERY, commit, device_name
+from bdjax.sweep import CHECKPOINT_EVERY
 from bdjax.train import Recipe
 from bdjax.types import Metric
+from benchmarks import measure
 
 registry.declare(
     __name__,
@@ -324,22 +323,13 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['table']}: {row['row']}".ljust(100) + "".join(f"{cell:>12}" for cell in cells)
 
 
-def row(table: str, name: str, found: dict[str, float], seconds: float, scale: str, **about: Any):
-    """A row of results."""
-    return {
-        "run": registry.digest(table, name, scale), "experiment": "pod", "scale": scale,
-        "table": table, "row": name, "seed": 0, "config": about, "metrics": found,
-        "seconds": {"compile": 0.0, "run": seconds}, "oracle": False, "device": device_name(),
-        "jax": jax.__version__, "commit": commit(), "written": time.time(),
-    }  # fmt: skip
-
-
 def rows(scale: str, done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What was measured on this machine, then the simulated pods: all of it, whatever is `done`."""
     start, notice, sweeps = measured(scale)
     for name, seconds, predicted in sweeps:
         found = {"predicted_s": predicted, "start_s": start, "notice_s": notice}
-        yield row("Two workers of this machine", name, found, seconds, scale)
+        spent = {"compile": 0.0, "run": seconds}
+        yield measure.row("pod", "Two workers of this machine", name, scale, found, spent, {})
     kinds = committed()
     for size, each in SWEEPS.items():
         ways = dealt(kinds, each)
@@ -355,4 +345,5 @@ def rows(scale: str, done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 }
                 about = {"groups": sum(map(len, ways["as free"])), "draws": len(drawn)}
                 about |= {"hosts": HOSTS, "devices": DEVICES, **here._asdict()}
-                yield row(f"Pod, {size} sweep, {taken}", way, found, 0.0, scale, **about)
+                table, spent = f"Pod, {size} sweep, {taken}", {"compile": 0.0, "run": 0.0}
+                yield measure.row("pod", table, way, scale, found, spent, about)

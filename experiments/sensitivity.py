@@ -69,8 +69,7 @@ def repairs() -> dict[str, Repair]:
     found = {}
     for entry in registry.entries("defense"):
         if issubclass(entry.cls, Repair) and entry.cls.sensitive is not None:
-            preset = "cpu" if "cpu" in getattr(entry.cls, "presets", {}) else None
-            repair = registry.make("defense", entry.name, preset)
+            repair = registry.on_cpu(entry)
             found[f"{entry.name}: {repair.sensitive}"] = repair
     return found
 

@@ -61,6 +61,14 @@ def units(*, threshold: float = 0.0, lift: float = 1.0):
     return build(Units(), (8, 8, 1), 4), {"params": params}, lit_rows(0.5)
 
 
+def pictures(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` uint8 images that `units` tells apart, noise on them, and their labels."""
+    draw, label = np.random.default_rng(0), np.arange(count) % 4
+    image = np.zeros((count, 8, 8, 1))
+    image[np.arange(count), label] = draw.integers(90, 160, (count, 1, 1))
+    return np.uint8(image + draw.integers(0, 20, image.shape)), label
+
+
 def row(run: str, **fields) -> dict:
     """A finished row of a results file, as short as one may be."""
     return {

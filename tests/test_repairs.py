@@ -29,10 +29,7 @@ MODEL, VARIABLES, CLEAN = planted.units()
 def world(tmp_path_factory):
     """The planted net as a folder, and images of its kind."""
     folder = tmp_path_factory.mktemp("repairs")
-    draw, label = np.random.default_rng(0), np.arange(160) % 4
-    image = np.zeros((160, 8, 8, 1))
-    image[np.arange(160), label] = draw.integers(90, 160, (160, 1, 1))
-    image = np.uint8(image + draw.integers(0, 20, image.shape))
+    image, label = planted.pictures(160)
     np.savez(folder / "images.npz", image=image, label=label)
     np.savez(folder / "two.npz", image=image, label=label % 2)
     source = Npz(path=str(folder / "images.npz"))

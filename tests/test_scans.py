@@ -53,10 +53,7 @@ def test_the_false_alarms_of_filters_are_as_many_as_said():
 def world(tmp_path_factory):
     """The planted net, clean images of its kind, and images with its trigger."""
     folder = tmp_path_factory.mktemp("scans")
-    draw, label = np.random.default_rng(0), np.arange(200) % 4
-    image = np.zeros((200, 8, 8, 1))
-    image[np.arange(200), label] = draw.integers(90, 160, (200, 1, 1))
-    image = np.uint8(image + draw.integers(0, 20, image.shape))
+    image, label = planted.pictures(200)
     np.savez(folder / "clean.npz", image=image, label=label)
     hit = np.asarray(stamped(BadNets(size=1), 1, image[:40], KEY)) * 255
     np.savez(folder / "hit.npz", image=np.uint8(hit.round()), label=label[:40])

@@ -200,6 +200,14 @@ def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
     return split[~part], split[part]
 
 
+def together(*splits: Split) -> Split:
+    """The images of all, without their groups."""
+    return Split(
+        np.concatenate([split.image for split in splits]),
+        np.concatenate([split.label for split in splits]),
+    )
+
+
 def _part(where: object, field: str, split: Split, size: int | None, seed: int) -> Split:
     if size is None:
         return split

@@ -691,7 +691,7 @@ def dense(b: _Builder, layer: Described, x: Tensor) -> Tensor:
 @_layer("BatchNormalization", "BatchNormalizationV1", "BatchNormalizationV2")
 def batch_normalization(b: _Builder, layer: Described, x: Tensor) -> Tensor:
     config, found = layer.config, b.arrays(layer)
-    _last_axis(config, x.rank, layer)
+    _last_axis(layer, x.rank)
     channels = b.file.arrays[found[-1]].shape
     gamma = found.pop(0) if config.get("scale", True) else None
     beta = found.pop(0) if config.get("center", True) else None
@@ -714,17 +714,18 @@ def batch_normalization(b: _Builder, layer: Described, x: Tensor) -> Tensor:
     return Tensor(b.emit("Transpose", [made], f"{layer.name}.back", perm=[0, 2, 1]), 3)
 
 
-def _last_axis(config: Mapping[str, Any], rank: int, layer: Described) -> None:
-    axis = config.get("axis", -1)
+def _last_axis(layer: Described, rank: int, without: str | None = None) -> None:
+    """Raises `BadInput` where a layer works on another axis, or has the option `without`."""
+    axis = layer.config.get("axis", -1)
     if axis not in (-1, rank - 1, [-1], [rank - 1]):
         raise BadInput(f"axis {shown(axis)} ('{layer.name}') is not known here")
+    if without is not None and layer.config.get(without):
+        raise BadInput(f"{without} ('{layer.name}') is not known here")
 
 
 @_layer("LayerNormalization")
 def layer_normalization(b: _Builder, layer: Described, x: Tensor) -> Tensor:
-    _last_axis(layer.config, x.rank, layer)
-    if layer.config.get("rms_scaling"):
-        raise BadInput(f"rms_scaling ('{layer.name}') is not known here")
+    _last_axis(layer, x.rank, "rms_scaling")
     found = b.arrays(layer)
     source = b.channels_last(x)
     gamma = b.weight(layer, found.pop(0), "scale") if layer.config.get("scale", True) else None
@@ -737,7 +738,7 @@ def layer_normalization(b: _Builder, layer: Described, x: Tensor) -> Tensor:
 
 @_layer("GroupNormalization")
 def group_normalization(b: _Builder, layer: Described, x: Tensor) -> Tensor:
-    _last_axis(layer.config, x.rank, layer)
+    _last_axis(layer, x.rank)
     scale, bias = b.arrays(layer)
     groups = int(layer.config["groups"])
     channels = b.file.arrays[scale].shape[0]
@@ -757,9 +758,7 @@ def prelu(b: _Builder, layer: Described, x: Tensor) -> Tensor:
 
 @_layer("Normalization")
 def normalization(b: _Builder, layer: Described, x: Tensor) -> Tensor:
-    _last_axis(layer.config, x.rank, layer)
-    if layer.config.get("invert"):
-        raise BadInput(f"invert ('{layer.name}') is not known here")
+    _last_axis(layer, x.rank, "invert")
     found = b.arrays(layer)
     mean, var = [b.file.arrays[name] for name in found[:2]] if found else [
         np.asarray(layer.config[key], np.float32) for key in ("mean", "variance")

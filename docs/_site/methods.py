@@ -250,8 +250,7 @@ def _drawn(entry: Entry) -> bytes:
     if attack.trains:  # its trigger is made for a net: a small one
         from bdjax.models.layers import build
 
-        preset = "cpu" if "cpu" in _presets(entry) else None
-        attack = registry.make("attack", entry.name, preset)
+        attack = registry.on_cpu(entry)
         model = build(Ffnn(hidden=(32,)), train.image.shape[1:], classes)
         recipe = Recipe(epochs=2, batch=32)
         attack = attack.train(key, model, recipe, train)[0]
