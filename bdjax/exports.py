@@ -101,7 +101,7 @@ def check_file(about: dict[str, Any], path: Path) -> Origin | None:
     """The file that is written again to `path`, None where that holds the weights alone; raises
     `BadInput` where a net that came so cannot become such a file, or one of the user's is there.
     """
-    own.refuse(path, False)
+    own.beside(path.parent, [path.name])
     origin = about.get("origin")
     origin = origin if isinstance(origin, Origin) and origin.template is not None else None
     if path.suffix == ".safetensors" and (origin is None or origin.format != "safetensors"):
