@@ -351,6 +351,10 @@ def _page(found: Scan, image: np.ndarray, words: Sequence[str], title: str, null
         templates()
         .get_template("scan.html.j2")
         .render(
-            scan=found, title=title, tone=TONES[found.word], null=null, pictures=[embedded(drawn)]
+            scan=found,
+            title=title,
+            tone=TONES[found.word],
+            null=null,
+            pictures=[{"id": drawn.name, **embedded(drawn)}],
         )
     )
