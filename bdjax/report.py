@@ -119,7 +119,7 @@ def _fault(row: Row) -> str | None:
         return None
     if measured(acc) and acc <= metrics.chance(test["majority"], test["n"]):
         return f"collapsed: ACC {100 * acc:.1f} %, the largest class is {test['majority']:.1%}"
-    if not row.get("attack") or not measured(asr):
+    if not _attacked(row) or not measured(asr):
         return None
     if asr < WORKS:
         return f"attack failed: ASR nt {100 * asr:.1f} %"
@@ -127,6 +127,12 @@ def _fault(row: Row) -> str | None:
     if clean is not None and measured(clean) and asr - clean <= ABOVE:
         return f"attack failed: ASR nt {100 * asr:.1f} %, on the clean twin {100 * clean:.1f} %"
     return None
+
+
+def _attacked(row: Row) -> bool:
+    """Whether there is an attack, and it poisons anything: at rate 0 it only asks a clean net."""
+    attack = (row.get("config") or {}).get("attack") or {}
+    return bool(row.get("attack")) and attack.get("rate") != 0
 
 
 @door
@@ -262,7 +268,7 @@ def _notes(cells: Iterable[Row]) -> list[str]:
         if isinstance(plan, Mapping) and plan["poisoned"] < plan["asked"]:
             found.append(f"{plan['poisoned']} rows poisoned of {plan['asked']} asked for")
         found += _flags(cell)
-        own = cell.get("victim") and cell.get("attack") and not cell.get("defense")
+        own = cell.get("victim") and _attacked(cell) and not cell.get("defense")
         if own and not cell.get("twin"):
             found.append("no twin")
     return list(dict.fromkeys(found))

