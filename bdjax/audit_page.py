@@ -45,6 +45,12 @@ BLIND = {
         "a patch of a given small side works wherever it stands",
         "larger triggers, and those that work at one place alone. It has no p-value.",
     ),
+    "mm-bd": Blind(
+        "the backdoor's label is won by a wider margin than any other, whatever the image",
+        "backdoors for most labels at once, and those trained so that margins stay alike. A label "
+        "that is easy by nature looks alike. It shows no trigger: it can ask for a closer look, "
+        "but convicts nobody.",
+    ),
     "mntd": Blind(
         "a backdoored net answers tuned queries as shadow nets with random backdoors do",
         "nets trained by another recipe, or on other data, than its shadow nets. It names no label "

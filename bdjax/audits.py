@@ -35,6 +35,7 @@ from bdjax.datasets.base import Source, pick, together
 from bdjax.defenses.base import Judge
 from bdjax.defenses.inputs.strip import entropies
 from bdjax.defenses.invert.abs import Abs, seeds, shapes_of
+from bdjax.defenses.invert.mm_bd import MmBd
 from bdjax.defenses.parts import nulls
 from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.defenses.parts.offers import moves, offered, pixels
@@ -145,9 +146,10 @@ SEARCHED, HELD = 500, 500
 """Images that judges see, and others by which triggers are measured, at most."""
 SEEDS = 3
 """How often a judge with a p-value draws, where there is time."""
-LEADERS, LIFTED, LONGER = 8, 2, 2
+LEADERS, LIFTED, WIDEST, LONGER = 8, 2, 2, 2
 """Of many labels: how many of those that lead a screening are searched to the end, beside those
-that the first neurons of each site lift; and how many times as long as one of few labels.
+that the first neurons of each site lift, and those that are won by the widest margins; and how many
+times as long as one of few labels.
 """
 MORE: dict[str, dict[str, Any]] = {"abs": {"top": 20, "per_site": 3}}
 """By judge, what an audit has more of than the preset `cpu`: stimulation looks at all labels at
@@ -157,6 +159,7 @@ LEAN: dict[str, dict[str, int]] = {
     "abs": {"images": 15, "top": 12, "per_site": 2},
     "deep-inspect": {"steps": 1000},
     "mesa": {"epochs": 3},
+    "mm-bd": {"starts": 1, "steps": 30},
     "mntd": {"shadows": 12, "validation": 6, "recipe.epochs": 6},
     "neural-cleanse": {"batches": 5},
 }
@@ -235,7 +238,7 @@ def examined(
 ) -> dict[str, jax.Array]:
     """What one seed of a judge says of a net, and what its triggers do to the images `held`."""
     verdict = judge(key, model, variables, search)
-    parts = ("norms", "qualified", "success", "neuron", "elevation", "threshold")
+    parts = ("norms", "margins", "qualified", "success", "neuron", "elevation", "threshold")
     out = {name: verdict.info[name] for name in parts if name in verdict.info}
     out |= {name: getattr(verdict, name) for name in ("index", "infected", "flagged", "p_value")}
     if "success" in out and "qualified" not in out:
@@ -285,12 +288,20 @@ def _stimulating(
     return {**found._asdict(), "site": jnp.asarray(site)}
 
 
+def _widening(model: Model, key: jax.Array, variables: Variables) -> dict[str, jax.Array]:
+    """By which margin each label can be won (see `MmBd`)."""
+    return {"margins": MmBd(**LEAN["mm-bd"]).margins(key, model, variables)}
+
+
 def leaders_of(steps: Mapping[str, Mapping[str, np.ndarray]]) -> list[int]:
-    """The labels that the screenings bring forward: those of the smallest patches, and those that
-    the first neurons of each site lift: a backdoor with a large trigger is no small patch, but has
-    its neurons.
+    """The labels that the screenings bring forward: those of the smallest patches; and, as a
+    backdoor with a large trigger is no small patch, those that the first neurons of each site lift,
+    and those that are won by the widest margins.
     """
-    return list(dict.fromkeys([*steps["screen-0"]["order"][:LEADERS].tolist(), *lifted(steps)]))
+    order = steps["screen-0"]["order"][:LEADERS].tolist()
+    margins = steps.get("margins-0", {}).get("margins", np.zeros(0))
+    widest = np.argsort(-margins)[:WIDEST].tolist()
+    return list(dict.fromkeys([*order, *lifted(steps), *widest]))
 
 
 def lifted(steps: Mapping[str, Mapping[str, np.ndarray]]) -> list[int]:
@@ -524,6 +535,8 @@ def _planned(work: Work, judge: Judge) -> tuple[Judge, Program]:
         neurons = program(_stimulating, work.model, _key(0), work.variables, search)
         what = "stimulation of all neurons"
         work.step("stimulated-0", what, neurons, _key(0), work.variables, search)
+    widest = program(_widening, work.model, _key(0), work.variables)
+    work.step("margins-0", f"margins of {classes} labels", widest, _key(0), work.variables)
     leaders = sorted(leaders_of(work.steps))
     steps = LONGER * getattr(judge, "steps", 1)
     fields: dict[str, Any] = {"labels": tuple(leaders), "steps": steps}

@@ -97,8 +97,8 @@ def decide(
     label = max(moved, key=lambda label: or_least(moved[label]))
     what = class_name(label, names)
     if math.isnan(moved[label]):
-        why = f"{first} accuses the net, but has no trigger to show"
-        return Decision("undecided", why, first, None, least)
+        why = f"{first} accuses the net of {what}, but has no trigger to show"
+        return Decision("undecided", why, first, label, least)
     share = f"its trigger moves {100 * moved[label]:.1f} % of other labels' images to {what}"
     if moved[label] < MOVES:
         why = f"{first} accuses the net, but {share}: fewer than {100 * MOVES:.0f} %"
@@ -130,9 +130,11 @@ def or_least(share: float) -> float:
 
 
 def smallest(arrays: Mapping[str, np.ndarray]) -> int | None:
-    """The label with the smallest norm among those whose trigger works; None where none does."""
+    """The label with the smallest norm among those whose trigger works, or the widest margin; None
+    where there is none.
+    """
     if "norms" not in arrays:
-        return None
+        return int(arrays["margins"].argmax()) if "margins" in arrays else None
     norms = np.where(able(arrays) & np.isfinite(arrays["norms"]), arrays["norms"], np.inf)
     return int(norms.argmin()) if np.isfinite(norms).any() else None
 
@@ -144,7 +146,7 @@ def able(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def seed_of(arrays: Mapping[str, np.ndarray], null: tuple[float, int | None] | None = None) -> Seed:
     """What a step of a judge says, as the rule reads it. `null`: its p-value, and of which label,
-    where references say so; else it is the judge's own, of the smallest norm.
+    where references say so; else it is the judge's own, of the label that comes first.
     """
     p_value, first = (float(arrays["p_value"]), smallest(arrays)) if null is None else null
     flagged = np.flatnonzero(arrays["flagged"]).tolist()

@@ -39,6 +39,7 @@ from bdjax.defenses.base import Judge
 from bdjax.defenses.invert.abs import Abs
 from bdjax.defenses.invert.deep_inspect import DeepInspect
 from bdjax.defenses.invert.mesa import Mesa
+from bdjax.defenses.invert.mm_bd import MmBd
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.models.mntd import Mntd
 from bdjax.experiment import at_hand
@@ -177,6 +178,7 @@ MOST = (EVERY, EVERY, EVERY[1:], (*EVERY[:1], *EVERY[2:]))
 CPU = (
     NeuralCleanse(**NeuralCleanse.presets["cpu"]),
     DeepInspect(**DeepInspect.presets["cpu"]),
+    MmBd(**MmBd.presets["cpu"]),
     Abs(**Abs.presets["cpu"]),
     Mesa(**{**Mesa.presets["cpu"], "epochs": 3}, betas=(0.8,)),
 )
@@ -185,14 +187,15 @@ SCALES = {
         (Kind("clothes, dense", Sample(train_size=400, test_size=100), Ffnn((16,)),
               Recipe(epochs=1, batch=32)),),
         1,
-        (NeuralCleanse(steps=2, batches=2), Abs(images=6, top=2, per_site=1, steps=2)), 2,
+        (NeuralCleanse(steps=2, batches=2), MmBd(starts=2, steps=2),
+         Abs(images=6, top=2, per_site=1, steps=2)), 2,
         Mntd(shadows=2, validation=2, recipe=Recipe(epochs=1, batch=20),
              meta=Recipe(epochs=1, batch=1)),
         (EVERY,),
     ),
     "cpu": Scale(KINDS, 1, CPU, 3, Mntd(**Mntd.presets["cpu"]), MOST),
     "paper": Scale(
-        KINDS, 10, (NeuralCleanse(), DeepInspect(), Abs(), Mesa()), 3, Mntd(), MOST
+        KINDS, 10, (NeuralCleanse(), DeepInspect(), MmBd(), Abs(), Mesa()), 3, Mntd(), MOST
     ),
 }  # fmt: skip
 ZOO = "10f3310da860c735"
