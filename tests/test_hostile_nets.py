@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bdjax import load_net
+from bdjax.foreign import onnx as reader
 from bdjax.foreign import safetensors
 from bdjax.foreign.graph import Graph, Weight, parsed, written
 from bdjax.foreign.torch import LEGACY
@@ -207,14 +208,64 @@ HEAD = [("Flatten", ["x"], ["f"], {}), ("Gemm", ["f", "w"], ["y"], {})]
 KERNEL = {"w": np.ones((64, 3), np.float32)}
 
 
-def test_numbers_in_other_files_are_not_looked_for(onnx, tmp_path):
+APART = {
+    "an absolute path": {"location": "/etc/passwd"},
+    "another folder": {"location": "../secret.bin"},
+    "a folder below": {"location": "below/secret.bin"},
+    "the folder itself": {"location": "."},
+    "no place": {},
+    "a link": {"location": "link.bin"},
+    "a pipe": {"location": "pipe.bin"},
+    "a folder": {"location": "below"},
+    "too short": {"location": "short.bin"},
+    "beyond the end": {"location": "right.bin", "offset": "1"},
+    "far beyond": {"location": "right.bin", "offset": str(10**30)},
+    "before the start": {"location": "right.bin", "offset": "-4"},
+    "no offset": {"location": "right.bin", "offset": "x"},
+    "another length": {"location": "right.bin", "length": "4"},
+    "a huge length": {"location": "right.bin", "length": str(1 << 60)},
+    "NUL": {"location": "a\0b"},
+}
+
+
+@pytest.mark.parametrize("name", [*APART, "huge"])
+def test_numbers_in_other_files(onnx, tmp_path, name):
     made = model(onnx, HEAD, KERNEL)
-    (tensor_,) = made.graph.initializer
-    tensor_.ClearField("raw_data")
-    tensor_.data_location = onnx.TensorProto.EXTERNAL
-    tensor_.external_data.add(key="location", value="/etc/passwd")
+    (one,) = made.graph.initializer
+    one.ClearField("raw_data")
+    one.data_location = onnx.TensorProto.EXTERNAL
+    told = APART.get(name, {"location": "right.bin"})
+    if name == "huge":
+        one.dims[0] = 1 << 40
+    for key, value in told.items():
+        one.external_data.add(key=key, value=value)
+    home = tmp_path / "home"
+    (home / "below").mkdir(parents=True)
+    numbers = KERNEL["w"].tobytes()
+    for place in (tmp_path / "secret.bin", home / "below" / "secret.bin", home / "right.bin"):
+        place.write_bytes(numbers)
+    (home / "short.bin").write_bytes(numbers[:-1])
+    (home / "link.bin").symlink_to(tmp_path / "secret.bin")
+    os.mkfifo(home / "pipe.bin")
+    (home / "a.onnx").write_bytes(made.SerializeToString())
+    refused(home / "a.onnx")
+
+
+def test_numbers_that_many_tensors_share_are_bounded(onnx, tmp_path):
+    """A small file beside it must not become a large net."""
+    made = model(onnx, HEAD, KERNEL)
+    (one,) = made.graph.initializer
+    one.ClearField("raw_data")
+    one.data_location = onnx.TensorProto.EXTERNAL
+    one.external_data.add(key="location", value="right.bin")
+    for i in range(50):
+        made.graph.initializer.add().CopyFrom(one)
+        made.graph.initializer[-1].name = f"w{i}"
+    (tmp_path / "right.bin").write_bytes(KERNEL["w"].tobytes())
     (tmp_path / "a.onnx").write_bytes(made.SerializeToString())
-    assert "lie in another file (/etc/passwd)" in refused(tmp_path / "a.onnx")
+    load_net(tmp_path / "a.onnx")
+    with pytest.raises(BadInput, match="more than the memory here allows"):
+        reader.whole(tmp_path / "a.onnx", made.SerializeToString(), 20_000)
 
 
 HUGE = np.asarray([1 << 20, 1 << 20])

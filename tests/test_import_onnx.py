@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bdjax import cli, load_model, load_net, save_net, testing
-from bdjax.exports import export
+from bdjax.exports import export, export_net
 from bdjax.foreign import onnx as reader
 from bdjax.foreign.graph import ONNX, Node, Value, compute, plain
 from bdjax.models.graph import kernel_into
@@ -271,6 +271,26 @@ REFUSED += (
 )
 REFUSED += ("local_window", "bidirectional_window", "training_mode", "training_dropout", "crd_mode")
 REFUSED += ("empty_set", "onehot", "cache", "reduce_max_empty", "training", "cumsum_1d_int32_excl")
+
+
+def test_numbers_in_a_file_beside_it(file, tmp_path):
+    """As torch's exporter writes a net, unless told otherwise."""
+    _, path = file("resnet")
+    whole = load_net(path)
+    two = tmp_path / "two"
+    two.mkdir()
+    onnx.save_model(onnx.load(path), two / "net.onnx", save_as_external_data=True,
+                    location="net.onnx.data", size_threshold=0)  # fmt: skip
+    found = load_net(two / "net.onnx")
+    for left, right in zip(*map(jax.tree.leaves, (found.variables, whole.variables)), strict=True):
+        np.testing.assert_array_equal(left, right)
+    save_net(tmp_path / "net", found)
+    export_net(tmp_path / "net", tmp_path / "again.onnx")
+    x = np.asarray(jax.random.uniform(jax.random.key(0), (2, *whole.model.shape)))
+    np.testing.assert_array_equal(ran(tmp_path / "again.onnx", x), ran(path, x))
+    (two / "net.onnx.data").unlink()
+    with pytest.raises(BadInput, match="which is not there: keep both together"):
+        load_net(two / "net.onnx")
 
 
 @pytest.mark.long

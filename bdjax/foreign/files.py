@@ -52,8 +52,11 @@ def kind_of(path: Path, raw: bytes) -> Format:
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a net's file, of at most a quarter of the memory."""
-    return schema.content(path, min(schema.memory() // 4, 1 << 33))
+    """The bytes of a net's file, of at most a quarter of the memory; of ONNX in two files those of
+    one.
+    """
+    raw = schema.content(path, most := min(schema.memory() // 4, 1 << 33))
+    return onnx.whole(path, raw, most) if kind_of(path, raw) == "onnx" else raw
 
 
 def read(path: Path, raw: bytes, kind: Format, size: Any) -> Found | Bare:

@@ -1,9 +1,10 @@
 """ONNX files: read into a graph, and written back with other weights.
 
-The package `onnx` takes the file apart; nothing else of it is used, and nothing outside of the file
-is looked at.
+The package `onnx` takes the file apart; nothing else of it is used, and nothing is looked at but
+the file and, where it keeps its numbers apart, as torch writes it, the one beside it.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,11 +57,7 @@ def fill(raw: bytes, values: Mapping[str, np.ndarray]) -> bytes:
     import onnx
 
     model = _model(raw)
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        for attribute in node.attribute if node.op_type == "Constant" else ():
-            if attribute.HasField("t"):
-                tensors.setdefault(node.output[0], attribute.t)
+    tensors = _tensors(model)
     for name, value in values.items():
         tensor = tensors[name]
         kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
@@ -68,6 +65,78 @@ def fill(raw: bytes, values: Mapping[str, np.ndarray]) -> bytes:
             tensor.ClearField(field)
         tensor.raw_data = np.ascontiguousarray(value.astype(kind)).tobytes()
     return model.SerializeToString()
+
+
+def _tensors(model: Any) -> dict[str, Any]:
+    """The stored tensors of a graph: initializers, and constants by what they are put out as."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.HasField("t"):
+                tensors.setdefault(node.output[0], attribute.t)
+    return tensors
+
+
+def whole(path: Path, raw: bytes, most: int) -> bytes:
+    """The file `raw` that stands at `path`, with the numbers in it that it keeps in a file beside
+    it: a plain one, of no other folder. Both together have at most `most` bytes.
+    """
+    model = _model(raw)
+    apart = {name: t for name, t in _tensors(model).items() if _apart(t)}
+    if not apart:
+        return raw
+    left = min(most, (1 << 31) - 1) - len(raw)  # protobuf's own bound
+    for name, tensor in apart.items():
+        numbers = _beside(path, name, tensor, left)
+        left -= len(numbers)
+        tensor.raw_data = numbers
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+    return model.SerializeToString()
+
+
+def _apart(tensor: Any) -> bool:
+    """Whether a tensor's numbers are in another file."""
+    import onnx
+
+    return tensor.data_location == onnx.TensorProto.EXTERNAL or bool(tensor.external_data)
+
+
+def _beside(path: Path, name: str, tensor: Any, most: int) -> bytes:
+    """The numbers that a tensor keeps in a file beside `path`."""
+    import onnx
+
+    told = {entry.key: entry.value for entry in tensor.external_data}
+    place = told.get("location", "")
+    what = f"the numbers of '{shown(name)}' lie in another file ({shown(place)})"
+    if re.fullmatch(r"[^/\\\0]+", place) is None or place in (".", ".."):
+        raise BadInput(f"{what}, which is not beside this one: save the net in one file")
+    file = path.absolute().parent / place
+    if not file.exists() or file.is_symlink():
+        raise BadInput(
+            f"{what}, which is not there: keep both together, or save the net in one file "
+            "(torch.onnx.export(…, external_data=False))"
+        )
+    try:
+        each = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        size = math.prod(tensor.dims) * each
+        start, length = int(told.get("offset", 0)), int(told.get("length", size))
+    except (KeyError, ValueError):
+        size, start, length = -1, 0, 0
+    if size != length or start < 0 or min(tensor.dims, default=0) < 0:
+        raise BadInput(f"{what}, at a place or of a length that cannot be: damaged")
+    if size > most:
+        raise BadInput(f"{what}, which has more than the memory here allows")
+    schema.plain_file(file)
+    try:
+        with open(file, "rb") as data:
+            data.seek(start)
+            numbers = data.read(size)
+    except (OSError, OverflowError) as error:
+        raise BadInput(f"cannot read {file}: {getattr(error, 'strerror', error)}") from error
+    if len(numbers) < size:
+        raise BadInput(f"{what}, which ends before them: damaged")
+    return numbers
 
 
 def _about(model: Any) -> dict[str, Any]:
@@ -163,12 +232,8 @@ def _opset(model: Any) -> int:
 def _array(tensor: Any) -> np.ndarray:
     import onnx
 
-    if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-        place = next((e.value for e in tensor.external_data if e.key == "location"), "?")
-        raise BadInput(
-            f"the numbers of '{shown(tensor.name)}' lie in another file ({shown(place)}), which is "
-            "not read: save the net in one file"
-        )
+    if _apart(tensor):  # within a branch of an If
+        raise BadInput(f"the numbers of '{shown(tensor.name)}' lie in another file")
     if min(tensor.dims, default=0) < 0:
         raise BadInput(f"the tensor '{shown(tensor.name)}' has a negative size")
     try:
@@ -597,8 +662,3 @@ def _folded(
         else:
             left.append(named)
     return tuple(left), known
-
-
-def content(path: Path) -> bytes:
-    """The bytes of an ONNX file."""
-    return schema.content(path, min(schema.memory() // 4, (1 << 31) - 1))
