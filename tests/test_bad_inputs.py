@@ -514,6 +514,12 @@ def judged(place: Place, cases: list[Case]) -> list[str]:
     faults = []
     for case in cases:
         found = place.run(case)
+        if (
+            case.args[0] == "import"
+            and case.value == "NET"
+            and str(found).startswith("touched net/")
+        ):
+            found = "accepted"  # it is replaced, as is said of --out
         if found == "accepted":
             found = None if any(fine(case) for fine in FINE.values()) else "taken without a reason"
         faults += [f"{case.name}: {found}"] if found else []
@@ -832,6 +838,8 @@ def allowed(entry: Entry) -> str | None:
             return "as many classes as there are, until they meet a net"
         if door in ("autoencoder", "input-anomaly"):
             return "a defense that never looks at the net"
+        if door == "mm-bd.call" and what == "none":
+            return "a judge that needs no images"
         return None
     none = entry.what in ("list", "dict", "tuple", "empty")
     if none and door.startswith(("study.", "Runner.run")):

@@ -270,7 +270,16 @@ REFUSED += (
     "nonpad",
 )
 REFUSED += ("local_window", "bidirectional_window", "training_mode", "training_dropout", "crd_mode")
-REFUSED += ("empty_set", "onehot", "cache", "reduce_max_empty", "training", "cumsum_1d_int32_excl")
+REFUSED += (
+    "padded_kv",
+    "batch_dim1",
+    "empty_set",
+    "onehot",
+    "cache",
+    "reduce_max_empty",
+    "training",
+    "cumsum_1d_int32_excl",
+)
 
 
 def test_numbers_in_a_file_beside_it(file, tmp_path):

@@ -106,6 +106,10 @@ class LastLayerUnlearning(TriggerDefense, Repair):
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)
+        if SITE not in model.sites:
+            raise BadInput(
+                f"the net has no site {SITE}, before a last layer: choose another repair"
+            )
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         x = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
         enters = jax.eval_shape(lambda v, x: model.apply(v, x).acts[SITE], shapes, x).shape
