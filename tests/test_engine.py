@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bdjax import datasets, engine, experiment, progress
+from bdjax import datasets, engine, progress
 from bdjax.cli import main
 from bdjax.datasets.sample import Sample
 from bdjax.engine import Mail, Receiver, Sender, Share, packed, share, unpack
@@ -335,7 +335,7 @@ def test_the_rows_of_a_cluster_are_those_of_a_local_run(small, cluster, tmp_path
     assert not [path for path in (tmp_path / "partial").iterdir() if path.name[0] != "."]
     (now,) = progress.boards(tmp_path)
     assert (now["nodes"], now["retries"], now["tasks"], now["workers"]) == (2, 0, 0, {})
-    experiment.status(tmp_path)
+    progress.status(tmp_path)
     text = capsys.readouterr().out
     assert all(word in text for word in ("nodes", "tasks", "retries", "ETA", "4/4", "32/32"))
     # With all victims there a cluster adds a defense, and computes nothing else.
