@@ -226,9 +226,13 @@ def victim(scale: str, net: str) -> tuple[Any, Any, dict[str, np.ndarray]]:
     most = SIZES[scale][net]
     data, model, key = datasets.load(), ours.net(net), jax.random.key(0)
     wide = widened if net == "residual" else lambda split: split
-    train, clean, test = (wide(split) for split in (data.train, data.clean, data.test))
+    # Their order is that of classes; jobs take the first so many.
+    train, clean, test = (
+        wide(split[mixed(len(split.label), len(split.label))])
+        for split in (data.train, data.clean, data.test)
+    )
     attack = BadNets(rate=0.05 if net == "small" else 0.1)
-    poisoned = poisoned_set(key, train[mixed(len(train.label), rows)], attack, data.classes)
+    poisoned = poisoned_set(key, train[:rows], attack, data.classes)
     recipe = Recipe(epochs=max(epochs, 1), batch=64 if net == "small" else 32)
     begin = jax.jit(model.init)
     train_it = jax.jit(lambda key, poisoned: fit(key, model, recipe, poisoned)[0])

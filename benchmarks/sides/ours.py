@@ -138,11 +138,11 @@ def fine_pruning(
     def program(v, clean, test):
         repaired = defense(KEY, model, v, clean)
         measured = (evaluate(KEY, model, u, test, BadNets()) for u in (v, repaired.variables))
-        return *measured, repaired.info["pruned"]
+        return *((m["acc"], m["asr_all"]) for m in measured), repaired.info["pruned"]
 
     def run():
         before, after, pruned = jax.tree.map(float, program(variables, clean, test))
-        found = {"acc_before": before["acc"], "asr_before": before["asr_all"], "pruned": pruned}
-        return found | {"acc": after["acc"], "asr": after["asr_all"]}
+        found = {"acc_before": before[0], "asr_before": before[1], "pruned": pruned}
+        return found | {"acc": after[0], "asr": after[1]}
 
     return run
