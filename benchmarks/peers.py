@@ -139,7 +139,9 @@ def jobs(scale: str) -> Iterator[Job]:
     )  # fmt: skip
     yield Job(
         "activation clustering, repaired", *zoo, "activation_clustering", {"fields": here},
-        clustering | {"repaired": True}, "rows in the order of its truth",
+        clustering | {"repaired": True},
+        "rows in the order of its truth; it splits by what the net answers, not by labels, and its "
+        "ICA and k-means draw anew each time",
     )  # fmt: skip
     yield Job(
         "spectral signatures", *zoo, "spectral_signatures", {"fields": {}}, {},
