@@ -20,6 +20,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -447,7 +448,7 @@ def row(
     """A row of results."""
     return measure.row(
         "peers", table, name, scale, metrics, {"compile": 0.0, "run": seconds}, config,
-        results=results, cause=cause, versions=dict(versions), load=os.getloadavg()[0],
+        results=results, cause=re.sub(r" \(/\S+\)", "", cause), versions=dict(versions), load=os.getloadavg()[0],
         python=sys.version.split()[0], **mesh.how(),
     )  # fmt: skip
 

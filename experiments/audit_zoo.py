@@ -21,7 +21,10 @@ A benchmark of detectors: a judge of your own is one more line of `SCALES`.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +50,7 @@ from bdjax.models.layers import default_site
 from bdjax.models.shamshiri import Cnn, Ffnn
 from bdjax.registry import defense, pytree, static
 from bdjax.rows import Rows
-from bdjax.rule import decide, seed_of
+from bdjax.rule import Seed, decide, seed_of
 from bdjax.store import Store
 from bdjax.study import Cell
 from bdjax.train import Recipe, cross_entropy, fit, poisoned_set, poisoning_key, stamped
@@ -240,6 +243,10 @@ def zoo() -> str:
     )
 
 
+Said = Mapping[str, tuple[bool, list[Seed]]]
+"""Of each judge whether its own rule holds on its first seed, and what its seeds say."""
+
+
 class Seen(NamedTuple):
     """A net: its kind and attack; what the audit says, and of which label; which judges detect it;
     whether the backdoor works, and the label is right.
@@ -253,27 +260,68 @@ class Seen(NamedTuple):
     works: bool
 
 
-def seen(rows: Rows, store: Store) -> list[Seen]:
-    """The nets, by their rows."""
-    mntd = {
-        row["victim"]: row["metrics"]["infected"] == 1
-        for row in rows.done if row["defense"] == "mntd"
-    }  # fmt: skip
-    found = []
+def said_of(rows: Rows, store: Store) -> dict[str, Said]:
+    """What the judges of the audit say of each net, by run: from the arrays of `store`."""
+    found = {}
     for row, arrays in Rows(r for r in rows.done if r["defense"] == "audit-zoo").arrays(store):
         steps: dict[str, dict[str, Any]] = {}
         for name, value in arrays.items():
             judge, dot, part = name.partition(".")
             if dot and judge != "seeds":
                 steps.setdefault(judge, {})[part] = value
-        said = {
-            judge: [seed_of({k: v[i] for k, v in step.items()}) for i in range(len(step["index"]))]
+        found[row["run"]] = {
+            judge: (bool(step["infected"][0]), [
+                seed_of({k: v[i] for k, v in step.items()}) for i in range(len(step["index"]))
+            ])
             for judge, step in steps.items()
-        }
-        judges = {judge: bool(step["infected"][0]) for judge, step in steps.items()}
+        }  # fmt: skip
+    return found
+
+
+def written(said: dict[str, Said]) -> Iterator[str]:
+    """A line of JSON for each net, of what the rule needs: p, labels, and the share that the
+    triggers of these move.
+    """
+    for run, judges in said.items():
+        lines = {
+            judge: [own, [[s.p_value if math.isfinite(s.p_value) else None, list(s.labels),
+                           [s.moved.get(k) for k in s.labels]] for s in seeds]]
+            for judge, (own, seeds) in judges.items()
+        }  # fmt: skip
+        yield json.dumps({run: lines})
+
+
+def kept(scale: str) -> dict[str, Said]:
+    """What is committed of `said_of`, beside the rows."""
+    file = Path(__file__).parent / "results" / f"audit_zoo-{scale}.said"
+    found: dict[str, Said] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        for run, judges in json.loads(line).items():
+            found[run] = {
+                judge: (own, [
+                    Seed(math.nan if p is None else p, tuple(labels),
+                         {k: v for k, v in zip(labels, moved, strict=True) if v is not None})
+                    for p, labels, moved in seeds
+                ])
+                for judge, (own, seeds) in judges.items()
+            }  # fmt: skip
+    return found
+
+
+def seen(rows: Rows, store: Store | None) -> list[Seen]:
+    """The nets, by their rows; without a store by what is committed."""
+    done = [row for row in rows.done if row["defense"] in ("audit-zoo", "mntd")]
+    mntd = {r["victim"]: r["metrics"]["infected"] == 1 for r in done if r["defense"] == "mntd"}
+    said = said_of(rows, store) if store else kept(done[0]["scale"]) if done else {}
+    found = []
+    for row in done:
+        if row["run"] not in said:
+            continue
+        judges = {judge: own for judge, (own, _) in said[row["run"]].items()}
         if row["victim"] in mntd:
             judges["mntd"] = mntd[row["victim"]]
-        verdict = decide(said, ALPHA, True)
+        seeds = {judge: some for judge, (_, some) in said[row["run"]].items()}
+        verdict = decide(seeds, ALPHA, True)
         attack = (row["config"] or {}).get("attack") or {}
         right = verdict.label is not None and (
             attack.get("labels") == "all-to-all" or attack.get("target") == verdict.label
@@ -317,7 +365,7 @@ def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
 
 def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
     """Detection and false alarms of each detector, with intervals, and by attack."""
-    nets = [] if rows.folder is None else seen(rows, Store(rows.folder))
+    nets = seen(rows, None if rows.folder is None else Store(rows.folder))
     clean = [net for net in nets if net.attack == CLEAN]
     infected = [net for net in nets if net.attack != CLEAN]
     if not clean or not infected:

@@ -32,7 +32,7 @@ GRIDS = {
 }
 """By scale: attacks, defenses, seeds, epochs, images to train on and to test on."""
 OURS = {
-    "badnet": "badnets", "blended": "blended", "sig": "filters", "fp": "fine-pruning:backdoorbench",
+    "badnet": "badnets", "blended": "blended", "sig": "gotham", "fp": "fine-pruning:backdoorbench",
     "ac": "activation-clustering:backdoorbench", "spectral": "spectral-signatures:backdoorbench",
     "strip": "strip:backdoorbench",
 }  # fmt: skip
