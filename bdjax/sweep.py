@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1170,6 +1171,8 @@ def keep_compiled() -> None:
     """Keeps compiled programs in the user's cache: the next run of a study starts at once."""
     if jax.config.values.get("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(data_dir() / "compiled"))
+    # What cannot be kept (jaxlib 0.12 fails on some large ones) is compiled again: nothing is lost.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # for the benchmarks, which are not installed
 from bdjax import experiment, report
 from bdjax.rows import Rows
 from benchmarks.__main__ import exponents, flat
+from benchmarks.peers import briefly
 
 ROWS = "experiments/results"
 MATRIX, ZOO = f"{ROWS}/defense_zoo-cpu.jsonl", f"{ROWS}/attack_zoo-cpu.jsonl"
@@ -192,6 +193,51 @@ def runtime(file: str) -> str:
     return f"{table_of(heads, lines)}\n\n{note}"
 
 
+def peers(files: str) -> str:
+    """What others' libraries take and find beside ours; a file for each version of Python."""
+    runs = [{(row["table"], row["row"]): row for row in committed(file)} for file in files.split()]
+    heads, lines, studies = ["library", "job"], [], []
+    for found in runs:
+        first = next(iter(found.values()))
+        of = f"jax {first['jax']}"
+        heads += [f"ours s, {of}", f"theirs s, {of}", f"warm ×, {of}", f"cold ×, {of}"]
+    for place in runs[0]:
+        rows = [found.get(place, {"metrics": {}}) for found in runs]
+        row, cells = rows[0], []
+        if "wall_s" in row["metrics"]:
+            studies.append(row)
+            continue
+        for found in (row["metrics"] for row in rows):
+            for name, form in (("warm_s", ".3f"), ("warm_theirs_s", ".3f"), ("ratio", ".2f"),
+                               ("cold_ratio", ".2f")):  # fmt: skip
+                cells.append(format(found[name], form) if name in found else "–")
+        said = [
+            _text(", ".join(f"{k} {briefly(v)}" for k, v in row.get("results", {}).get(side, {})
+                            .items()))
+            for side in ("ours", "theirs")
+        ]  # fmt: skip
+        lines.append([*place, *cells, *said, _text(row.get("cause") or "")])
+    heads += ["ours finds", "theirs finds", "there"]
+    told = [table_of(heads, lines, 2)]
+    if studies:
+        names = dict.fromkeys(name for row in studies for name in row["metrics"])
+        cells = [[row["row"], *(briefly(row["metrics"].get(name, "–")) for name in names)]
+                 for row in studies]  # fmt: skip
+        told += ["### A whole study", table_of(["", *names], cells)]
+        told += [f"*{_text(row['row'])}*: {_text(row['cause'])}" for row in studies if row["cause"]]
+    for found in runs:
+        versions: dict[str, str] = {}
+        for row in found.values():
+            versions |= row.get("versions") or {}
+        row = next(iter(found.values()))
+        libraries = ", ".join(f"{name} {value}" for name, value in versions.items())
+        told.append(
+            f"Python {row['python']}, jax {row['jax']}, {row['device']}, scale `{row['scale']}`, "
+            f"{libraries}."
+        )
+    return "\n\n".join(told)
+
+
 def attacks(file: str) -> str:
     """For every attack: data, net, rate, what it costs and how often it works."""
     rows, lines = committed(file), []
@@ -279,7 +325,19 @@ def made(_: str) -> str:
 
 PARTS: dict[str, Any] = {
     part.__name__: part
-    for part in (results, pivot, papers, claims, notes, runtime, attacks, defenses, short, made)
+    for part in (
+        results,
+        pivot,
+        papers,
+        claims,
+        notes,
+        runtime,
+        peers,
+        attacks,
+        defenses,
+        short,
+        made,
+    )
 }
 _HEAD = rf"<!-- (?P<head>(?P<name>{'|'.join(PARTS)}) ?(?P<argument>[^>]*?)) -->"
 
