@@ -448,8 +448,8 @@ def row(
     """A row of results."""
     return measure.row(
         "peers", table, name, scale, metrics, {"compile": 0.0, "run": seconds}, config,
-        results=results, cause=re.sub(r" \(/\S+\)", "", cause), versions=dict(versions), load=os.getloadavg()[0],
-        python=sys.version.split()[0], **mesh.how(),
+        results=results, cause=re.sub(r" \(/\S+\)", "", cause), versions=dict(versions),
+        load=os.getloadavg()[0], python=sys.version.split()[0], **mesh.how(),
     )  # fmt: skip
 
 

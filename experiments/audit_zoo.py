@@ -54,7 +54,7 @@ from bdjax.rule import Seed, decide, seed_of
 from bdjax.store import Store
 from bdjax.study import Cell
 from bdjax.train import Recipe, cross_entropy, fit, poisoned_set, poisoning_key, stamped
-from bdjax.types import Size, Verdict, Weight
+from bdjax.types import BadInput, Size, Verdict, Weight
 
 TITLE = "Audit zoo: what judges and the audit detect"
 ALPHA, WORKS = 0.05, 0.8
@@ -112,6 +112,11 @@ class Panel(Judge):
 
     judges: tuple[Judge, ...] = ()
     draws: Size = static(1)
+
+    def check(self, model, clean):
+        super().check(model, clean)
+        if not self.judges:
+            raise BadInput("the panel of the audit zoo has no judges")
 
     def once(self, key, model, variables, clean):
         search, held = clean[::2], clean[1::2]

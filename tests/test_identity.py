@@ -209,7 +209,7 @@ def test_a_file_counts_for_its_method_and_all_that_stand_on_it(monkeypatch):
     users = ("neural-cleanse", "nc-pruning", "nc-unlearning", "nc-filter")
     assert on >= {("defense", name) for name in users}
     assert ("defense", "fine-pruning") not in on and {kind for kind, _ in on} == {"defense"}
-    for entry in registry.entries("defense"):
+    for entry in (entry for entry in registry.entries("defense") if not entry.plugin):
         text = (identity.ROOT.parent / entry.file).read_text()
         if "neural_cleanse import" in text:
             assert ("defense", entry.name) in on
@@ -585,6 +585,8 @@ def some():
     """
     found = {}
     for row in committed():
+        if row["experiment"] == "audit_zoo":  # 0.1 had none
+            continue
         if "code" in row:
             later = ("code", "how", "written", "plan", "twin", "labels", "test", "verdict")
             row = {k: v for k, v in row.items() if k not in later} | {"run": row["run"][::-1]}

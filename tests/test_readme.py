@@ -14,6 +14,7 @@ from bdjax import report
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+pytestmark = pytest.mark.usefixtures("own_names")  # an experiment has methods of its own
 
 
 def test_the_readme_is_short_and_its_table_is_up_to_date():

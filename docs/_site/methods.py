@@ -63,7 +63,7 @@ def place(entry: Entry) -> str:
 def pages() -> Iterator[tuple[str, str | bytes]]:
     """Every page and picture, by its place in the site."""
     for kind in KINDS:
-        found = registry.entries(kind)
+        found = [e for e in registry.entries(kind) if not e.plugin]  # no experiment's own
         yield f"methods/{kind}s/index.md", index(kind, found)
         for entry in found:
             picture = _fired(entry) if kind == "attack" else None

@@ -53,7 +53,7 @@ def surprise(r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     Margins of 0 and less, of labels that no start reached, are left out of F; p is 1 where fewer
     than 3 others are left.
     """
-    others = (r > 0) & ~jax.nn.one_hot(r.argmax(-1), r.shape[-1], dtype=bool)
+    others = (r > 0) & (r < r.max(-1, keepdims=True))
     shape, scale = gamma_fit(r, others)
     tail = gammaincc(shape, jnp.maximum(r.max(-1), 0.0) / scale)
     p = -jnp.expm1(r.shape[-1] * jnp.log1p(-tail))
@@ -106,7 +106,7 @@ class MmBd(Inversion):
         drawn = scale * jax.random.gamma(key_null, shape, (DRAWS, model.classes))
         p_value = (1 + (surprise(drawn)[0] <= p).sum()) / (DRAWS + 1)
         infected = p <= self.significance
-        flagged = (jnp.arange(model.classes) == r.argmax()) & infected
+        flagged = (r == r.max()) & infected
         index = -jnp.log10(jnp.maximum(p, 1e-37))
         return Verdict(index, infected, flagged, {"margins": r}, jnp.where(p < 1, p_value, 1.0))
 
