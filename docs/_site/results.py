@@ -196,12 +196,11 @@ def runtime(file: str) -> str:
 def peers(files: str) -> str:
     """What others' libraries take and find beside ours; a file for each version of Python."""
     runs = [{(row["table"], row["row"]): row for row in committed(file)} for file in files.split()]
-    heads, lines, studies = ["library", "job"], [], []
+    heads, lines, texts, studies = ["library", "job"], [], [], []
     for found in runs:
-        first = next(iter(found.values()))
-        of = f"jax {first['jax']}"
-        heads += [f"ours s, {of}", f"theirs s, {of}", f"warm ×, {of}", f"cold ×, {of}"]
-    for place in runs[0]:
+        of = f", jax {next(iter(found.values()))['jax']}" if len(runs) > 1 else ""
+        heads += [f"ours s{of}", f"theirs s{of}", f"warm ×{of}", f"cold ×{of}"]
+    for place in sorted(runs[0], key=lambda place: place[0]):
         rows = [found.get(place, {"metrics": {}}) for found in runs]
         row, cells = rows[0], []
         if "wall_s" in row["metrics"]:
@@ -211,19 +210,17 @@ def peers(files: str) -> str:
             for name, form in (("warm_s", ".3f"), ("warm_theirs_s", ".3f"), ("ratio", ".2f"),
                                ("cold_ratio", ".2f")):  # fmt: skip
                 cells.append(format(found[name], form) if name in found else "–")
-        said = [
-            _text(", ".join(f"{k} {briefly(v)}" for k, v in row.get("results", {}).get(side, {})
-                            .items()))
-            for side in ("ours", "theirs")
-        ]  # fmt: skip
-        lines.append([*place, *cells, *said, _text(row.get("cause") or "")])
-    heads += ["ours finds", "theirs finds", "there"]
-    told = [table_of(heads, lines, 2)]
+        lines.append([*place, *cells])
+        said = [row.get("results", {}).get(side, {}) for side in ("ours", "theirs")]
+        words = [_text(", ".join(f"{k} {briefly(v)}" for k, v in one.items())) for one in said]
+        texts.append([": ".join(place), *words, _text(row.get("cause") or "")])
+    told = [table_of(heads, lines, 2), "## What they find"]
+    told.append(table_of(["job", "ours", "theirs", "there"], texts, 4))
     if studies:
         names = dict.fromkeys(name for row in studies for name in row["metrics"])
         cells = [[row["row"], *(briefly(row["metrics"].get(name, "–")) for name in names)]
                  for row in studies]  # fmt: skip
-        told += ["### A whole study", table_of(["", *names], cells)]
+        told += ["## A whole study", table_of(["", *names], cells)]
         told += [f"*{_text(row['row'])}*: {_text(row['cause'])}" for row in studies if row["cause"]]
     for found in runs:
         versions: dict[str, str] = {}
