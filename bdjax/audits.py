@@ -288,18 +288,13 @@ def _stimulating(
     return {**found._asdict(), "site": jnp.asarray(site)}
 
 
-def _widening(model: Model, key: jax.Array, variables: Variables) -> dict[str, jax.Array]:
-    """By which margin each label can be won (see `MmBd`)."""
-    return {"margins": MmBd(**LEAN["mm-bd"]).margins(key, model, variables)}
-
-
 def leaders_of(steps: Mapping[str, Mapping[str, np.ndarray]]) -> list[int]:
     """The labels that the screenings bring forward: those of the smallest patches; and, as a
     backdoor with a large trigger is no small patch, those that the first neurons of each site lift,
     and those that are won by the widest margins.
     """
     order = steps["screen-0"]["order"][:LEADERS].tolist()
-    margins = steps.get("margins-0", {}).get("margins", np.zeros(0))
+    margins = steps.get("mm-bd-0", {}).get("margins", np.zeros(0))
     widest = np.argsort(-margins)[:WIDEST].tolist()
     return list(dict.fromkeys([*order, *lifted(steps), *widest]))
 
@@ -439,6 +434,13 @@ class Work:
         self.keep(name, found(*args) | {"seconds": time.monotonic() - start, "lean": self.lean})
         return True
 
+    def ask(self, judge: Judge, found: Program, seed: int, reserve: float = 0.0) -> bool:
+        """A seed of a judge as a step, see `step`; `found`: its program."""
+        name = str(registry.name_of(judge))
+        what = f"{name}, seed {seed}" if seed else name
+        args = (_key(seed), judge, self.variables, self.images.search, self.images.held)
+        return self.step(f"{name}-{seed}", what, found, *args, reserve=reserve)
+
 
 def _key(seed: int) -> jax.Array:
     return jax.random.key(seed)
@@ -473,7 +475,7 @@ def work_through(work: Work, tried: Sequence[Judge], stop: Stop) -> None:
     planned = []
     for judge in tried:
         name = str(registry.name_of(judge))
-        judge, found = _planned(work, judge)
+        judge, found = _planned(work, judge, tried)
         if stop.asked is not None:
             return
         planned.append((name, judge, found))
@@ -491,11 +493,9 @@ def work_through(work: Work, tried: Sequence[Judge], stop: Stop) -> None:
             ]  # fmt: skip
             # What would not fit anyway is not waited for.
             reserve = min((need for need in ahead if need <= work.left()), default=0.0)
-            what = f"{name}, seed {seed}" if seed else name
-            args = (_key(seed), judge, work.variables, work.images.search, work.images.held)
             step = f"{name}-{seed}"
             fresh = step not in work.steps
-            if work.step(step, what, found, *args, reserve=reserve) and fresh:
+            if work.ask(judge, found, seed, reserve) and fresh:
                 _spaced(work, step, judge)
 
 
@@ -515,7 +515,7 @@ def budgeted(work: Work, tried: Sequence[Judge]) -> list[Judge]:
     return found
 
 
-def _planned(work: Work, judge: Judge) -> tuple[Judge, Program]:
+def _planned(work: Work, judge: Judge, tried: Sequence[Judge]) -> tuple[Judge, Program]:
     """A judge and its program; where its search over all labels would take most of the time, it is
     for those alone that a screening brings forward.
     """
@@ -535,8 +535,9 @@ def _planned(work: Work, judge: Judge) -> tuple[Judge, Program]:
         neurons = program(_stimulating, work.model, _key(0), work.variables, search)
         what = "stimulation of all neurons"
         work.step("stimulated-0", what, neurons, _key(0), work.variables, search)
-    widest = program(_widening, work.model, _key(0), work.variables)
-    work.step("margins-0", f"margins of {classes} labels", widest, _key(0), work.variables)
+    for other in tried:
+        if isinstance(other, MmBd):  # it needs no leaders, and brings some
+            work.ask(other, work.made(other), 0)
     leaders = sorted(leaders_of(work.steps))
     steps = LONGER * getattr(judge, "steps", 1)
     fields: dict[str, Any] = {"labels": tuple(leaders), "steps": steps}

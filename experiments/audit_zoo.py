@@ -23,6 +23,7 @@ A benchmark of detectors: a judge of your own is one more line of `SCALES`.
 import itertools
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -297,7 +298,7 @@ def written(said: dict[str, Said]) -> Iterator[str]:
 
 
 def kept(scale: str) -> dict[str, Said]:
-    """What is committed of `said_of`, beside the rows."""
+    """What is committed of `said_of`, beside the rows: `python experiments/audit_zoo.py FOLDER`."""
     file = Path(__file__).parent / "results" / f"audit_zoo-{scale}.said"
     found: dict[str, Said] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
@@ -403,3 +404,9 @@ def trends(rows: Rows) -> Iterator[tuple[str, str, str]]:
             "the audit does not see most of the attacks that were made to pass it",
             report.verdict(bool(np.mean(hard) < 0.5), False), rate(hard)[2],
         )  # fmt: skip
+
+
+if __name__ == "__main__":
+    folder = sys.argv[1]
+    for line in written(said_of(Rows(report.load(folder).rows), Store(folder))):
+        print(line)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -467,11 +468,17 @@ def test_a_graph_is_drawn_anew_with_each_tensors_own_mean_and_spread():
 
 @pytest.fixture
 def zoo(own_names):
-    from pathlib import Path
-
     from bdjax import experiment
 
     return experiment.load(Path(__file__).parents[1] / "experiments" / "audit_zoo.py")
+
+
+def test_what_is_committed_of_the_zoo_is_of_its_rows_and_reads_as_it_was_written(zoo):
+    kept = zoo.kept("cpu")
+    file = Path(zoo.__file__).parent / "results" / "audit_zoo-cpu"
+    assert list(zoo.written(kept)) == file.with_suffix(".said").read_text().splitlines()
+    rows = map(json.loads, file.with_suffix(".jsonl").read_text().splitlines())
+    assert kept.keys() == {row["run"] for row in rows if row["defense"] == "audit-zoo"}
 
 
 def test_the_zoo_has_as_many_clean_as_infected_nets_each_of_its_own(zoo, monkeypatch):

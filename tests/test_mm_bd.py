@@ -10,7 +10,7 @@ from scipy import stats
 
 from bdjax import build
 from bdjax.audits import leaders_of
-from bdjax.defenses.invert.mm_bd import MmBd, gamma_fit, surprise
+from bdjax.defenses.invert.mm_bd import MmBd, gamma_fit, ranked, surprise
 from bdjax.models.shamshiri import Ffnn
 from bdjax.rule import decide, seed_of
 from bdjax.types import BadInput, Model, Output, Split
@@ -87,13 +87,8 @@ def test_a_backdoored_label_is_flagged_alone():
 def test_the_p_value_keeps_its_word_where_the_authors_number_does_not():
     r = RNG.gamma(4.0, 1.0, (300, 10)).astype(np.float32)
 
-    @jax.jit
-    def told(key, r):
-        p, shape, scale = surprise(r)
-        drawn = scale * jax.random.gamma(key, shape, (199, 10))
-        return p, (1 + (surprise(drawn)[0] <= p).sum()) / 200
-
-    theirs, ours = jax.lax.map(lambda item: told(*item), (jax.random.split(KEY, 300), r))
+    items = jax.random.split(KEY, 300), r
+    theirs, ours = jax.lax.map(lambda item: ranked(*item), items, batch_size=10)
     assert (np.asarray(theirs) <= 0.05).mean() > 0.18
     assert (np.asarray(ours) <= 0.05).mean() < 0.09
 
@@ -104,14 +99,12 @@ def test_it_can_ask_for_a_closer_look_but_not_convict():
     said = seed_of(arrays)
     assert said.labels == (1,)
     found = decide({"mm-bd": [said]}, 0.05, True, ("a", "b", "c"))
-    assert (found.word, found.label) == (
-        "undecided",
-        1,
-    ) and "accuses the net of 1 (b)" in found.reason
+    assert (found.word, found.label) == ("undecided", 1)
+    assert "accuses the net of 1 (b)" in found.reason
 
 
 def test_the_widest_margins_are_searched_beside_the_smallest_patches():
-    steps = {"screen-0": {"order": np.arange(20)}, "margins-0": {"margins": np.arange(20.0)}}
+    steps = {"screen-0": {"order": np.arange(20)}, "mm-bd-0": {"margins": np.arange(20.0)}}
     assert leaders_of(steps) == [*range(8), 19, 18]
 
 

@@ -81,6 +81,8 @@ def whole(path: Path, raw: bytes, most: int) -> bytes:
     """The file `raw` that stands at `path`, with the numbers in it that it keeps in a file beside
     it: a plain one, of no other folder. Both together have at most `most` bytes.
     """
+    if b"location" not in raw:  # the word by which a tensor names it
+        return raw
     model = _model(raw)
     apart = {name: t for name, t in _tensors(model).items() if _apart(t)}
     if not apart:

@@ -193,46 +193,29 @@ def runtime(file: str) -> str:
     return f"{table_of(heads, lines)}\n\n{note}"
 
 
-def peers(files: str) -> str:
-    """What others' libraries take and find beside ours; a file for each version of Python."""
-    runs = [{(row["table"], row["row"]): row for row in committed(file)} for file in files.split()]
-    heads, lines, texts, studies = ["library", "job"], [], [], []
-    for found in runs:
-        of = f", jax {next(iter(found.values()))['jax']}" if len(runs) > 1 else ""
-        heads += [f"ours s{of}", f"theirs s{of}", f"warm ×{of}", f"cold ×{of}"]
-    for place in sorted(runs[0], key=lambda place: place[0]):
-        rows = [found.get(place, {"metrics": {}}) for found in runs]
-        row, cells = rows[0], []
-        if "wall_s" in row["metrics"]:
-            studies.append(row)
-            continue
-        for found in (row["metrics"] for row in rows):
-            for name, form in (("warm_s", ".3f"), ("warm_theirs_s", ".3f"), ("ratio", ".2f"),
-                               ("cold_ratio", ".2f")):  # fmt: skip
-                cells.append(format(found[name], form) if name in found else "–")
+def peers(file: str) -> str:
+    """What others' libraries take and find beside ours."""
+    rows, lines, texts, versions = committed(file), [], [], {}
+    for row in sorted(rows, key=lambda row: row["table"]):
+        found, place = row["metrics"], [row["table"], row["row"]]
+        cells = [f"{found[k]:.3f}" if k in found else "–" for k in ("warm_s", "warm_theirs_s")]
+        cells += [f"{found[k]:.2f}" if k in found else "–" for k in ("ratio", "cold_ratio")]
         lines.append([*place, *cells])
-        said = [row.get("results", {}).get(side, {}) for side in ("ours", "theirs")]
+        said = [row["results"].get(side, {}) for side in ("ours", "theirs")]
         words = [_text(", ".join(f"{k} {briefly(v)}" for k, v in one.items())) for one in said]
-        texts.append([": ".join(place), *words, _text(row.get("cause") or "")])
-    told = [table_of(heads, lines, 2), "## What they find"]
-    told.append(table_of(["job", "ours", "theirs", "there"], texts, 4))
-    if studies:
-        names = dict.fromkeys(name for row in studies for name in row["metrics"])
-        cells = [[row["row"], *(briefly(row["metrics"].get(name, "–")) for name in names)]
-                 for row in studies]  # fmt: skip
-        told += ["## A whole study", table_of(["", *names], cells)]
-        told += [f"*{_text(row['row'])}*: {_text(row['cause'])}" for row in studies if row["cause"]]
-    for found in runs:
-        versions: dict[str, str] = {}
-        for row in found.values():
-            versions |= row.get("versions") or {}
-        row = next(iter(found.values()))
-        libraries = ", ".join(f"{name} {value}" for name, value in versions.items())
-        told.append(
-            f"Python {row['python']}, jax {row['jax']}, {row['device']}, scale `{row['scale']}`, "
-            f"{libraries}."
-        )
-    return "\n\n".join(told)
+        texts.append([": ".join(place), *words, _text(row["cause"])])
+        versions |= row["versions"]
+    heads = ["library", "job", "ours s", "theirs s", "warm ×", "cold ×"]
+    libraries = ", ".join(f"{name} {value}" for name, value in versions.items())
+    first = rows[0]
+    return "\n\n".join(
+        [
+            table_of(heads, lines, 2),
+            f"Python {first['python']}, {libraries}. {setting(first)}",
+            "## What they find",
+            table_of(["job", "ours", "theirs", "there"], texts, 4),
+        ]
+    )
 
 
 def attacks(file: str) -> str:

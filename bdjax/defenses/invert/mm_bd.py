@@ -2,8 +2,6 @@
 is like.
 """
 
-from typing import Annotated
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,13 +9,13 @@ from jax.scipy.special import digamma, gammaincc, polygamma
 
 from bdjax import mesh
 from bdjax.defenses.base import Inversion
+from bdjax.defenses.parts import nulls
 from bdjax.defenses.parts.inversion import descend
 from bdjax.registry import defense, static
 from bdjax.types import (
     BadInput,
     Count,
     Model,
-    Range,
     Rate,
     Repeats,
     Share,
@@ -61,6 +59,15 @@ def surprise(r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.where(told, p, 1.0), shape, scale
 
 
+def ranked(key: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The authors' number of the margins `r: [K]`, and the p-value that it should be: its rank
+    among those of `DRAWS` sets drawn from F.
+    """
+    p, shape, scale = surprise(r)
+    drawn = scale * jax.random.gamma(key, shape, (DRAWS, r.shape[0]))
+    return p, jnp.where(p < 1, nulls.ranked(-p, -surprise(drawn)[0]), 1.0)
+
+
 @defense("mm-bd")
 class MmBd(Inversion):
     """Hold the largest margin by which any image wins a label against those of the other labels,
@@ -90,7 +97,7 @@ class MmBd(Inversion):
     """
 
     lr: Rate = 0.01
-    significance: Annotated[Share, Range(0, 1)] = 0.05
+    significance: Share = 0.05
     starts: Size = static(30)
     steps: Repeats = static(300)
     lanes: Count | None = static(None)
@@ -102,13 +109,11 @@ class MmBd(Inversion):
     def once(self, key: jax.Array, model: Model, variables: Variables, clean: Split) -> Verdict:
         key_start, key_null = jax.random.split(key)
         r = self.margins(key_start, model, variables)
-        p, shape, scale = surprise(r)
-        drawn = scale * jax.random.gamma(key_null, shape, (DRAWS, model.classes))
-        p_value = (1 + (surprise(drawn)[0] <= p).sum()) / (DRAWS + 1)
+        p, p_value = ranked(key_null, r)
         infected = p <= self.significance
         flagged = (r == r.max()) & infected
         index = -jnp.log10(jnp.maximum(p, 1e-37))
-        return Verdict(index, infected, flagged, {"margins": r}, jnp.where(p < 1, p_value, 1.0))
+        return Verdict(index, infected, flagged, {"margins": r}, p_value)
 
     def margins(self, key: jax.Array, model: Model, variables: Variables) -> jax.Array:
         """The largest margin of each label: `[K]`; −∞ where all are no numbers."""
