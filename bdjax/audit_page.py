@@ -8,6 +8,7 @@ import numpy as np
 
 from bdjax import plots, registry
 from bdjax.report import TONES, Figure, draw, embedded, templates
+from bdjax.rows import measured
 from bdjax.types import class_name
 
 if TYPE_CHECKING:
@@ -74,10 +75,12 @@ def page(found: "Audit") -> str:
         }
         for judge in about["judges"]
     ]  # fmt: skip
+    labels = list(_labels(about))
+    comparing = [one for one in judges if any(one["judge"] in row["by"] for row in labels)]
     return environment.get_template("audit.html.j2").render(
         about=about, net=about["net"], data=about["data"], verdict=about["verdict"],
         tone=TONES[about["verdict"]["word"]], facts=list(_facts(about)), judges=judges,
-        labels=list(_labels(about)), pictures=pictures, null=null_words(about),
+        labels=labels, comparing=comparing, pictures=pictures, null=null_words(about),
         power=power_words(about), repair=_repair(found),
     )  # fmt: skip
 
@@ -115,6 +118,8 @@ def _labels(about: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     rows: dict[int, dict[str, Any]] = {}
     for judge in about["judges"]:
         for entry in judge["labels"]:
+            if not measured(entry["norm"]):  # of a judge that has no triggers
+                continue
             row = rows.setdefault(
                 entry["label"], {"label": entry["label"], "name": entry["name"], "by": {}}
             )

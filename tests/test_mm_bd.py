@@ -2,13 +2,15 @@
 its word.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from bdjax import build
+from bdjax import audit_page, build
 from bdjax.audits import leaders_of
 from bdjax.defenses.invert.mm_bd import MmBd, gamma_fit, ranked, surprise
 from bdjax.models.shamshiri import Ffnn
@@ -101,6 +103,15 @@ def test_it_can_ask_for_a_closer_look_but_not_convict():
     found = decide({"mm-bd": [said]}, 0.05, True, ("a", "b", "c"))
     assert (found.word, found.label) == ("undecided", 1)
     assert "accuses the net of 1 (b)" in found.reason
+
+
+def test_a_judge_without_triggers_has_no_column_of_sizes():
+    said = {"label": 1, "name": "b", "flagged": True, "norm": None, "moved": None}
+    sized = {"label": 2, "name": "c", "flagged": False, "norm": 3.0, "moved": 0.5}
+    about = {"judges": [{"judge": "mm-bd", "labels": [said, said | {"norm": math.nan}]},
+                        {"judge": "neural-cleanse", "labels": [sized]}]}  # fmt: skip
+    (row,) = audit_page._labels(about)
+    assert row["by"] == {"neural-cleanse": sized}
 
 
 def test_the_widest_margins_are_searched_beside_the_smallest_patches():
