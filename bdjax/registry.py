@@ -137,7 +137,33 @@ def _leaves(cls: type[T]) -> type[T]:
             f"{cls.__name__}: a field cannot be called '{min(taken)}', which descriptions use"
         )
     declare(cls, *vars(cls).get("measures", ()))
-    return jax.tree_util.register_dataclass(cls)
+    return _node(cls)
+
+
+def _node(cls: type[T]) -> type[T]:
+    """`cls` as a pytree whose structure is that of no other class.
+
+    Not by `register_dataclass`: there (jax 0.10 to 0.12) the structures of two classes are equal
+    where their static fields and leaves are, so that jit may run, with one, what it compiled for
+    the other.
+    """
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    moving = [field.name for field in fields if not is_static(field)]
+    fixed = [field.name for field in fields if is_static(field)]
+    paths = [jax.tree_util.GetAttrKey(name) for name in moving]
+
+    def flat(value: Any) -> tuple[tuple, tuple]:
+        return tuple(getattr(value, n) for n in moving), tuple(getattr(value, n) for n in fixed)
+
+    def keyed(value: Any) -> tuple[tuple, tuple]:
+        leaves, kept = flat(value)
+        return tuple(zip(paths, leaves)), kept
+
+    def built(kept: tuple, leaves: Iterable[Any]) -> T:
+        return cls(**dict(zip(moving, leaves)), **dict(zip(fixed, kept)))
+
+    jax.tree_util.register_pytree_with_keys(cls, keyed, built, flat)
+    return cls
 
 
 def _source(cls: type) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import re
 import subprocess
@@ -19,6 +20,7 @@ from bdjax import cli, mesh, registry
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.base import Attack
 from bdjax.attacks.blended import Blended
+from bdjax.attacks.lipstick import Lipstick
 from bdjax.augment import Augmentation
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn, Ffnn
@@ -51,6 +53,23 @@ def classes():
     """All classes with hyper-parameters: registered, parts of those, and their bases."""
     nested = [c for c in registry._pytrees.values() if c.__module__.startswith("bdjax.")]
     return {c.__qualname__: c for c in [*(e.cls for e in ENTRIES), *nested, Augmentation]}
+
+
+def test_no_two_classes_share_a_structure():
+    """jit takes what it compiled for one class only for that class: lipstick and eyebrows, equal in
+    fields and different in `outline` alone, must not do each other's work.
+    """
+    toys = [registry.pytree(type(f"Toy{i}", (Lipstick,), {"outline": ()})) for i in range(3)]
+    made = [e.cls() for e in ENTRIES if e.kind != "dataset"] + [toy() for toy in toys]
+    found = {type(value).__name__: jax.tree.structure(value) for value in made}
+    for (one, a), (other, b) in itertools.combinations(found.items(), 2):
+        assert a != b, f"{one} and {other}"
+    for value in made:
+        leaves, structure = jax.tree.flatten(value)
+        assert jax.tree.structure(jax.tree.unflatten(structure, leaves)) == structure
+        names = {path[0].name for path, _ in jax.tree_util.tree_leaves_with_path(value)}
+        moving = {f.name for f in dataclasses.fields(value) if not registry.is_static(f)}
+        assert names <= moving
 
 
 def fields():
