@@ -284,7 +284,7 @@ def test_bad_fields(tmp_path):
         datasets.load("npz", path=path, train_size=41)
     with pytest.raises(BadInput, match=r"test images \(9, 9, 1\)"):
         datasets.load("npz", path=path, test=save(tmp_path / "b.npz", image=images(40, (9, 9, 1))))
-    with pytest.raises(BadInput, match="path=FILE"):
+    with pytest.raises(BadInput, match="no data are named"):
         datasets.load("npz")
     with pytest.raises(BadInput, match="aligned faces are"):
         datasets.load("faces", path=path)

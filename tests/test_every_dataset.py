@@ -68,6 +68,14 @@ def test_parts_of_every_data_set_do_as_they_say(entry, written):
     testing.check_dataset(dataclasses.replace(source, train_size=some, holdout=0.5, seed=7))
 
 
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_a_data_set_without_its_path_says_how_to_name_it(entry):
+    if "path" in {field.name for field in dataclasses.fields(entry.cls)}:
+        for read in (entry.cls().load, entry.cls().read):
+            with pytest.raises(BadInput, match="no data are named: --dataset"):
+                read()
+
+
 # --- Sources that do not as they say ---
 
 

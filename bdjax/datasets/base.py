@@ -65,7 +65,9 @@ class Source:
         return []
 
     def found(self, path: str) -> Path:
-        """Where `read` looks for a file given as `path`."""
+        """Where `read` looks for a file given as `path`; raises `BadInput` where none is."""
+        if not path:
+            raise BadInput("no data are named: --dataset.path says where they are, path= in Python")
         return own.at_home(path)
 
     def placed(self, folder: Path | None = None) -> "Source":

@@ -58,10 +58,6 @@ class Npz(Source):
     test: str | None = static(None)
 
     def read(self):
-        if not self.path:
-            raise BadInput(
-                "give the file: path=FILE (and test=FILE where the test images have their own)"
-            )
         train, names = read_file(self.found(self.path))
         return train, read_file(self.found(self.test))[0] if self.test else None, names
 
@@ -70,7 +66,7 @@ class Npz(Source):
 
     def found(self, path: str) -> Path:
         """`path` here, or else in the data folder."""
-        here, there = own.at_home(path), data_dir(self.data_dir) / path
+        here, there = super().found(path), data_dir(self.data_dir) / path
         return there if there.is_file() and not here.is_file() else here
 
 
@@ -132,9 +128,9 @@ class Folder(Source):
         return [self.found(path) for path in (self.path, self.test) if path]
 
     def read(self):
-        root = own.at_home(self.path)
-        if not self.path or not root.is_dir():
-            raise BadInput(f"{self.path or 'give the folder: path=DIR'}: no such folder")
+        root = self.found(self.path)
+        if not root.is_dir():
+            raise BadInput(f"{self.path}: no such folder")
         other = None if self.test is None else self.found(self.test)
         if other is not None and not other.is_dir():
             raise BadInput(f"{self.test}: no such folder")

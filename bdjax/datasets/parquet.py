@@ -41,8 +41,6 @@ class Parquet(Table):
         return [self.found(path) for path in (self.path, self.test) if path]
 
     def read(self):
-        if not self.path:
-            raise BadInput("give the file or folder: path=FILE")
         train, test = shards(self.found(self.path))
         if self.test is not None:
             own = shards(self.found(self.test))

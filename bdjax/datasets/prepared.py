@@ -380,15 +380,13 @@ class Tfds(Table):
     """
 
     def found(self, path):
-        inside = base.data_dir(self.data_dir) / path
-        return inside if versions(inside) else own.at_home(path)
+        here, inside = super().found(path), base.data_dir(self.data_dir) / path
+        return inside if versions(inside) else here
 
     def watched(self):
         return [self.found(self.path)] if self.path else []
 
     def read(self):
-        if not self.path:
-            raise BadInput("give the set: path=NAME")
         if not (there := versions(self.found(self.path))):
             folder = base.data_dir(self.data_dir)
             raise BadInput(f"{self.path}: no set that TFDS has prepared, here or in {folder}")
