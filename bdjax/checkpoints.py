@@ -7,12 +7,10 @@ Nothing that is read back can run code, and none of it is trusted (`bdjax.schema
 
 import contextlib
 import json
-import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from bdjax.foreign.net import Imported as Imported  # so that it can be revived
 from bdjax.foreign.origin import Origin
 from bdjax.models.layers import build
 from bdjax.own import renamed
-from bdjax.progress import say_once
+from bdjax.progress import say_once, silent
 from bdjax.types import BadInput, Model, Variables
 
 PIXELS = [0.0, 1.0]
@@ -72,7 +70,7 @@ def write_tree(path: Path, tree: Any) -> None:
         schema.write_arrays(path / "leaves.npz", leaves, "leaves")
     else:
         about, nested = {"format": schema.KINDS["leaves"].format}, unflatten_dict(leaves, sep="/")
-        with _silent("absl"), _checkpointer() as checkpointer:
+        with silent("absl"), _checkpointer() as checkpointer:
             checkpointer.save(path.absolute(), nested, custom_metadata=about)
 
 
@@ -229,18 +227,6 @@ def check_data(about: Mapping[str, Any], where: object, strict: bool = False) ->
     if strict:
         raise BadInput(f"{line}: put back that data; this defense looks for its poisoned rows")
     say_once(f"bdjax: {line}: ACC and ASR are those on other data")
-
-
-@contextmanager
-def _silent(logger: str) -> Iterator[None]:
-    """Orbax's threads log the traceback of what it raises here as well."""
-    log = logging.getLogger(logger)
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _checkpointer() -> Any:

@@ -108,7 +108,7 @@ def load_net(
 
 def _read(path: Path, arch: str | Net | None, given: Pixels | None, size: Any) -> _Read:
     if path.is_dir():
-        bare = Bare(orbax(path), "flax")
+        bare = Bare(native.of_net(orbax(path)), "flax")
         return _bare(path, b"", "orbax", bare, arch, given, size)
     raw = files.content(path)
     kind = files.kind_of(path, raw)

@@ -3,6 +3,7 @@ from elsewhere; and how it is asked to stop.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -42,6 +43,18 @@ def say_once(line: str) -> None:
     if line not in _said:
         _said.add(line)
         print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def silent(logger: str) -> Iterator[None]:
+    """Orbax logs of its own, its threads the traceback of what it raises as well."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager

@@ -5,14 +5,18 @@ import dataclasses
 import foreign_nets
 import jax
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
 from foreign_nets import F, nn, torch
 from PIL import Image
 
 from bdjax import cli, export_net, load_model, load_net, save_net
 from bdjax.checkpoints import save_tree
 from bdjax.exports import export
-from bdjax.foreign import files, safetensors
+from bdjax.foreign import files, native, safetensors
 from bdjax.foreign.native import architecture
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.layers import build
@@ -397,3 +401,73 @@ def test_orbax_checkpoints_are_read_by_the_names_of_their_leaves(tmp_path):
     assert apart(found.model.apply(found.variables, x).logits, theirs) < 1e-6
     with pytest.raises(BadInput, match="another net's"):
         load_net(tmp_path / "checkpoint", arch="cnn", **how)
+
+
+class Digits(nnx.Module):
+    """The layers of badnets-cnn, in NNX."""
+
+    def __init__(self, rngs):
+        self.conv_1 = nnx.Conv(1, 16, (5, 5), padding="VALID", rngs=rngs)
+        self.conv_2 = nnx.Conv(16, 32, (5, 5), padding="VALID", rngs=rngs)
+        self.dense = nnx.Linear(512, 512, rngs=rngs)
+        self.logits = nnx.Linear(512, 10, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+
+def test_orbax_folders_as_trainings_with_flax_leave_them(tmp_path, capfd):
+    """A state with its optimizer, the folders of a manager and of its steps, several items, NNX."""
+    model = build(BadNetsCnn(), (28, 28, 1), 10)
+    variables = jax.tree.map(np.asarray, model.init(jax.random.key(1)))
+    params = variables["params"]
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-3))  # type: ignore[arg-type]
+    module = Digits(nnx.Rngs(0))
+    for layer, leaves in params.items():
+        for leaf, value in leaves.items():
+            getattr(getattr(module, layer), leaf)[...] = value
+    items = {
+        "state": state, "whole": {"state": {"params": variables}, "config": {"lr": 0.1}},
+        "nnx": nnx.state(module), "pure": nnx.to_pure_dict(nnx.state(module)),
+        "both": {"model": nnx.state(module), "optimizer": nnx.state(module)},
+    }  # fmt: skip
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name, item in items.items():
+            checkpointer.save(tmp_path / name, item)
+    zeros = jax.tree.map(np.zeros_like, params)
+    for name in ("steps", "parts"):
+        with ocp.CheckpointManager(tmp_path / name) as manager:
+            for step, tree in ((9, zeros), (10, params)):
+                save = ocp.args.StandardSave({"params": tree})
+                if name == "parts":
+                    save = ocp.args.Composite(state=save, meta=ocp.args.JsonSave({"epoch": 1}))
+                manager.save(step, args=save)
+    places = [*items, "steps", "steps/10", "steps/10/default", "parts", "parts/10"]
+    x = foreign_nets.images(side=28, channels=1)
+    theirs = np.asarray(model.apply(variables, x).logits)
+    how = {"preprocess": "0-1", "size": (28, 28, 1)}
+    capfd.readouterr()
+    for place in places:
+        found = load_net(tmp_path / place, arch="badnets-cnn", **how)
+        assert apart(found.model.apply(found.variables, x).logits, theirs) < 1e-6, place
+        assert not capfd.readouterr().err, place
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "gan", {"a": {"params": params}, "b": {"params": params}})
+    with ocp.CheckpointManager(tmp_path / "two") as manager:
+        save = ocp.args.StandardSave(params)
+        manager.save(1, args=ocp.args.Composite(a=save, b=save))
+    (tmp_path / "empty").mkdir()
+    for place, words in (("gan", "several nets, a and b"), ("two", "holds a and b"),
+                         ("empty", "holds no net")):  # fmt: skip
+        with pytest.raises(BadInput, match=words):
+            load_net(tmp_path / place, arch="badnets-cnn", **how)
+        assert not capfd.readouterr().err, place
+
+
+def test_numbered_layers_of_flax_are_in_the_order_of_their_numbers():
+    arrays = {f"params/Conv_{i}/kernel": np.zeros(1, np.float32) for i in (0, 1, 10, 2)}
+    arrays |= {"step": np.zeros(1, np.int32), "opt_state/0/mu/Conv_0/kernel": np.zeros(1)}
+    names = list(native.of_net(arrays))
+    assert [native.split(name, "flax") for name in names] == [
+        (f"Conv_{i}", "kernel") for i in (0, 1, 2, 10)
+    ]
+    assert native.split("params/Block_1/Conv_0/kernel", "flax") == ("Block_1/Conv_0", "kernel")

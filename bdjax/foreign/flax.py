@@ -17,6 +17,7 @@ from bdjax import schema
 from bdjax.foreign.pixels import Pixels, pixels
 from bdjax.foreign.sites import free
 from bdjax.models.layers import FOREIGN
+from bdjax.progress import silent
 from bdjax.registry import door
 from bdjax.types import BadInput, Edits, Model, Output, Variables, Victim, check_variables, shown
 
@@ -284,15 +285,20 @@ def _telling(cls: type, name: str, watch: Any) -> type:
 
 # --- Orbax ---
 
+TREE = "_METADATA"
+"""The file in which Orbax lists the arrays of a folder."""
+
 
 def orbax(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint whose leaves have names, by these; `BadInput` where it is none,
-    damaged, or declares more than there is room for.
+    damaged, or declares more than there is room for. In a folder of `CheckpointManager` it is that
+    of the last step.
     """
     import orbax.checkpoint as ocp
 
+    path = _item(path)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with silent("absl"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(path.absolute()).item_metadata.tree
             shapes = _flat(tree)
             if not shapes or any(not isinstance(name, str) for name in shapes):
@@ -300,13 +306,28 @@ def orbax(path: Path) -> dict[str, np.ndarray]:
             size = sum(4 * math.prod(leaf.shape) for leaf in shapes.values())
             if size > schema.memory() // 4:
                 raise BadInput(f"declares {schema.gigabytes(size)}: too large for this machine")
-            found = _flat(checkpointer.restore(path.absolute()))
+            # As plain arrays: the devices that wrote them need not be here.
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            found = _flat(checkpointer.restore(path.absolute(), restore_args=plain))
     except BadInput:
         raise
     except Exception as error:  # whatever a damaged checkpoint makes Orbax raise
         why = " ".join(str(error).split())[:200]
         raise BadInput(f"damaged, or no checkpoint of Orbax ({why})") from error
     return {name: np.asarray(leaf) for name, leaf in found.items() if hasattr(leaf, "shape")}
+
+
+def _item(path: Path) -> Path:
+    """The folder of arrays in that of a checkpoint, a step, or all steps of a training."""
+    steps = [step for step in path.iterdir() if step.name.isdecimal() and step.is_dir()]
+    if steps and not (path / TREE).is_file():
+        path = max(steps, key=lambda step: int(step.name))
+    found = [path] if (path / TREE).is_file() else sorted(p.parent for p in path.glob(f"*/{TREE}"))
+    if not found:
+        raise BadInput("holds no net: no model.json of bdjax, and no checkpoint of Orbax")
+    if len(found) > 1:
+        raise BadInput(f"{path} holds {' and '.join(p.name for p in found)}: give one of them")
+    return found[0]
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -40,6 +40,9 @@ LEAVES: dict[Framework, dict[str, str]] = {
     },
     "flax": {name: name for name in ("kernel", "bias", "scale", "mean", "var")},
 }  # fmt: skip
+COLLECTIONS = ("params", "batch_stats")
+BESIDE = {"opt_state", "optimizer"}
+"""What a training with Flax keeps beside its net."""
 PREACT = (
     (r"^conv1$", "conv_1"),
     (r"^layer(\d)\.(\d)\.bn(\d)$", lambda m: f"block_{_block(m)}_{m[3]}_norm"),
@@ -169,7 +172,47 @@ def split(name: str, framework: Framework) -> tuple[str, str]:
         layer, _, leaf = name.rpartition(".")
         return layer, leaf
     parts = [part for part in re.split(r"[/.]", name.removesuffix(":0")) if part]
+    if framework == "flax":
+        *layers, leaf = _within(tuple(parts)) or ("",)
+        return "/".join(layers), leaf
     return (parts[-2] if len(parts) > 1 else ""), parts[-1] if parts else ""
+
+
+def of_net(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of the arrays of a training with Flax those of its net, not of its optimizer or counters, in
+    the order of their names, numbers by value.
+    """
+    paths = {name: re.split(r"[/.]", name) for name, array in arrays.items() if _real(array)}
+    paths = {name: path for name, path in paths.items() if not BESIDE & {*path}}
+    homes = {tuple(path[: path.index("params")]) for path in paths.values() if "params" in path}
+    nearest = [home for home in homes if len(home) == min(map(len, homes))]
+    if len(nearest) > 1:
+        nets = " and ".join(sorted(shown("/".join(home)) for home in nearest))
+        raise BadInput(f"it holds several nets, {nets}: save the one that is meant alone")
+    for home in nearest:
+        paths = {
+            name: path
+            for name, path in paths.items()
+            if tuple(path[: len(home)]) == home and path[len(home)] in COLLECTIONS
+        }
+    return {name: arrays[name] for name in sorted(paths, key=_counted)}
+
+
+def _real(array: np.ndarray) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _counted(name: str) -> list[tuple[int, str]]:
+    """A key that sorts Conv_10 behind Conv_2."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
+
+
+def _within(path: tuple[str, ...]) -> tuple[str, ...]:
+    """A path of Flax without its collection, and without `value`, below which NNX keeps arrays."""
+    starts = [i + 1 for i, part in enumerate(path) if part in COLLECTIONS]
+    return path[max(starts, default=0) : len(path) - (path[-1:] == ("value",))]
 
 
 def _in_order(
