@@ -75,6 +75,14 @@ def vit():
     return keras.Model(image, L.Dense(5)(L.Flatten()(L.Add()([x, y]))))
 
 
+def resized():
+    return keras.Sequential([
+        keras.Input((16, 15, 3)), L.Resizing(9, 21), L.Conv2D(4, 3), L.ReLU(),
+        L.Resizing(3, 10, interpolation="nearest"), L.UpSampling2D(3, interpolation="bilinear"),
+        L.Flatten(), L.Dense(5),
+    ])  # fmt: skip
+
+
 def nested():
     inner = keras.Sequential([keras.Input((8,)), L.Dense(8, activation="relu"), L.Dropout(0.1)])
     given = keras.Input((8, 8, 8))
@@ -87,7 +95,7 @@ def nested():
     return keras.Model(image, L.Dense(1, activation="sigmoid")(inner(x)))
 
 
-NETS = {fn.__name__: fn for fn in (vgg, mobile, odd, functional, vit, nested)}
+NETS = {fn.__name__: fn for fn in (vgg, mobile, odd, functional, vit, resized, nested)}
 
 
 def made(name):
@@ -106,6 +114,15 @@ def outputs(model, x):
 def logits(net, x):
     with FREE[0]("raise"), FREE[1]("strict"):
         return np.asarray(net.model.apply(net.variables, x).logits)
+
+
+def test_probabilities_that_are_nearly_alike_tell_no_more_than_float32_holds():
+    """Those of an untrained EfficientNet, whose logits are 1e-8."""
+    logits = np.random.default_rng(0).normal(0, 1e-8, (3, 5)).astype(np.float32)
+    rounded = np.full((3, 5), 0.2, np.float32) + np.float32(2**-26) * np.arange(-2, 3)
+    assert runtime.difference(logits, rounded, "Softmax") == 0
+    other = logits + np.float32([0, 1e-3, 0, 0, 0])
+    assert runtime.difference(other, np.asarray(jax.nn.softmax(logits)), "Softmax") > 0.5
 
 
 @pytest.mark.parametrize("ending", [".keras", pytest.param(".h5", marks=pytest.mark.long)])

@@ -920,14 +920,27 @@ def cropping(b: _Builder, layer: Described, x: Tensor) -> Tensor:
 
 @_layer("UpSampling2D")
 def up_sampling(b: _Builder, layer: Described, x: Tensor) -> Tensor:
-    mode = {"nearest": "nearest", "bilinear": "linear"}.get(
-        layer.config.get("interpolation", "nearest")
-    )
-    if mode is None:
-        raise BadInput(f"interpolation of this kind ('{layer.name}') is not known here")
     scales = b.constant(np.asarray([1, 1, *_pair(layer.config["size"])], np.float32))
-    how = {"mode": mode, "coordinate_transformation_mode": "half_pixel"}
-    return Tensor(b.emit("Resize", [x.name, "", scales], layer.name, **how), 4)
+    return Tensor(
+        b.emit("Resize", [x.name, "", scales], layer.name, **_resized(layer, "nearest")), 4
+    )
+
+
+@_layer("Resizing")
+def resizing(b: _Builder, layer: Described, x: Tensor) -> Tensor:
+    of = layer.config
+    if of.get("antialias") or of.get("crop_to_aspect_ratio") or of.get("pad_to_aspect_ratio"):
+        raise BadInput(f"'{layer.name}' resizes with antialias or aspect ratios: not known here")
+    sizes = b.constant(np.asarray([of["height"], of["width"]], np.int64))
+    how = {**_resized(layer, "bilinear"), "axes": [2, 3], "nearest_mode": "round_prefer_ceil"}
+    return Tensor(b.emit("Resize", [x.name, "", "", sizes], layer.name, **how), 4)
+
+
+def _resized(layer: Described, usual: str) -> dict[str, Any]:
+    modes = {"nearest": "nearest", "bilinear": "linear"}
+    if (mode := modes.get(layer.config.get("interpolation", usual))) is None:
+        raise BadInput(f"interpolation of this kind ('{layer.name}') is not known here")
+    return {"mode": mode, "coordinate_transformation_mode": "half_pixel"}
 
 
 def _joining(op: str) -> Callable[..., Tensor]:

@@ -226,8 +226,9 @@ def _zipped(path: Path, raw: bytes) -> File:
             schema.check_zip(archive)
             entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
             if "data.pkl" not in entries:
-                what = " (it is TorchScript: export it to ONNX)" if "code" in str(entries) else ""
-                raise BadInput(f"its zip has no data.pkl: not a file of weights{what}")
+                if "archive_format" in entries or "code" in str(entries):
+                    raise BadInput("it is a program of torch, not weights: export the net to ONNX")
+                raise BadInput("its zip has no data.pkl: not a file of weights")
             if any(name.startswith("code/") for name in entries):
                 raise BadInput("it is TorchScript, which is code: export the net to ONNX")
             if entries["data.pkl"].file_size > PICKLE:
