@@ -356,7 +356,7 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
         ]
         if trends:
             lines += ["## What it claims, and what our rows show", "", claims(file), ""]
-        pictures = sorted((ROOT / ROWS).glob(f"{name}-*.png"))
+        pictures = sorted((ROOT / ROWS).glob(f"{name}-*.png")) if scale == "cpu" else []
         if pictures:
             lines += ["## Pictures", ""]
         for picture in pictures:
