@@ -218,6 +218,25 @@ def peers(file: str) -> str:
     )
 
 
+def pods(file: str) -> str:
+    """What a sweep costs on a pod whose hosts are taken away; the model, held against a cluster."""
+    rows, lines, held = committed(file), [], []
+    for row in rows:
+        found = row["metrics"]
+        if "predicted_s" in found:
+            seconds = row["seconds"]["run"]
+            held.append(f"{row['row']} {seconds:.1f} s, predicted {found['predicted_s']:.1f}")
+            continue
+        shares = [f"{100 * found[name]:.1f}" for name in ("efficiency", "lost")]
+        hours = [f"{found[name]:.2f}" for name in ("hours", "tail_hours")]
+        lines.append([row["table"].removeprefix("Pod, "), row["row"], *hours, *shares])
+    heads = ["sweep, hosts", "dealt", "hours", "tail h", "efficiency %", "lost %"]
+    return (
+        f"{table_of(heads, lines, 2)}\n\nThe model against two workers of one machine: "
+        f"{'; '.join(held)}. {setting(rows[0])}"
+    )
+
+
 def attacks(file: str) -> str:
     """For every attack: data, net, rate, what it costs and how often it works."""
     rows, lines = committed(file), []
@@ -313,6 +332,7 @@ PARTS: dict[str, Any] = {
         notes,
         runtime,
         peers,
+        pods,
         attacks,
         defenses,
         short,
