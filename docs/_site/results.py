@@ -53,7 +53,8 @@ def cell_of(name: str, line: dict) -> str:
     if stat is None:
         return ""
     known = report.paper(name, stat) if stat["paper"] is not None else ""
-    return report.ours(name, stat, line["n"]) + (f" (*p* {known})" if known else "")
+    numbers = [report.ours(name, stat, line["n"]), *([f"(*p* {known})"] if known else [])]
+    return " ".join(text.replace(" ", "\u00a0") for text in numbers)  # broken between them alone
 
 
 def files() -> Iterator[tuple[str, str, Path]]:
@@ -75,7 +76,10 @@ def results(argument: str) -> str:
     for table in report.aggregate(rows):
         if names and table["name"] not in names:
             continue
-        here = [name for name in shown if any(name in line["metrics"] for line in table["rows"])]
+        stats = [line["metrics"] for line in table["rows"]]
+        here = [name for name in shown if any(name in found for found in stats)]
+        told = (n for found in stats for n, stat in found.items() if stat["paper"] is not None)
+        here += [name for name in dict.fromkeys(told) if name not in here]
         heads = ["row", "n", *(report.label_of(name) for name in here), "seconds a run"]
         lines = [
             [
@@ -367,7 +371,7 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
         rows = committed(path)
         trends = experiment.claims(module, rows)
         lines = [
-            f"# {module.TITLE}",
+            f"# {module.TITLE}" + f", scale {scale}" * (scale != "cpu"),
             "",
             f"`bdjax run {name} --scale {scale}`; {len(rows)} rows. "
             f"[The page that the run writes](pages/{path.stem}/index.html): every metric, sorted "
