@@ -7,8 +7,8 @@ every table and figure.
     bdjax run experiments/strip_neural_cleanse.py --scale smoke    # two nets, tiny: no result
     bdjax run experiments/strip_neural_cleanse.py --scale paper    # the papers' nets, all data: for
                                                                    # an accelerator
-    bdjax run experiments/strip_neural_cleanse.py --scale paper --only "MNIST, *"  # STRIP's 30 rows
-                                                                   # of MNIST: 45 minutes on 2 cores
+    bdjax run experiments/strip_neural_cleanse.py --scale paper --only "MNIST*"  # 54 rows: two hours
+                                                                   # on 2 cores
 
 Reported: STRIP's Tables II and III, Neural Cleanse's Table III, and what the slides say of its
 filter (at 5 % FPR an FNR below 1.63 % for BadNets; 4.3 and 28.5 % for the two nets of the trojaning
