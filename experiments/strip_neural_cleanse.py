@@ -7,7 +7,7 @@ every table and figure.
     bdjax run experiments/strip_neural_cleanse.py --scale smoke    # two nets, tiny: no result
     bdjax run experiments/strip_neural_cleanse.py --scale paper    # the papers' nets, all data: for
                                                                    # an accelerator
-    bdjax run experiments/strip_neural_cleanse.py --scale paper --only "MNIST*"  # 54 rows: two hours
+    bdjax run experiments/strip_neural_cleanse.py --scale paper --only "MNIST*"  # 54 rows: 2 hours
                                                                    # on 2 cores
 
 Reported: STRIP's Tables II and III, Neural Cleanse's Table III, and what the slides say of its
