@@ -466,11 +466,9 @@ def seen(cell: Cell, strip: Strip, frr: tuple[float, ...]) -> Seen:
     assert strip.inputs is not None
     train, n = cell.dataset.load().train, strip.inputs
     rows = np.linspace(0, len(train.label) - 1, min(7 * n, len(train.label))).astype(int)
-    own, judged = np.delete(rows, np.s_[::7]), rows[::7]  # of every class, whatever their order
-    return Seen(
-        dataclasses.replace(strip, images=np.asarray(train.image)[own]), frr,
-        image=np.asarray(train.image)[judged], label=np.asarray(train.label)[judged],
-    )  # fmt: skip
+    own, judged = np.delete(rows, np.s_[::7]), train[rows[::7]]  # of every class, in any order
+    strip = dataclasses.replace(strip, images=train.image[own])
+    return Seen(strip, frr, image=judged.image, label=judged.label)
 
 
 def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:

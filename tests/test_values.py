@@ -55,7 +55,7 @@ def classes():
     return {c.__qualname__: c for c in [*(e.cls for e in ENTRIES), *nested, Augmentation]}
 
 
-def test_no_two_classes_share_a_structure():
+def test_no_two_classes_share_a_structure(own_names):
     """jit takes what it compiled for one class only for that class: lipstick and eyebrows, equal in
     fields and different in `outline` alone, must not do each other's work.
     """

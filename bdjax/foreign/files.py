@@ -69,10 +69,10 @@ def read(path: Path, raw: bytes, kind: Format, size: Any) -> Found | Bare:
         arrays, real = keras.bare(path, raw)
         return Bare(arrays, "keras", {}, real)
     if kind == "safetensors":
-        arrays = _cleaned(safetensors.arrays(raw))
+        arrays = safetensors.arrays(raw)
         if safetensors.made_by(raw) in ("bdjax", "flax"):  # kernels as JAX has them
             return Bare(native.of_net(arrays), "flax")
-        return Bare(arrays, "torch")
+        return Bare(_cleaned(arrays), "torch")
     return _torch(path, raw)
 
 

@@ -921,9 +921,8 @@ def cropping(b: _Builder, layer: Described, x: Tensor) -> Tensor:
 @_layer("UpSampling2D")
 def up_sampling(b: _Builder, layer: Described, x: Tensor) -> Tensor:
     scales = b.constant(np.asarray([1, 1, *_pair(layer.config["size"])], np.float32))
-    return Tensor(
-        b.emit("Resize", [x.name, "", scales], layer.name, **_resized(layer, "nearest")), 4
-    )
+    how = _resized(layer, "nearest")
+    return Tensor(b.emit("Resize", [x.name, "", scales], layer.name, **how), 4)
 
 
 @_layer("Resizing")

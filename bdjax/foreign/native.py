@@ -171,35 +171,33 @@ def split(name: str, framework: Framework) -> tuple[str, str]:
     if framework == "torch":
         layer, _, leaf = name.rpartition(".")
         return layer, leaf
-    parts = [part for part in re.split(r"[/.]", name.removesuffix(":0")) if part]
+    parts = _parts(name)
     if framework == "flax":
-        *layers, leaf = _within(tuple(parts)) or ("",)
+        *layers, leaf = _within(parts) or ("",)
         return "/".join(layers), leaf
     return (parts[-2] if len(parts) > 1 else ""), parts[-1] if parts else ""
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(part for part in re.split(r"[/.]", name.removesuffix(":0")) if part)
 
 
 def of_net(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Of the arrays of a training with Flax those of its net, not of its optimizer or counters, in
     the order of their names, numbers by value.
     """
-    paths = {name: re.split(r"[/.]", name) for name, array in arrays.items() if _real(array)}
-    paths = {name: path for name, path in paths.items() if not BESIDE & {*path}}
-    homes = {tuple(path[: path.index("params")]) for path in paths.values() if "params" in path}
-    nearest = [home for home in homes if len(home) == min(map(len, homes))]
-    if len(nearest) > 1:
-        nets = " and ".join(sorted(shown("/".join(home)) for home in nearest))
-        raise BadInput(f"it holds several nets, {nets}: save the one that is meant alone")
-    for home in nearest:
-        paths = {
-            name: path
-            for name, path in paths.items()
-            if tuple(path[: len(home)]) == home and path[len(home)] in COLLECTIONS
-        }
+    real = (name for name, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating))
+    paths = {name: path for name in real if not BESIDE & {*(path := _parts(name))}}
+    homes = {path[: path.index("params")] for path in paths.values() if "params" in path}
+    if homes:
+        depth = min(map(len, homes))
+        home, *others = sorted(home for home in homes if len(home) == depth)
+        if others:
+            nets = " and ".join(shown("/".join(one)) for one in (home, *others))
+            raise BadInput(f"it holds several nets, {nets}: save the one that is meant alone")
+        whole = {(*home, kind) for kind in COLLECTIONS}
+        paths = {name: path for name, path in paths.items() if path[: depth + 1] in whole}
     return {name: arrays[name] for name in sorted(paths, key=_counted)}
-
-
-def _real(array: np.ndarray) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _counted(name: str) -> list[tuple[int, str]]:
