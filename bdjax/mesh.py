@@ -7,10 +7,12 @@ wants many. The numbers are the same.
 """
 
 import contextlib
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from platform import machine
 from typing import Any, Protocol
 
 import jax
@@ -94,13 +96,24 @@ def _asked() -> str | None:
 
 def how() -> dict[str, Any]:
     """By what, besides the code, the digits of a number may differ: the flags of XLA that reach its
-    programs, and the precision of products.
+    programs, the precision of products and, on a CPU, its widest vectors.
     """
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(_HARMLESS)]
-    return {"flags": sorted(flags), "precision": precision() or "float32"}
+    found = {"flags": sorted(flags), "precision": precision() or "float32"}
+    return found | ({"vectors": vectors()} if platform() == "cpu" else {})
 
 
 _HARMLESS = "--xla_dump", "--xla_force_host_platform_device_count"
+
+
+def vectors() -> str:
+    """The widest vectors that this CPU has, for which XLA compiles: sums of other widths are
+    rounded otherwise. `AVX512F`, `AVX2`, `NEON`; the machine's kind where NumPy does not know.
+    """
+    multiarray = importlib.import_module("numpy._core._multiarray_umath")
+    known = getattr(multiarray, "__cpu_features__", {})
+    widest = ("AVX512F", "AVX2", "AVX", "SVE", "NEON")
+    return next((name for name in widest if known.get(name)), machine())
 
 
 def default_lanes(items: int) -> int:

@@ -736,7 +736,7 @@ def merge(
         raise BadInput("report needs at least one results folder")
     folders, out = placed(folders, out)
     several = len(folders) > 1
-    loaded, sections = [load(folder) for folder in folders], []
+    loaded, sections = _told_apart(folders, [load(folder) for folder in folders]), []
     ready(out)
     for section in loaded:
         # Over an axis a metric may also be shown of which neither high nor low is better.
@@ -752,6 +752,16 @@ def merge(
             out,
             _documents(sections, f"{len(sections)} results" if several else sections[0].title),
         )
+
+
+def _told_apart(folders: Sequence[str | Path], sections: list[Section]) -> list[Section]:
+    """Sections of one title, as an experiment's at two scales, say which folder or file each is."""
+    counts = Counter(section.title for section in sections)
+    names = [Path(one).stem if Path(one).suffix == ".jsonl" else str(one) for one in folders]
+    return [
+        s._replace(title=f"{s.title}, {shown(name)}") if counts[s.title] > 1 else s
+        for s, name in zip(sections, names)
+    ]
 
 
 # --- The page ---
@@ -896,8 +906,12 @@ def _how(rows: Sequence[Row]) -> list[tuple[str, str]]:
     made = [row["how"] for row in rows if row.get("how")]
     flags = dict.fromkeys(" ".join(how["flags"]) or "none" for how in made)
     products = dict.fromkeys(how["precision"] for how in made)
+    vectors = dict.fromkeys(how["vectors"] for how in made if "vectors" in how)
     lanes = sorted({n for how in made for n in how.get("lanes", {}).values()})
-    found = {"XLA flags": [*flags], "products": [*products], "lanes": [f"{n}" for n in lanes]}
+    found = {
+        "XLA flags": [*flags], "products": [*products], "vectors": [*vectors],
+        "lanes": [f"{n}" for n in lanes],
+    }  # fmt: skip
     usual = {"none", "float32", "1"}
     return [(name, ", ".join(some)) for name, some in found.items() if not usual.issuperset(some)]
 

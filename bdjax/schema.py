@@ -97,7 +97,7 @@ PLACE = {
 """Where a row is shown: `bdjax.identity.PLACE`."""
 
 
-HOW = {"flags": [str], "precision": str, "lanes?": {...: Number(1, 2**31, True)}}
+HOW = {"flags": [str], "precision": str, "vectors?": str, "lanes?": {...: Number(1, 2**31, True)}}
 """By what, besides the code, the digits of a number may differ: `mesh.how`, and the lanes of the
 programs of each stage.
 """

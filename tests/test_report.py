@@ -288,6 +288,16 @@ def test_merge_keeps_figures_trends_and_notes_and_leaves_the_folders_alone(rows,
     assert report.merge([first]) == written and written.read_bytes() == before
 
 
+def test_two_results_of_one_experiment_are_told_apart(rows, tmp_path):
+    """Two scales, say, or two machines: by the folder, or the file."""
+    one, two = store(tmp_path / "one", rows), store(tmp_path / "two", rows)
+    (two / "results.jsonl").rename(two / "mine-paper.jsonl")
+    merged = report.merge([one, two / "mine-paper.jsonl"], tmp_path / "both")
+    titles = re.findall(r"<h2[^>]*>([^<]*)", merged.read_text())
+    title = rows[0]["experiment"]
+    assert {f"{title}, {one}", f"{title}, mine-paper"} <= {*titles}, titles
+
+
 def test_bad_folders_get_one_clear_line(rows, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="has no results"):

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
+from platform import machine
 
 import jax
 import numpy as np
@@ -141,15 +143,22 @@ def test_interrupted_training_goes_on_bit_for_bit(unbroken, tmp_path, monkeypatc
 
 
 def test_a_row_says_by_what_its_digits_may_differ(unbroken, tmp_path, monkeypatch):
-    """Flags, precision and lanes; a page says what is not usual."""
+    """Flags, precision, vectors and lanes; a page says what is not usual."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false --xla_dump_to=/nowhere")
     rows = Runner(Store(tmp_path), "test", quiet=True, lanes=2).run(CELLS[:2])
     for row in rows:
         assert row["how"]["flags"] == ["--xla_cpu_enable_fast_math=false"]
         assert row["how"]["precision"] == "float32"
+        assert row["how"]["vectors"] == mesh.vectors()
         assert set(row["how"]["lanes"].values()) == {2}
     page = report.page([report.Section("T", [*unbroken[1], *rows])], "mixed")
     assert "--xla_cpu_enable_fast_math=false" in page and "lanes" in page
+    assert mesh.vectors() in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_vectors_are_those_of_the_cpu():
+    assert mesh.vectors().lower() in [*Path("/proc/cpuinfo").read_text().split(), machine()]
 
 
 def test_a_run_that_goes_on_has_the_programs_of_the_plan(tmp_path, monkeypatch):
