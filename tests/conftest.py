@@ -48,13 +48,17 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def own_names(monkeypatch):
-    """The registry and the plugins as they are, restored afterwards."""
+    """The registry with bdjax's own names alone, whatever experiments other tests have read, and
+    no plugins; restored afterwards.
+    """
     from bdjax import plugins, registry
 
     registry.entries()  # bdjax's own would not come back
-    for module, tables in ((registry, ("_entries", "_pytrees")), (plugins, ("_files", "_words"))):
-        for table in tables:
-            monkeypatch.setattr(module, table, copy.copy(getattr(module, table)))
+    own = {name: entry for name, entry in registry._entries.items() if entry.plugin is None}
+    monkeypatch.setattr(registry, "_entries", own)
+    monkeypatch.setattr(registry, "_pytrees", copy.copy(registry._pytrees))
+    monkeypatch.setattr(plugins, "_files", {})
+    monkeypatch.setattr(plugins, "_words", [])
 
 
 @pytest.fixture(scope="session")
