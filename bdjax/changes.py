@@ -45,7 +45,12 @@ def changed(cells: Iterable[Cell], settings: Mapping[str, Any]) -> list[Cell]:
     Raises `BadInput` where no cell has a field or reads it, and where two cells become one.
     """
     cells = list(cells)
-    found = [_changed(cell, settings) for cell in cells]
+    poisoned = any(_has(cell, RATE) and _get(cell, RATE) for cell in cells)
+    found = []
+    for cell in cells:  # a twin that is clean by a rate of 0 stays clean beside what is poisoned
+        twin = poisoned and _has(cell, RATE) and not _get(cell, RATE)
+        mine = {path: v for path, v in settings.items() if not (twin and _is_rate(path))}
+        found.append(_changed(cell, mine))
     for path in settings:
         if not any(path in cell.changed for cell in found):
             raise BadInput(_unknown(cells, settings, path))
@@ -54,7 +59,10 @@ def changed(cells: Iterable[Cell], settings: Mapping[str, Any]) -> list[Cell]:
         twin = before.setdefault((new.table, new.run_id), old)  # tables may share a run
         if twin.run_id != old.run_id:
             names = " and ".join(f"'{c.table}: {c.row}', seed {c.seed}" for c in (twin, old))
-            raise BadInput(f"{', '.join(new.changed)}: {names} would become one run")
+            raise BadInput(
+                f"{', '.join(new.changed)}: {names} would become one run; change one of them "
+                "alone, such as by defense[NAME].FIELD, or leave the other out by --only"
+            )
     return found
 
 
@@ -88,6 +96,14 @@ def _changed(cell: Cell, settings: Mapping[str, Any]) -> Cell:
             what = {path: _shown(_get(new, path)) for path in paths}
             return dataclasses.replace(new, changed={**cell.changed, **what})
         paths = [path for path in paths if path not in idle]
+
+
+RATE = "attack.rate"
+
+
+def _is_rate(path: str) -> bool:
+    """Also of one attack: `attack[badnets].rate`."""
+    return split(path)[::2] == split(RATE)[::2]
 
 
 def _all_set(cell: Cell, settings: Mapping[str, Any]) -> Cell:

@@ -29,7 +29,7 @@ from bdjax.registry import Entry
 from bdjax.trackers import Log
 from bdjax.types import BadInput, Range, Seed, class_name
 
-Kinds = Literal["attacks", "defenses", "models", "datasets"]
+Kinds = Literal["all", "attacks", "defenses", "models", "datasets"]
 Words = tyro.conf.Positional
 Settings = Annotated[
     tuple[str, ...],
@@ -199,6 +199,7 @@ def study(
             network.
     """
     from bdjax import experiment, studies
+    from bdjax.rows import result_files
 
     text = studies.text_of(dataset, model, attack, defense, seeds, grid, settings)
     folder = out or Path("results") / f"study-{registry.digest(text)[:8]}"
@@ -207,7 +208,12 @@ def study(
     with tempfile.TemporaryDirectory() if dry_run else contextlib.nullcontext(folder) as kept:
         file = studies.keep(text, Path(kept))
         options = {"dry_run": dry_run, "live": True, "stale": stale, "log": log}
-        experiment.run(file, "cpu", folder, None, quiet, lanes, **options)
+        try:
+            experiment.run(file, "cpu", folder, None, quiet, lanes, **options)
+        except BadInput:
+            if save is not None and not result_files(folder):
+                save.unlink()  # what was refused is no study yet: the mended command writes it
+            raise
 
 
 def status(folder: Annotated[Path, Words]) -> None:
@@ -223,16 +229,16 @@ def status(folder: Annotated[Path, Words]) -> None:
 
 
 def list_methods(
-    kind: Annotated[Kinds | None, Words] = None,
+    kind: Annotated[Kinds, Words] = "all",
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ):
     """List the methods: name, paper, year, arXiv, file; of your own ones the plugin, too.
 
     Args:
-        kind: attacks, defenses, models or datasets; all if not given.
+        kind: attacks, defenses, models or datasets.
         as_json: As JSON, for scripts.
     """
-    found = registry.entries(None if kind is None else kind.removesuffix("s"))
+    found = registry.entries(None if kind == "all" else kind.removesuffix("s"))
     rows = [
         {name: getattr(entry, name) for name in Entry._fields if name not in ("cls", "source")}
         for entry in found
@@ -312,17 +318,18 @@ def report(
         raise BadInput("--x is the axis of a pivot: give what it shows, --metric, too")
     if experiment is not None and figures is None:
         raise BadInput("--experiment draws figures: give their formats, --figures pdf,svg, too")
-    print(f"page: {shown(reports.merge(list(folders), out, x=x, y=y, metric=metric))}")
-    if latex or bib or figures is not None:
+    made: list[Path] = []
+    if latex or bib or figures is not None:  # before the page: formats and files may be wrong
         from bdjax.latex import write
 
         made = write(folders, out, tables=latex, figures=figures, bib=bib, file=experiment)
-        drawn = [path for path in made if path.parent.name == "figures"]
-        for path in made:
-            if path not in drawn:
-                print(f"paper: {shown(path)}")
-        if drawn:
-            print(f"figures: {len(drawn)} files in {shown(drawn[0].parent)}")
+    print(f"page: {shown(reports.merge(list(folders), out, x=x, y=y, metric=metric))}")
+    drawn = [path for path in made if path.parent.name == "figures"]
+    for path in made:
+        if path not in drawn:
+            print(f"paper: {shown(path)}")
+    if drawn:
+        print(f"figures: {len(drawn)} files in {shown(drawn[0].parent)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from bdjax.progress import shown
 from bdjax.registry import check_given, digest, door, name_of
 from bdjax.rows import Rows
 from bdjax.store import Store, read_rows, result_files
-from bdjax.study import Cell
+from bdjax.study import SEEDS, Cell
 from bdjax.sweep import Clock, Runner, at_once, footprint, groups, say
 from bdjax.trackers import tracker
 from bdjax.types import BadInput, whole
@@ -180,12 +180,14 @@ def run(
     others = progress.spent(board for board in boards if board["shard"] != label)
     on = f"the same command{'' if resume else ' without --no-resume'} goes on from there"
     with progress.kept(f"what was finished is kept in {folder}; {on}"):
+        logged: list[dict[str, Any]] = []
 
         def finished(rows: list[dict[str, Any]]) -> None:
             for row in rows:
                 say(f"  {report.line(row)}", quiet)
             if told is not None:
                 told(rows, runner.curves)
+                logged.extend(rows)
 
         options: dict[str, Any] = {"devices": places}
         if share is not None:
@@ -195,6 +197,8 @@ def run(
             live=live and not quiet, stale=stale, complete=filed and only is None, **options
         )  # fmt: skip
         rows = Rows(runner.run(cells), folder)
+        if told is not None and not logged:
+            say(f"no row is new: {log} is told of none", quiet)
         if runner.unfit:
             raise BadInput(runner.complaint())
         if len(rows) < len(cells):
@@ -307,8 +311,6 @@ def join(hosts: str) -> tuple[int, int] | None:
         jax.local_devices()
         jax.distributed.shutdown()
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise BadInput(
             f"--hosts {hosts}: {reason} (give off, auto or ADDRESS:PORT,COUNT,INDEX)"
@@ -408,5 +410,5 @@ def rehearsed(rows: Iterable[Sequence[str]], lines: Iterable[str]) -> None:
 
 
 PARTS = ("dataset", "model", "attack", "defense")
-SEEDS, DEVICES = 10_000, 1_024
-"""The most that one run takes: a list of cells, and a CPU that counts as many, grow with them."""
+DEVICES = 1_024
+"""The most devices that one run takes: a CPU that counts as many grows with them."""

@@ -201,7 +201,7 @@ def _validity(rows: Rows) -> Iterator[Figure]:
         picture = plots.validity(lines, WORKS)
         caption = (
             f"ASR nt of each victim, and of its clean twin under the same trigger. A cross: the "
-            f"attack failed (below {WORKS:.0%}, or within {ABOVE:.0%} of the twin), or the net "
-            "collapsed; no claim and no count uses what was done to it."
+            f"attack failed (below {100 * WORKS:.0f} %, or within {100 * ABOVE:.0f} points of the "
+            "twin), or the net collapsed; no claim and no count uses what was done to it."
         )
         yield Figure("validity", "Which victims are valid", caption, picture)

@@ -8,9 +8,10 @@ there, or with another method that has the same citation. Digests of code are bl
 
 import inspect
 import io
+import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from matplotlib.text import Text
 
 from bdjax import experiment, own, registry, report, shipped
 from bdjax.figures import figures as drawn
-from bdjax.plots import STYLE
+from bdjax.plots import STYLE, any_letter
 from bdjax.plugins import raised_in
 from bdjax.progress import shown
 from bdjax.registry import Entry, door
@@ -74,12 +75,14 @@ def write(
         rows = [row for section in sections for row in section.rows]
         found["references.bib"] = bibtex(rows).encode()
     if formats:
-        placed = [HEAD]
+        placed, names = [HEAD], set()
         for folder, section in zip(folders, sections, strict=True):
             for one in _drawings(Path(folder), section, file):
-                name = one.name if len(folders) == 1 else f"{Path(folder).name}-{one.name}"
-                if not report.plain_name(name):
-                    raise BadInput(f"a figure is called '{name}': give a name without / \\ :")
+                if not report.plain_name(one.name):
+                    raise BadInput(f"a figure is called '{one.name}': give a name without / \\ :")
+                of = "" if len(folders) == 1 else f"{Path(folder).resolve().name}-"
+                name = _other(re.sub(r"[^A-Za-z0-9.+-]", "-", of + one.name), names)
+                names.add(name)
                 environment = _sized(one.figure)
                 for kind in formats:
                     found[f"figures/{name}.{kind}"] = _saved(one.figure, kind)
@@ -89,6 +92,12 @@ def write(
     own.beside(out, found, ["figures"])
     report._save(out, found)
     return [out / name for name in found]
+
+
+def _other(name: str, taken: Container[str]) -> str:
+    """A name that is not taken: NAME, NAME-2 …"""
+    more = (f"{name}-{i}" for i in itertools.count(2))
+    return next(one for one in itertools.chain([name], more) if one not in taken)
 
 
 # --- Tables ---
@@ -111,7 +120,8 @@ def latex(sections: Iterable[report.Section], cite: bool = False) -> str:
                     for row in section.rows
                     if (row.get("row") or "", *(row.get(f) for f in report.FIELDS)) in lines
                 ]
-                keys = {u.name: u.source.key for u in used(mine) if u.source is not None}
+                known = _keys()
+                keys = {u.name: known[u.source] for u in used(mine) if u.source is not None}
             parts.append(_table(table, facts, keys))
     return _floats(parts)
 
@@ -133,7 +143,10 @@ def _table(table: Mapping[str, Any], facts: Mapping[str, str], keys: Mapping[str
     first = [["", *map(_tex, fields)]]
     for line, mark in zip(lines, marks, strict=True):
         sign = rf"\textsuperscript{{{mark}}}" if mark else ""
-        first.append([_tex(line["row"]) + sign, *(_tex(line[f], "--") for f in fields)])
+        label = _tex(line["row"])
+        if label.startswith(("[", "*")):  # which the \\ before it would take for its own
+            label = "{}" + label
+        first.append([label + sign, *(_tex(line[f], "--") for f in fields)])
     blocks = [_block(metric, lines) for metric in table["metrics"]]
     wide = [_width(first, i) for i in range(len(first[0]))]
     sizes = [sum(_width(block.cells, i) for i in range(len(block.cells[0]))) for block in blocks]
@@ -300,7 +313,8 @@ SIGNS = {
 
 
 def _tex(value: Any, none: str = "") -> str:
-    return none if value is None else "".join(map(_sign, shown(value)))
+    text = unicodedata.normalize("NFC", "" if value is None else shown(value))
+    return none if value is None else "".join(map(_sign, text))
 
 
 def _sign(character: str) -> str:
@@ -308,8 +322,9 @@ def _sign(character: str) -> str:
         return SIGNS.get(character, character)
     if "LATIN" in unicodedata.name(character, "") and ord(character) < 0x180:
         return character
-    plain = unicodedata.normalize("NFKD", character)
-    return plain if plain.isascii() else f"[U+{ord(character):04X}]"
+    plain = unicodedata.normalize("NFKD", character)  # a wide % is one
+    known = "".join(SIGNS.get(sign, sign) for sign in plain)
+    return known if plain.isascii() else f"{{[U+{ord(character):04X}]}}"
 
 
 # --- Figures ---
@@ -368,7 +383,7 @@ def _saved(figure: matplotlib.figure.Figure, kind: str) -> bytes:
     """A figure as a file that is equal whenever it is written; letters are in it."""
     buffer = io.BytesIO()
     undated = {"CreationDate": None} if kind == "pdf" else {"Date": None}
-    with matplotlib.rc_context(FONTS):
+    with matplotlib.rc_context(FONTS), any_letter():
         figure.savefig(buffer, format=kind, metadata=undated, dpi=300)
     return buffer.getvalue()
 
@@ -476,20 +491,41 @@ def bibtex(rows: Iterable[Row]) -> str:
             lacking.append(f"% {words}: {'cites nothing' if one.known else 'not at hand'}")
         else:
             users.setdefault(one.source, []).append(words)
-    found = [f"% {', '.join(words)}\n{_entry(source)}" for source, words in users.items()]
+    keys = _keys()
+    found = [f"% {', '.join(words)}\n{_entry(one, keys[one])}" for one, words in users.items()]
     return "\n".join([*found, *lacking]) + "\n"
 
 
-def _entry(source: Source) -> str:
+def _keys() -> dict[Source, str]:
+    """The key of every source that a registered method has: `key`, with a, b … where several have
+    one.
+    """
+    alike: dict[str, list[Source]] = {}
+    for source in sorted({s for entry in registry.entries() if (s := reference(entry))}, key=str):
+        alike.setdefault(source.key, []).append(source)
+    return {
+        source: key + (_letters(i) if len(some) > 1 else "")
+        for key, some in alike.items()
+        for i, source in enumerate(some)
+    }
+
+
+def _field(text: str) -> str:
+    """As `_tex`; BibTeX counts a brace that is escaped, too."""
+    found = _tex(text).replace(r"\{", r"\textbraceleft{}")
+    return found.replace(r"\}", r"\textbraceright{}")
+
+
+def _entry(source: Source, key: str) -> str:
     conference = source.where.startswith("In ")
     kind = "inproceedings" if conference else "article" if source.where else "misc"
     fields = {
-        "author": " and ".join(map(_tex, source.authors)),
-        "title": f"{{{_tex(source.title)}}}" if source.title else "",
-        "booktitle" if conference else "journal": _tex(source.where.removeprefix("In ")),
+        "author": " and ".join(map(_field, source.authors)),
+        "title": f"{{{_field(source.title)}}}" if source.title else "",
+        "booktitle" if conference else "journal": _field(source.where.removeprefix("In ")),
         "year": str(source.year),
         "eprint": source.arxiv or "",
         "archiveprefix": "arXiv" if source.arxiv else "",
     }
     lines = ",\n".join(f"  {name} = {{{text}}}" for name, text in fields.items() if text)
-    return f"@{kind}{{{source.key},\n{lines}\n}}\n"
+    return f"@{kind}{{{key},\n{lines}\n}}\n"

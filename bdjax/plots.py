@@ -5,9 +5,11 @@ All share one style: narrow enough for a phone, colours that colour-blind reader
 what is trojaned or an attack's success.
 """
 
+import contextlib
 import functools
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -47,6 +49,14 @@ STYLE: dict[Any, Any] = {
     "hatch.linewidth": 0.6,
     "text.parse_math": False,
 }
+
+
+@contextlib.contextmanager
+def any_letter() -> Iterator[None]:
+    """Letters that the font lacks, of anyone's names, are boxes, and nothing is said of each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ", UserWarning)
+        yield
 
 
 def styled(fn: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -146,7 +156,8 @@ def stamped(clean: Any, trojan: Any, titles: Sequence[str] = ()) -> Figure:
     """
     clean, trojan = np.asarray(clean, np.float32), np.asarray(trojan, np.float32)
     gap = np.abs(trojan - clean)
-    factor = max(1, int(1 / max(float(gap.max()), 1e-3)))
+    largest = float(np.nan_to_num(gap).max())  # an attack may make anything
+    factor = max(1, int(1 / max(largest, 1e-3)))
     names = ("clean", "stamped", "difference" if factor == 1 else f"difference ×{factor}")
     return images(np.stack([clean, trojan, gap * factor]), names, titles)
 

@@ -105,6 +105,10 @@ class Section(NamedTuple):
     command: str | None = None
     chosen: Sequence[Row] = ()
 
+    @property
+    def defended(self) -> bool:
+        return any(row.get("defense") for row in self.rows)
+
 
 # --- Which rows say something ---
 
@@ -118,7 +122,9 @@ def _fault(row: Row) -> str | None:
     if row.get("error") or not row.get("victim") or not isinstance(test, Mapping):
         return None
     if measured(acc) and acc <= metrics.chance(test["majority"], test["n"]):
-        return f"collapsed: ACC {100 * acc:.1f} %, the largest class is {test['majority']:.1%}"
+        return (
+            f"collapsed: ACC {100 * acc:.1f} %, the largest class is {100 * test['majority']:.1f} %"
+        )
     if not _attacked(row) or not measured(asr):
         return None
     if asr < WORKS:
@@ -232,7 +238,7 @@ def _line(
             for reasons in [list(dict.fromkeys(bad[cell["run"]] for cell in odd))]
             if reasons
         ],
-        "notes": _notes(done),
+        "notes": _settings(done) + _notes(done),
         "metrics": {m: stat for m, stat in stats.items() if stat["n"] or stat["paper"] is not None},
         "seconds": {
             part: _stat([c["seconds"].get(part) for c in done], None)["mean"]
@@ -254,6 +260,18 @@ def _victim(row: Row) -> str:
 def _redraws(row: Row) -> bool:
     """Whether the attacker's triggers were drawn anew in every step of the training."""
     return bool(((row.get("config") or {}).get("attack") or {}).get("redraw"))
+
+
+def _settings(cells: Sequence[Row]) -> list[str]:
+    """In what the settings of a line differ that stands for more than seeds."""
+    if all(cell.get("config") == cells[0].get("config") for cell in cells):
+        return []
+    parts = tuple(f"{part}." for part in cells[0].get("config") or {})
+    found = [path for path in axes(cells) if path.startswith(parts)]
+    if not found:  # another method, which has a column of its own
+        return []
+    some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return [f"a mean over settings that differ in {some}"]
 
 
 def _notes(cells: Iterable[Row]) -> list[str]:
@@ -455,22 +473,22 @@ def _shown(table: Mapping[str, Any]) -> list[str]:
 
 def csv(tables: Iterable[Mapping[str, Any]]) -> str:
     """One line a row, for machines: shares as shares, full precision."""
-    records = []
+    records, tables = [], list(tables)
+    known = {metric for table in tables for metric in table["metrics"]}
     for table in tables:
         for line in table["rows"]:
             record = {k: line[k] for k in ("experiment", "scale")} | {"table": table["name"]}
             record |= {k: line[k] for k in ("row", *SHOWN, "failed")}
+            after = {f"seconds_{k}": v for k, v in line["seconds"].items()}
+            after |= {"invalid": "; ".join(line["faults"]) or None}
+            after |= {k: line[k] for k in ("oracle", "redraw", "substitute", "other_code")}
             for metric, stat in line["metrics"].items():
-                record |= {
-                    metric: stat["mean"],
-                    f"{metric}_sd": stat["sd"],
-                    f"{metric}_paper": stat["paper"],
-                }
-            record |= {f"seconds_{k}": v for k, v in line["seconds"].items()}
-            record |= {"invalid": "; ".join(line["faults"]) or None}
-            records.append(
-                record | {k: line[k] for k in ("oracle", "redraw", "substitute", "other_code")}
-            )
+                of, _, part = metric.rpartition("_")
+                taken = metric in record.keys() | after or (of in known and part in ("sd", "paper"))
+                name = f"metric_{metric}" if taken else metric
+                record |= {name: stat["mean"], f"{name}_sd": stat["sd"]}
+                record |= {f"{name}_paper": stat["paper"]}
+            records.append(record | after)
     records = [{_cell(k): _cell(v) for k, v in record.items()} for record in records]
     columns = [
         column
@@ -543,13 +561,9 @@ def draw(figures: Iterable[tuple[str, str, str, figure.Figure]]) -> list[Picture
     made = []
     for name, title, caption, drawing in figures:
         buffer = io.BytesIO()
-        drawing.savefig(
-            buffer,
-            format="png",
-            dpi=DPI,
-            metadata={"Software": None},
-            pil_kwargs={"optimize": True},
-        )
+        options = {"metadata": {"Software": None}, "pil_kwargs": {"optimize": True}}
+        with plots.any_letter():
+            drawing.savefig(buffer, format="png", dpi=DPI, **options)
         made.append(Picture(name, title, caption, buffer.getvalue()))
     return made
 
@@ -739,8 +753,9 @@ def merge(
     loaded, sections = _told_apart(folders, [load(folder) for folder in folders]), []
     ready(out)
     for section in loaded:
-        # Over an axis a metric may also be shown of which neither high nor low is better.
-        if metric and not (x and _about_metric(metric).better is None):
+        # Over an axis a metric may also be shown of which neither high nor low is better, or where
+        # nothing is defended.
+        if metric and not (x and (_about_metric(metric).better is None or not section.defended)):
             section = section._replace(chosen=best(section.rows, metric))
         if metric and x:
             section = section._replace(
@@ -1134,16 +1149,18 @@ def _ordered(values: Iterable[Any]) -> list[Any]:
 
 
 def _explain(rows: Sequence[Row], asked: Sequence[str], metric: str) -> None:
-    known = sorted({name for row in rows for name in row["metrics"]})
+    """Says which metric, or which of the axes `asked`, no row has."""
+    known = sorted({m for row in rows for m, value in row["metrics"].items() if measured(value)})
     if metric not in known:
         near = difflib.get_close_matches(metric, known, n=1, cutoff=0.0)
         raise BadInput(
             f"no row has the metric '{metric}'" + (f"; the nearest is '{near[0]}'" if near else "")
         )
-    raise BadInput(
-        f"no row has {' and '.join(map(repr, asked))}; what varies: "
-        f"{', '.join(axes(rows)) or 'nothing'}"
-    )
+    if asked:
+        raise BadInput(
+            f"no row with '{metric}' has {' and '.join(map(repr, asked))}; what varies: "
+            f"{', '.join(axes(rows)) or 'nothing'}"
+        )
 
 
 @door
@@ -1197,7 +1214,8 @@ def best(rows: Iterable[Row], metric: str, drop: float = DROP) -> list[dict[str,
             defense = json.dumps([row["defense"], (row.get("config") or {}).get("defense")])
             victims.setdefault(_victim(row), {}).setdefault(defense, []).append(row)
     if not victims:
-        _explain(rows, ["a defense without oracle"], metric)
+        _explain(rows, [], metric)
+        raise BadInput(f"no defense without oracle has '{metric}': give --x for a table of victims")
     if (better := _about_metric(metric).better) is None:
         raise BadInput(
             f"it is not declared whether a high or a low '{metric}' is better: "

@@ -14,7 +14,7 @@ from bdjax.datasets import source
 from bdjax.defenses.base import Defense
 from bdjax.own import beside, explained, renamed
 from bdjax.registry import make, name_of
-from bdjax.study import Cell, grid
+from bdjax.study import SEEDS, Cell, grid
 from bdjax.train import Recipe
 from bdjax.types import BadInput, whole
 
@@ -70,9 +70,25 @@ def crossed(
         found.append(Cell(table, row, dataset, model, recipe, attack, defense, tags=tags))
     if settings:  # of this study: nothing to be compared with was changed
         found = [dataclasses.replace(cell, changed={}) for cell in changed(found, settings)]
+    _apart(settings or {}, axes or {})
     for path, values in (axes or {}).items():
         found = list(varied(found, path, values))
     return list(grid(found, seed=seeds))
+
+
+def _apart(settings: Mapping[str, Any], axes: Mapping[str, Any]) -> None:
+    """Raises `BadInput` where a row would be named by a value that another flag replaces."""
+    for one, other in itertools.combinations(axes, 2):
+        (part, method, fields), (its, theirs, inner) = split(one), split(other)
+        short = min(len(fields), len(inner))
+        if (
+            part == its
+            and fields[:short] == inner[:short]
+            and (method == theirs or None in (method, theirs))
+        ):
+            raise BadInput(f"{one} and {other} vary the same field: give one of them")
+    if twice := next((path for path in axes if path in settings), None):
+        raise BadInput(f"{twice} is both set and varied: give one of them")
 
 
 def text_of(
@@ -89,7 +105,7 @@ def text_of(
     """
     if not attacks:
         raise BadInput("a study needs at least one attack: --attack badnets")
-    whole("seeds", seeds, 1)
+    whole("seeds", seeds, 1, SEEDS)
     for kind, words in (("attack", attacks), ("defense", defenses)):
         if twice := next((word for word in words if words.count(word) > 1), None):
             raise BadInput(f"--{kind} {twice} is given twice")
@@ -98,8 +114,11 @@ def text_of(
     for path, values in read(axes).items():
         split(path)
         found[path] = [part.strip() for part in values.split(",")]
-        if "" in found[path] or len(set(found[path])) < len(found[path]):
+        if "" in found[path] or any(
+            literal(a) == literal(b) for a, b in itertools.combinations(found[path], 2)
+        ):
             raise BadInput(f"{path}: its values have to differ and not to be empty: {values}")
+    _apart(read(settings), found)
     return FILE.format(
         title=f"{dataset} × {model}: {', '.join(attacks)}"
         + (f" against {', '.join(defenses)}" if defenses else ""),

@@ -22,6 +22,9 @@ from bdjax.registry import door, replace
 from bdjax.train import Recipe
 from bdjax.types import BadInput, Count, Model, Seed, Split, shown, whole
 
+SEEDS = 10_000
+"""The most seeds that one run takes: a list of cells grows with them."""
+
 
 class Probe(Protocol):
     """A measurement of a net, a `pytree` class: `{name: array}`, pure and safe under jit and vmap.

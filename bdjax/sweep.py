@@ -316,7 +316,8 @@ class Runner:
             self.board = Board(
                 self.store.progress, self.live, experiment=self.experiment, scale=self.scale,
                 shard=shard, total=total, rows=finished, before=finished, groups=len(mine),
-                group=len(mine) - len(pending), failed=0, doing="",
+                group=len(mine) - len(pending), doing="",
+                failed=len({r["run"] for r in self.store.rows() if "error" in r} & done),
                 devices=f"{len(self.places)} × {self.device}", seconds=self.clock.whole(),
             )  # fmt: skip
             with self.stop, self.board:

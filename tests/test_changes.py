@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bdjax import experiment
+from bdjax import experiment, shipped
 from bdjax.attacks.badnets import BadNets
 from bdjax.changes import changed, read, varied
 from bdjax.cli import main
@@ -48,6 +48,26 @@ def test_a_field_is_changed_in_the_cells_that_have_it_and_nowhere_else():
     assert changed(CELLS, {}) == CELLS
 
 
+def test_a_twin_that_is_clean_by_its_rate_stays_clean():
+    """As in Shamshiri & Sohn: beside what is poisoned, and not where all are clean."""
+    cells = list(grid(VICTIM, row=["poisoned", "twin"], attack__rate=[0.1]))
+    cells[1] = next(grid(cells[1], attack__rate=[0.0]))
+    for path in ("attack.rate", "attack[badnets].rate"):
+        found = changed(cells, {path: "0.05", "recipe.epochs": "2"})
+        assert [cell.attack.rate for cell in found] == [0.05, 0.0]
+        assert [cell.recipe.epochs for cell in found] == [2, 2]
+        assert path not in found[1].changed
+    assert changed(cells[1:], {"attack.rate": "0.05"})[0].attack.rate == 0.05
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_the_rate_of_every_experiment_can_be_changed(name, own_names):
+    """But of one that varies it."""
+    cells = list(experiment.load(name).cells("smoke", 1))
+    if len({c.attack.rate for c in cells if c.attack is not None} - {0.0}) == 1:
+        changed(cells, {"attack.rate": "0.05"})
+
+
 def test_values_are_read_as_their_fields_are():
     def one(path, text):
         return changed(CELLS, {path: text})
@@ -89,7 +109,7 @@ def test_what_cannot_be_set_is_one_line(words, line):
 def test_two_cells_that_would_become_one_and_two_values_of_one_field_are_refused():
     rates = list(grid(VICTIM, row=["low", "high"], attack__rate=[0.1]))
     rates[1] = next(grid(rates[1], attack__rate=[0.2]))
-    with pytest.raises(BadInput, match=r"attack.rate: .* would become one run"):
+    with pytest.raises(BadInput, match=r"attack.rate: .* would become one run; .* --only"):
         changed(rates, {"attack.rate": 0.3})
     with pytest.raises(BadInput, match="set twice"):
         read(["attack.rate=1", "attack.rate=0"])

@@ -164,8 +164,10 @@ def test_train_then_defend_then_the_saved_model_is_the_repaired_one(capsys, tmp_
         ),
         (
             ["sweep", "experiments/sweep_defenses.py", "--hosts", "here,2"],
-            "host '' is not a whole number",
+            "host '' is not a whole number from 0 to \\d+ .give off, auto or ADDRESS:PORT",
         ),
+        (["sweep", "experiments/sweep_defenses.py", "--hosts", "foo"], "ADDRESS:PORT,COUNT,INDEX"),
+        (["list", "defense"], "'all', 'attacks'"),
         (
             ["sweep", "experiments/sweep_defenses.py", "--hosts", "auto", "--shard", "0/2"],
             "leave --shard away",

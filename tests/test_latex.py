@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from bdjax import cli, latex, registry, report
+from bdjax.attacks.badnets import BadNets
 from bdjax.store import Store
 from bdjax.types import BadInput
 
@@ -74,11 +75,35 @@ def test_many_metrics_stand_below_one_another():
     assert len(re.findall(r"^  without", text, re.M)) == 1  # where it has nothing, it is not named
 
 
-@pytest.mark.parametrize("name", ["_$%&#{}~^\\", "σ ≥ 0.5 → ∞", "Ünïcode 漢"])
+@pytest.mark.parametrize("name", ["_$%&#{}~^\\", "σ ≥ 0.5 → ∞", "Ünïcode 漢", "％＆＿＃＄｛＾＼"])
 def test_any_name_becomes_what_latex_can_set(name):
     text = latex.latex([report.Section("mine", [row(name)])])
     assert all(ord(c) < 0x180 for c in text)
     assert ("[U+6F22]" in text) == ("漢" in name)
+    line = next(line for line in text.splitlines() if "badnets" in line or r"\%" in line)
+    bare = re.sub(r"\\[A-Za-z]+|\\.|[$]\\[a-z]+[$]", "", line).rstrip("\\ ")
+    assert not re.search(r"[%#_^~]", bare), line
+
+
+@pytest.mark.parametrize("name", ["[x] y", "*z", "［wide", "🦊 fox"])
+def test_no_name_is_taken_for_an_option_of_the_line_before(name):
+    text = latex.latex([report.Section("mine", [row("a"), row(name)])])
+    assert not re.search(r"^ *[\[*]", text, re.M), text
+
+
+def test_keys_of_two_papers_of_a_name_and_year_differ_and_braces_are_even(own_names):
+    """BibTeX counts a brace that is escaped, too."""
+    for name, arxiv, title in (("one-of-lee", "2501.00001", "An odd } brace"),
+                               ("two-of-lee", "2502.00002", "An odd { brace")):  # fmt: skip
+        doc = f'Theirs (Lee et al., 2025, arXiv:{arxiv}).\n\nReference: A Lee, "{title}".'
+        registry.attack(name)(type(name.title().replace("-", ""), (BadNets,), {"__doc__": doc}))
+    lines = [row("1", attack="one-of-lee"), row("2", attack="two-of-lee")]
+    text = latex.bibtex(lines)
+    keys = re.findall(r"^@\w+\{(\w+),", text, re.M)
+    assert {"lee2025odda", "lee2025oddb"} <= {*keys}, keys
+    assert text.count("{") == text.count("}")
+    table = latex.latex([report.Section("mine", lines)], cite=True)
+    assert r"\cite{lee2025odda}" in table and r"\cite{lee2025oddb}" in table
 
 
 def test_bibtex_has_exactly_what_was_used():

@@ -7,6 +7,7 @@ import errno
 import html
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bdjax import datasets, plots, registry, report
+from bdjax import datasets, latex, plots, registry, report
 from bdjax.attacks.badnets import BadNets
 from bdjax.types import BadInput, class_name
 
@@ -342,10 +343,49 @@ def test_pivot_over_two_axes():
     assert len(report.pivot_figures(rows, "attack.rate", "defense.keep", "asr_nt")) == 2
 
 
+def test_a_mean_over_more_than_seeds_says_so():
+    """As where a folder holds rows of an experiment from before and after a change of a field."""
+    rows = [r | {"row": "same"} for r in sweep() if r["row"].startswith("FP")]
+    lines = [line for table in report.aggregate(rows) for line in table["rows"]]
+    assert lines[0]["n"] == len(rows)
+    assert lines[0]["notes"][0] == ("a mean over settings that differ in attack.rate, defense.keep")
+    one = [r for r in rows if r["config"] == rows[0]["config"]]
+    assert report.aggregate(one)[0]["rows"][0]["notes"] == []
+
+
+def test_a_metric_has_a_column_of_its_own_whatever_it_is_called(rows):
+    metrics = {"acc_test": 0.5, "acc_test_sd": 7.0, "n": 8.0, "row": 9.0, "seconds_run": 6.0}
+    made = [r | {"metrics": metrics} for r in rows[:2]]
+    head, *lines = csv.reader(report.csv(report.aggregate(made)).splitlines())
+    assert len(set(head)) == len(head)
+    found = dict(zip(head, lines[0]))
+    assert found["row"] == rows[0]["row"] and float(found["metric_row"]) == 9
+    assert float(found["metric_n"]) == 8 and int(found["n"]) <= 2
+    assert float(found["metric_acc_test_sd"]) == 7 and float(found["metric_seconds_run"]) == 6
+
+
+def test_what_is_not_defended_has_a_pivot_and_what_nobody_measured_is_said(tmp_path):
+    rows = [r for r in sweep() if not r["defense"]]
+    folder = store(tmp_path, rows or [r | {"defense": None} for r in sweep()])
+    assert "<figure" in report.merge([folder], None, "attack.rate", None, "asr_nt").read_text()
+    with pytest.raises(BadInput, match="no defense without oracle has 'asr_nt': give --x"):
+        report.merge([folder], None, None, None, "asr_nt")
+    odd = [r | {"metrics": {**r["metrics"], "odd": math.nan}} for r in sweep()]
+    with pytest.raises(BadInput, match="no row has the metric 'odd'"):
+        report.pivot(odd, "attack.rate", None, "odd")
+
+
+def test_letters_that_a_font_lacks_are_not_warned_of(recwarn):
+    drawing = plots.curves([1, 2], {"漢 🦊": [0.1, 0.2]})
+    report.draw([report.Figure("f", "漢", "", drawing)])
+    latex._saved(drawing, "pdf")
+    assert not [one for one in recwarn if "Glyph" in str(one.message)]
+
+
 def test_pivot_says_what_there_is():
     with pytest.raises(BadInput, match=r"metric 'asr_n'; the nearest is 'asr_nt'"):
         report.pivot(sweep(), "attack.rate", None, "asr_n")
-    with pytest.raises(BadInput, match=r"no row has 'attack.rat'; what varies: .*attack\.rate"):
+    with pytest.raises(BadInput, match=r"asr_nt. has .attack.rat.; what varies: .*attack\.rate"):
         report.pivot(sweep(), "attack.rat", None, "asr_nt")
 
 

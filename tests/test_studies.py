@@ -68,7 +68,11 @@ def test_a_study_from_flags_gives_what_the_file_it_stands_for_gives(tmp_path, mo
         ({"dataset": "no/such.npz"}, "no such file"),
         ({"axes": ["attack.rate"]}, "PATH=VALUE"),
         ({"axes": ["attack.rate=1,1"]}, "have to differ"),
+        ({"axes": ["attack.rate=.1,0.10"]}, "have to differ"),
+        ({"axes": ["attack.rate=.1,.2", "attack[badnets].rate=.3,.4"]}, "vary the same field"),
+        ({"axes": ["attack.rate=.1,.2"], "settings": ["attack.rate=.3"]}, "both set and varied"),
         ({"axes": ["rate=1,0"]}, "not of the form"),
+        ({"seeds": 100_000_000}, "seeds"),
         ({"settings": ["attack.rate"]}, "PATH=VALUE"),
         ({"seeds": 0}, "seeds"),
     ],
@@ -77,6 +81,16 @@ def test_what_is_wrong_with_a_study_is_one_line(words, line):
     given = {"dataset": "fashion-mnist-sample", "model": "ffnn", "attacks": ["badnets"]} | words
     with pytest.raises(BadInput, match=line):
         text_of(**given)
+
+
+def test_what_is_refused_is_not_saved_and_fields_of_two_methods_are_two(tmp_path, monkeypatch):
+    """The mended command may have the same --save."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):  # draws more overlays than there are
+        main(["study", *FLAGS, "--defense", "strip", "--save", "mine.py", "--out", "out"])
+    assert not Path("mine.py").exists()
+    axes = ["attack[badnets].rate=.1,.2", "attack[blended].rate=.3,.4"]
+    text_of("fashion-mnist-sample", "ffnn", ["badnets", "blended"], axes=axes)
 
 
 def test_cells_from_python_are_run_kept_and_returned(tmp_path, monkeypatch, capsys):

@@ -151,7 +151,7 @@ def test_chance_by_hand():
         ({"asr": 0.5, "twin": {"asr_nt": 0.39}}, None),
         ({"asr": 0.7, "twin": {"asr_nt": 0.61}}, "attack failed: ASR nt 70.0 %, on the clean twin"),
         ({"asr": 0.7, "twin": None}, None),
-        ({"acc": 0.124}, "collapsed: ACC 12.4 %, the largest class is 10.0%"),
+        ({"acc": 0.124}, "collapsed: ACC 12.4 %, the largest class is 10.0 %"),
         ({"acc": 0.126}, None),
         ({"acc": 0.12, "attack": None, "asr": None}, "collapsed"),
         ({"asr": None}, None),
