@@ -122,7 +122,7 @@ def page(entry: Entry, picture: bool) -> str:
     lines += ["## Fields", "", *_fields(entry), ""]
     lines += _fared(entry)
     if (source := latex.reference(entry)) is not None:
-        lines += ["## BibTeX", "", f"```bibtex\n{latex._entry(source)}```", ""]
+        lines += ["## BibTeX", "", f"```bibtex\n{latex._entry(source, source.key)}```", ""]
     return "\n".join(lines)
 
 
