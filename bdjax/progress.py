@@ -329,9 +329,14 @@ def ended(call: Callable[[], int | None]) -> None:
             sys.exit(143 if asked else 130)
 
 
+TOGETHER = 0.5
+"""Seconds within which two signals are one wish."""
+
+
 class Stop(AbstractContextManager):
     """Inside, SIGINT and SIGTERM only ask to stop: `asked` is the signal. The second one ends the
-    process at once.
+    process at once, but for one that comes within `TOGETHER`: `timeout` signals a process and its
+    group.
 
     Python runs no signal handler while a compiled program runs, which may take minutes; a thread
     listens instead.
@@ -358,16 +363,19 @@ class Stop(AbstractContextManager):
         return self
 
     def _listen(self) -> None:
+        first = 0.0
         while number := os.read(self.heard, 1)[0]:
             if number not in self.before:
                 continue
             if self.asked is not None:
+                if time.monotonic() - first < TOGETHER:
+                    continue
                 # the cursor
                 print(
                     "\x1b[?25h" if sys.stderr.isatty() else "", end="", file=sys.stderr, flush=True
                 )
                 os._exit(128 + number)  # safe at any moment, as kill −9 is
-            self.asked = signal.Signals(number)
+            self.asked, first = signal.Signals(number), time.monotonic()
             line = f"{self.asked.name}: stopping after what is running; once more stops at once"
             print(line, file=sys.stderr, flush=True)
         os.close(self.heard)

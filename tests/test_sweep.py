@@ -529,6 +529,9 @@ def test_a_second_ctrl_c_ends_a_process_that_does_not_listen():
         "SIGINT: stopping after what is running; once more stops at once"
         in process.stderr.readline()
     )
+    process.send_signal(signal.SIGINT)  # at once, as `timeout` does: the same wish
+    time.sleep(2 * progress.TOGETHER)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
     process.communicate()
