@@ -46,7 +46,7 @@ class Rows(Sequence[Row]):
 
     def where(self, **asked: Any) -> "Rows":
         """The rows that have all these values: `where(net="CNN", defense=None, attack__rate=0.1)`.
-        None also fits what a row has not.
+        None also fits what a row has not, whatever a tag calls its absence.
 
         Keys are taken in order. `BadInput` names the nearest one where no row that is left by then
         has a key.
@@ -57,7 +57,12 @@ class Rows(Sequence[Row]):
             if rows and not any(has(row, path) for row in rows):
                 known = (name for row in rows for name in paths(row))
                 raise BadInput(f"no row has a '{path}'{near(path, dict.fromkeys(known))}")
-            rows = [row for row in rows if _same(lookup(row, path), value)]
+            absent = value is None and path in FIELDS
+            rows = [
+                row
+                for row in rows
+                if _same(lookup(row, path), value) or (absent and row.get(path) is None)
+            ]
         return Rows(rows, self.folder)
 
     def by(self, *keys: str) -> dict[Any, "Rows"]:

@@ -59,6 +59,10 @@ def test_rows_are_found_by_tag_then_field_then_configuration():
     assert len(ROWS.where(attack__sources=(1, 2))) == 6
     assert ROWS.where(defense__blend="sum")[0] is ROWS[4] and len(ROWS.where(net=None)) == 2
     assert len(ROWS.where(seed=True)) == 0, "True is not 1"
+    tagged = Rows([row("clean", tags={"defense": "none"}), row("b", 0, "strip")])
+    assert (
+        names(tagged.where(defense=None)) == names(tagged.where(defense="none")) == [("clean", 0)]
+    )
 
 
 def test_nothing_found_is_nothing_measured_and_an_unknown_key_is_told():
