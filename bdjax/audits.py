@@ -32,6 +32,7 @@ from bdjax import (
     target,
 )
 from bdjax.datasets.base import Source, pick, together
+from bdjax.datasets.files import sized
 from bdjax.defenses.base import Judge
 from bdjax.defenses.inputs.strip import entropies
 from bdjax.defenses.invert.abs import Abs, seeds, shapes_of
@@ -592,8 +593,8 @@ def audit(
         own.beside(folder, ("audit.json", "index.html"), PARTS)
     loaded = net if isinstance(net, Loaded) else _loaded(net)
     source = dataset if isinstance(dataset, Source) else datasets.source(str(dataset))
-    data = source.load()
     model, variables = loaded.model, loaded.variables
+    data = sized(source, model.shape).load()
     called = "net" if isinstance(net, Loaded) else Path(net).name
     sweep.fits(model, data._replace(classes=model.classes))
     sweep.keep_compiled()

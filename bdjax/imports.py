@@ -14,7 +14,9 @@ import numpy as np
 
 from bdjax import checkpoints, metrics, own, schema
 from bdjax.datasets.base import Source
+from bdjax.datasets.files import sized
 from bdjax.foreign import backdoorbench, files, native, runtime
+from bdjax.foreign.assemble import Unsized
 from bdjax.foreign.files import Bare
 from bdjax.foreign.flax import orbax
 from bdjax.foreign.graph import parsed
@@ -84,17 +86,16 @@ def load_net(
     if accuracy is not None and dataset is None:
         raise BadInput("an accuracy is that on labelled images: give them, --dataset")
     given = None if preprocess is None else pixels(preprocess)
-    data = None if dataset is None else dataset.load()
-    sides = size if size is not None else None if data is None else data.shape
-    if sides is not None and (len(sides) != 3 or min(sides) < 1):
-        raise BadInput(f"the size {shown(list(sides))} is not that of images: give H W C")
+    if size is not None and (len(size) != 3 or min(size) < 1):
+        raise BadInput(f"the size {shown(list(size))} is not that of images: give H W C")
     try:
-        found = _read(path, arch, given, None if sides is None else tuple(map(int, sides)))
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
-    except Exception as error:  # whatever a damaged file makes what reads it raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise BadInput(f"{path}: damaged, or not known here ({what})") from error
+        found = _told(path, arch, given, None if size is None else tuple(map(int, size)))
+    except Unsized:
+        if dataset is None:
+            raise
+        found = _told(path, arch, given, dataset.load().shape)
+    dataset = None if dataset is None else sized(dataset, found.model.shape)
+    data = None if dataset is None else dataset.load()
     if data is not None and found.model.shape != data.shape:
         wanted, have = ("×".join(map(str, one)) for one in (found.model.shape, data.shape))
         raise BadInput(f"{path} takes images of {wanted}, those of {data.name} are {have}")
@@ -104,6 +105,18 @@ def load_net(
 
 
 # --- Reading ---
+
+
+def _told(path: Path, arch: str | Net | None, given: Pixels | None, size: Any) -> _Read:
+    """As `_read`; whatever is wrong is one line that names the file."""
+    try:
+        return _read(path, arch, given, size)
+    except BadInput as error:
+        text = f"{path}: {error}" if str(path) not in str(error) else str(error)
+        raise type(error)(text) from error
+    except Exception as error:  # whatever a damaged file makes what reads it raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(f"{path}: damaged, or not known here ({what})") from error
 
 
 def _read(path: Path, arch: str | Net | None, given: Pixels | None, size: Any) -> _Read:
@@ -168,7 +181,7 @@ def _bare(
     if size is None and isinstance(told, (list, tuple)) and len(told) == 3:
         size = tuple(int(n) for n in told)
     if size is None:
-        raise BadInput("weights do not say the size of their images: give --size H W C")
+        raise Unsized("weights do not say the size of their images: give --size H W C")
     if channels not in (size[2], math.prod(size)):  # of images, or of them laid flat
         raise BadInput(f"its first layer reads {channels} channels, the images have {size[2]}")
     whole = native.pixelled(net, taken)
@@ -281,8 +294,8 @@ def _outputs(found: _Read, x: Any, net: Any = None) -> np.ndarray:
 
 def _batched(found: _Read, x: np.ndarray, ours: np.ndarray) -> None:
     """Raises `BadInput` where an image's logits depend on the others beside it."""
-    alone = np.concatenate([_outputs(found, x[i : i + 1]) for i in range(3)])
-    if np.abs(alone - ours[:3]).max() > ERROR * max(np.abs(ours).max(), 1e-6):
+    alone = np.concatenate([_outputs(found, x[i : i + 1]) for i in range(min(3, len(x)))])
+    if np.abs(alone - ours[: len(alone)]).max() > ERROR * max(np.abs(ours).max(), 1e-6):
         raise BadInput(
             "several images at once get other logits than one by one: the file fixes the number of "
             "images; export it with a dynamic batch axis"

@@ -15,7 +15,7 @@ import numpy as np
 
 from bdjax import own, registry, schema
 from bdjax.datasets import fingerprint, source
-from bdjax.datasets.base import Source
+from bdjax.datasets.base import Source, trainable
 from bdjax.datasets.files import Format, in_order
 from bdjax.progress import Progress
 from bdjax.train import (
@@ -77,6 +77,7 @@ def write_poisoned(
         raise BadInput(f"format '{shown(format)}' is not one of {', '.join(writers)}")
     if attack is None:
         raise BadInput("without an attack nothing is poisoned: give one")
+    trainable(dataset)
     registry.admit(attack, data.shape, data.classes)
     name, y = registry.name_of(attack) or type(attack).__name__, jnp.asarray(data.train.label)
     base = getattr(attack, "base", lambda y, _: y)

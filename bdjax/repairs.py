@@ -15,6 +15,7 @@ import numpy as np
 from bdjax import imports, registry
 from bdjax.audits import triggers
 from bdjax.datasets.base import Source, divide, together
+from bdjax.datasets.files import sized
 from bdjax.defenses.base import Defense, Repair
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.inversion import Trigger, stamp
@@ -126,6 +127,7 @@ def repair_net(
     source: Any = about["dataset"] if dataset is None else dataset
     if source is None:
         raise BadInput(f"{net} names no data set: give clean images of its kind, --dataset")
+    source = sized(source, model.shape)
     data = source.load()
     if own := data.classes == model.classes:
         fits(model, data)
@@ -156,7 +158,7 @@ def repair_net(
         "metrics": {"acc_test": table[0].after} if own else None,
     }
     if dataset is not None:
-        now |= {"dataset": dataset, "fingerprint": None}
+        now |= {"dataset": source, "fingerprint": None}
     return Mended(loaded.net, mended, after, {**about, **now}, picked, tried, table)
 
 

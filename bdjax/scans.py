@@ -15,7 +15,7 @@ import numpy as np
 
 from bdjax import datasets, imports, own, registry
 from bdjax.datasets.base import Source, divide, together
-from bdjax.datasets.files import is_image
+from bdjax.datasets.files import is_image, sized
 from bdjax.datasets.pictures import picture, stacked
 from bdjax.defenses.base import Defense, InputFilter, SampleFilter
 from bdjax.defenses.parts import nulls
@@ -94,18 +94,20 @@ def scan_set(
     `out`: a folder for the page, `suspects.csv`, and the set without the suspects, `cleaned.npz`.
     """
     folder = _ready(out)
+    loaded = None if net is None else imports.load_net(net)
+    if loaded is not None:
+        dataset = sized(dataset, loaded.model.shape)
     train, _, names = dataset.read()
     image, label = np.asarray(train.image), np.asarray(train.label, np.int32)
     split = Split(image, label)
     classes = max(len(names), int(split.label.max()) + 1)
     key_fit, key_judge = jax.random.split(jax.random.key(seed))
-    if net is None:
+    if loaded is None:
         made = build(model, split.image.shape[1:], classes)
         say(f"training {registry.name_of(model)} on {len(split.label)} images")
         rows = clean_set(split)
         variables = jax.jit(lambda k: fit(k, made, recipe, rows)[0])(key_fit)
     else:
-        loaded = imports.load_net(net)
         made, variables = loaded.model, loaded.variables
         whole = dataset.load()
         fits(made, whole._replace(train=split, classes=classes))
@@ -154,6 +156,7 @@ def scan_images(
     folder = _ready(out)
     loaded = imports.load_net(net)
     model, variables = loaded.model, loaded.variables
+    clean = sized(clean, model.shape)
     data = clean.load()
     if data.classes != model.classes:
         data = labelled(clean, model, variables, "net").load()
@@ -287,7 +290,7 @@ def _pictures(path: Path, model: Model) -> tuple[np.ndarray, list[str]]:
     """The images of a folder, or of a data set, as the net takes them, and what they are called."""
     files = sorted(p for p in path.glob("*") if is_image(p)) if path.is_dir() else []
     if not files:
-        train, test, _ = datasets.source(str(path)).read()
+        train, test, _ = sized(datasets.source(str(path)), model.shape).read()
         image = np.concatenate([split.image for split in (train, test) if split is not None])
         files = [Path(str(i)) for i in range(len(image))]
     else:

@@ -33,7 +33,7 @@ import numpy as np
 from bdjax import identity, mesh, metrics, own, registry, schema
 from bdjax.checkpoints import load_tree, old_checkpoint, old_victims, save_tree, write_tree
 from bdjax.datasets import data_dir, fingerprint
-from bdjax.datasets.base import Source
+from bdjax.datasets.base import Source, trainable
 from bdjax.defenses.base import (
     Defense,
     Judge,
@@ -1185,6 +1185,7 @@ def check(cell: Cell, model: Model | None = None) -> None:
     """Raises `BadInput` where the cell cannot be run, on `model` where its net is given."""
     data = cell.dataset.load()
     if model is None:
+        trainable(cell.dataset)
         model = build(cell.model, data.shape, data.classes)
     fits(model, data)
     registry.admit(cell.recipe, len(data.train.label))

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import h5py
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,8 +23,17 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from bdjax import cli, datasets, registry, schema
+from bdjax.attacks.badnets import BadNets
+from bdjax.audits import images_of
 from bdjax.datasets import base, prepared
+from bdjax.datasets.base import trainable
 from bdjax.datasets.public import Gtsrb, Mnist
+from bdjax.models.layers import build
+from bdjax.models.shamshiri import Ffnn
+from bdjax.poison import write_poisoned
+from bdjax.study import Cell
+from bdjax.sweep import check
+from bdjax.train import Recipe
 from bdjax.types import BadInput, Split
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +229,6 @@ BAD = {
     r"class 4 \(e\) has no training": {"names": np.array(list("abcde"))},
     "label is 3 but there are 2": {"names": np.array(["a", "b"])},
     "class 1 has no training": {"label": np.array([0, 2_000_000_000] * 20)},
-    "class 1 has no image left": {"label": np.array([1] + [0] * 39)},
     "pickled objects": {"image": np.array([{"code": print}] * 40, object)},
     "names are not": {"names": np.arange(4)},
 }
@@ -267,12 +276,60 @@ def test_bad_folders(tmp_path):
     Image.fromarray(images(1, (9, 9, 3))[0]).save(tmp_path / "cat" / "a.png")
     (tmp_path / "cat" / "b.png").write_bytes((tmp_path / "cat" / "a.png").read_bytes()[:60])
     line("b.png: cannot be read")
+    (tmp_path / "cat" / "b.png").write_bytes(b"\x89PNGxxx")
+    line(r"b.png: cannot be read as an image \(damaged, or of a format that is not read\)$")
     for name in "ab":  # 8 bits in files of 16
         dark = images(1)[0, ..., 0].astype(np.uint16)
         Image.fromarray(dark).save(tmp_path / "cat" / f"{name}.png")
     line("no pixel of the training images is above 1 of 255: they are black", size=8)
     with pytest.raises(BadInput, match="no such folder"):
         datasets.load("folder", path=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("alone", ["train", "test", "val"])
+def test_a_folder_with_one_of_its_sets_alone(tmp_path, alone):
+    for i, image in enumerate(images(40)):
+        folder = tmp_path / alone / str(i % 4)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(folder / f"{i}.png")
+    data = datasets.load("folder", path=str(tmp_path), size=8)
+    assert data.names == ("0", "1", "2", "3") and counts(data.test) == [2] * 4
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_few_images_are_enough_to_judge_by_but_not_to_train_on(tmp_path, each):
+    path = save(tmp_path / "few.npz", image=images(5 * each), label=np.arange(5 * each) % 5)
+    source = datasets.source(path)
+    data = source.load()
+    parts = [data.train, data.clean, data.test]
+    assert all(len(part.label) for part in parts) and sum(len(p.label) for p in parts) == 5 * each
+    model = build(Ffnn(hidden=(4,)), data.shape, data.classes)
+    found = images_of(model, model.init(jax.random.key(0)), data)
+    assert len(found.search.label) + len(found.held.label) == 5 * each
+    with pytest.raises(
+        BadInput, match=r"few.npz: class \d has [01] of the 2 images .*; add images"
+    ):
+        trainable(source)
+    with pytest.raises(BadInput, match=r"few.npz: class"):
+        write_poisoned(tmp_path / "out", source, BadNets(size=2))
+    cell = Cell("t", "r", source, Ffnn(hidden=(4,)), Recipe(epochs=1), None)
+    with pytest.raises(BadInput, match=r"few.npz: class"):
+        check(cell)
+    one = save(tmp_path / "one.npz", image=images(1), label=np.zeros(1))
+    with pytest.raises(BadInput, match="one image, or one group of them, is too few"):
+        datasets.load(one)
+
+
+def test_what_is_said_of_a_class_without_training_images_is_true(tmp_path):
+    path = save(tmp_path / "a.npz", image=images(30), label=np.arange(30) % 5)
+    trainable(datasets.source(path))
+    high = datasets.source(path, holdout=0.99)
+    with pytest.raises(BadInput, match="all its images held out; lower holdout"):
+        trainable(high)
+    trainable(dataclasses.replace(high, holdout=0.3))
+    with pytest.raises(BadInput, match="or raise train_size"):
+        trainable(datasets.source(path, train_size=6))
+    trainable(datasets.source(path, train_size=10))
 
 
 def test_bad_fields(tmp_path):

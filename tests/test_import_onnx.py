@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from bdjax import cli, load_model, load_net, save_net, testing
+from bdjax import cli, datasets, load_model, load_net, save_net, testing
 from bdjax.exports import export, export_net
 from bdjax.foreign import onnx as reader
 from bdjax.foreign.graph import ONNX, Node, Value, compute, plain
@@ -344,3 +345,21 @@ def test_a_folder_keeps_the_template_small(file, tmp_path):
     save_net(tmp_path / "net", found)
     again = load_net(tmp_path / "net")
     assert again.net == found.net and len(again.lines) == 0
+
+
+def test_a_folder_is_read_at_the_size_of_the_net_and_other_sizes_are_told(file, tmp_path):
+    _, path = file("mobile")
+    side, image = (
+        foreign_nets.SIDE,
+        np.random.default_rng(0).integers(0, 256, (4, 9, 9, 3), np.uint8),
+    )
+    for i, one in enumerate(image):
+        (tmp_path / "set" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(one).save(tmp_path / "set" / str(i % 2) / f"{i}.png")
+    loaded = load_net(path, dataset=datasets.source(str(tmp_path / "set")))
+    assert loaded.model.shape == (side, side, 3) and loaded.about["dataset"].size == side
+    np.savez(tmp_path / "set.npz", image=image, label=np.arange(4) % 2)
+    with pytest.raises(BadInput, match=f"takes images of {side}×{side}×3, those of npz are 9×9×3"):
+        load_net(path, dataset=datasets.source(str(tmp_path / "set.npz")))
+    with pytest.raises(BadInput, match=f"takes images of {side}×{side}×3, not of 9×9×3"):
+        load_net(path, size=(9, 9, 3))

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import planted
 import pytest
+from PIL import Image
 
-from bdjax import cli, scan_set, scans
+from bdjax import audit, cli, datasets, scan_set, scans
 from bdjax.attacks.badnets import BadNets
 from bdjax.checkpoints import save_model
 from bdjax.datasets.files import Npz
@@ -74,6 +75,23 @@ def test_images_with_the_trigger_are_infected_and_indexed(world, tmp_path, capsy
     rows = list(csv.DictReader((tmp_path / "out" / "suspects.csv").open()))
     assert len(rows) == 40 and sum(row["suspect"] == "1" for row in rows) > 20
     assert rows[0]["suspect"] == "1"
+
+
+def test_folders_are_read_at_the_size_of_the_net(world, tmp_path, capsys):
+    image, label = planted.pictures(60)
+    for i, one in enumerate(image):
+        folder = tmp_path / "clean" / str(label[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        large = Image.fromarray(one[..., 0]).resize((20, 20))
+        large.save(folder / f"{i}.png")
+        (tmp_path / "given").mkdir(exist_ok=True)
+        large.save(tmp_path / "given" / f"{i}.png")
+    clean, net = datasets.source(str(tmp_path / "clean")), str(world / "net")
+    args = ["scan", str(tmp_path / "given"), "--net", net, "--clean", str(tmp_path / "clean")]
+    code, out, err = planted.command(capsys, *args, "--out", str(tmp_path / "out"))
+    assert code in (0, 3, 4) and "suspects of 60 images" in out, err
+    assert len(scans._pictures(tmp_path / "clean", planted.units()[0])[0]) == 60
+    assert audit(net, clean, minutes=0, quiet=True).about["data"]["searched"]
 
 
 def test_what_cannot_be_scanned_is_one_line(world, tmp_path, capsys):

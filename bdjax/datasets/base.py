@@ -9,14 +9,14 @@ import hashlib
 import os
 import stat
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 
 from bdjax import own
-from bdjax.registry import name_of, pytree, static, validate
+from bdjax.registry import name_of, plugin_of, pytree, static, validate
 from bdjax.types import INT32, Array, BadInput, Count, Dataset, Range, Seed, Split, class_name
 
 TEST_SHARE = 0.2
@@ -44,7 +44,7 @@ class Source:
     seed: Seed = static(0)
     top_classes: Annotated[int, Range(2, INT32)] | None = static(None, before=None)
 
-    def read(self) -> tuple[Split, Split | None, tuple[str, ...]]:
+    def read(self) -> tuple[Split, Split | None, Sequence[str]]:
         """The official training set, test set (None: `load` splits one off) and class names (empty:
         labels only).
         """
@@ -193,13 +193,47 @@ def pick(label: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 def divide(split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """`(rest, part)`, stratified by class; images of one group stay together."""
-    unit = np.arange(len(split.label)) if split.group is None else np.asarray(split.group)
+    """`(rest, part)`, stratified by class, as far as each class is enough for both; images of one
+    group stay together.
+    """
+    unit = _units(split)
     units, first = np.unique(unit, return_index=True)
     label = np.asarray(split.label)[first]
-    size = max(round(share * len(units)), len(np.unique(label)))
+    if 2 * (least := len(np.unique(label))) > len(units):  # one of each class would leave none
+        label, least = np.zeros_like(label), 1
+    size = min(max(round(share * len(units)), least), max(len(units) - 1, 1))
     part = np.isin(unit, units[pick(label, size, seed)])
     return split[~part], split[part]
+
+
+def _units(split: Split) -> np.ndarray:
+    """What is never torn apart, by row: an image, or a group of them."""
+    return np.arange(len(split.label)) if split.group is None else np.asarray(split.group)
+
+
+def trainable(source: Source) -> None:
+    """Raises `BadInput` where a class has too few images to train on, as well as to hold out: those
+    who only judge a net can do with them.
+    """
+    data = source.load()
+    parts = data.train, data.clean
+    if all(_missing(part.label, data.classes) is None for part in parts):
+        return
+    many = np.zeros(data.classes, int)
+    for part in parts:
+        first = np.unique(_units(part), return_index=True)[1]
+        many += np.bincount(np.asarray(part.label)[first], minlength=data.classes)
+    what = "images" if data.train.group is None else "groups of images"
+    if many[which := int(many.argmin())] < 2:
+        why = (
+            f"has {many[which]} of the 2 {what} needed beside the test set, one of them to hold out"
+        )
+        why += "; add images of it" + " or raise train_size" * (source.train_size is not None)
+    else:
+        which = _missing(data.train.label, data.classes) or 0
+        why = f"has all its {what} held out; lower holdout"
+    where = getattr(source, "path", "") or data.name
+    raise BadInput(f"{where}: class {class_name(which, data.names)} {why}")
 
 
 def together(*splits: Split) -> Split:
@@ -268,6 +302,10 @@ def _load(source: Source, stamp: str) -> Dataset:
     where = getattr(source, "path", "") or name
     with own.explained(Path(where), "read"):
         train, test, names = source.read()
+    if plugin_of(type(source)) is not None:
+        train = checked(where, *train)  # type: ignore[arg-type]
+        test = None if test is None else checked(where, *test)  # type: ignore[arg-type]
+    names = tuple(names)
     classes = len(names) or int(train.label.max()) + 1
     for split in (train, test):
         if split is not None and (high := np.asarray(split.image).max()) <= BLACK:
@@ -301,11 +339,8 @@ def _load(source: Source, stamp: str) -> Dataset:
     train = _part(where, "train_size", train, source.train_size, source.seed)
     test = _part(where, "test_size", test, source.test_size, source.seed)
     train, clean = divide(train, source.holdout, source.seed)
-    if (missing := _missing(train.label, classes)) is not None:
-        raise BadInput(
-            f"{where}: class {class_name(missing, names)} has no image left to train on; add "
-            "images or lower holdout"
-        )
+    if not len(train.label):
+        raise BadInput(f"{where}: one image, or one group of them, is too few; give a few hundred")
     for leaf in (*train, *clean, *test):
         if isinstance(leaf, np.ndarray):
             leaf.flags.writeable = False

@@ -2,6 +2,7 @@
 images share. Reading runs nobody's code.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -115,7 +116,8 @@ class Folder(Source):
     `pictures.picture`.
 
     With sub-folders `train` and `test` (else `validation`, `valid`, `val`) these are the two sets,
-    unless `test` names another folder; without, a stratified fifth is the test set.
+    unless `test` names another folder; without, or with one of them alone, a stratified fifth is
+    the test set.
     """
 
     path: str = static("")
@@ -139,6 +141,9 @@ class Folder(Source):
             if other := other or next((path for path in beside if path.is_dir()), None):
                 root = root / "train"
         classes = _classes(root)
+        if len(classes) == 1 and classes[0] in ("train", *TESTS):  # one class would be none
+            root = root / classes[0]
+            classes = _classes(root)
         train, test = _files(root, classes), []
         for name, paths in train.items():
             if not paths:
@@ -207,6 +212,13 @@ class Table(Source):
     image: str | None = static(None)
     label: str | None = static(None)
     size: Annotated[int, Range(1, 4_096)] | None = static(None)
+
+
+def sized(source: Source, shape: tuple[int, int, int]) -> Source:
+    """The source with its images of the `shape` that a net takes, where their size is a choice."""
+    if not isinstance(source, (Folder, Table)):
+        return source
+    return dataclasses.replace(source, size=shape[0] if shape[0] == shape[1] else None)
 
 
 def column(

@@ -48,6 +48,8 @@ def decoded(where: object, stream: BinaryIO) -> Any:
                 return _shown(file)
     except Exception as error:  # Whatever a damaged image makes PIL raise.
         why = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):  # its text is of the stream
+            why = "damaged, or of a format that is not read"
         raise BadInput(f"{where}: cannot be read as an image ({why})") from error
 
 

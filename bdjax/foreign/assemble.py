@@ -50,6 +50,10 @@ class Parts(NamedTuple):
     batch: int | None = None
 
 
+class Unsized(BadInput):
+    """The file leaves the size of its images open."""
+
+
 class Found(NamedTuple):
     """A net of a file. `pixels`: what the file says of them, None where it says nothing; `notes`:
     lines to be said; `about`: facts of the file, by name.

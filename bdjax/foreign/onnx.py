@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdjax import schema
-from bdjax.foreign.assemble import Found, Parts, assembled
+from bdjax.foreign.assemble import Found, Parts, Unsized, assembled
 from bdjax.foreign.graph import ONNX, Node, Value, compute, plain
 from bdjax.foreign.pixels import Pixels
 from bdjax.foreign.sites import ACTIVATIONS, LINEAR, NORMS, free, needed
@@ -409,19 +409,23 @@ def _image(value: Any, size: Sequence[int] | None, nodes: Sequence[Node]) -> _Im
     found = [dims[i] for i in places]
     if size is not None:
         if any(d not in (None, s) for d, s in zip(found, size)):
-            raise BadInput(f"the net takes images of {'×'.join(map(str, found))}, not of --size")
+            taken, asked = (
+                "×".join("?" if d is None else str(d) for d in s) for s in (found, size)
+            )
+            raise BadInput(f"the net takes images of {taken}, not of {asked}")
         found = list(size)
     if None in found or min(found) < 1:  # type: ignore[type-var]
         known = "×".join("?" if d is None else str(d) for d in found)
-        raise BadInput(f"the file leaves the size of its images open ({known}): give --size H W C")
+        raise Unsized(f"the file leaves the size of its images open ({known}): give --size H W C")
     return _Image(value.name, layout, tuple(found), batch, whole)  # type: ignore[arg-type]
 
 
 def _row(name: str, dims: Sequence[int | None], size: Sequence[int] | None, whole: bool) -> _Image:
     if size is None:
-        raise BadInput(f"the net takes rows of {dims[1]} numbers: give --size H W C of its images")
+        raise Unsized(f"the net takes rows of {dims[1]} numbers: give --size H W C of its images")
     if dims[1] not in (None, int(np.prod(size))):
-        raise BadInput(f"the net takes rows of {dims[1]} numbers, --size has {int(np.prod(size))}")
+        asked = "×".join(map(str, size))
+        raise BadInput(f"the net takes rows of {dims[1]} numbers, not images of {asked}")
     return _Image(name, "CHW", tuple(size), dims[0], whole)  # type: ignore[arg-type]
 
 
