@@ -6,23 +6,31 @@ packages that have an entry point of the group `bdjax.plugins`.
 Nothing is imported because a file of results or a checkpoint names it.
 """
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType, NoneType, UnionType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
 
 from bdjax import own, registry
 from bdjax.own import explained
 from bdjax.registry import Entry, all_or_nothing, near
-from bdjax.types import BadInput
+from bdjax.types import BadInput, Repaired, Scores, Suspects, Verdict
 
 GROUP, VARIABLE = "bdjax.plugins", "BDJAX_PLUGINS"
 _MODULE = re.compile(r"\w+(\.\w+)*")
@@ -189,3 +197,164 @@ def _place(error: BaseException, where: str | Path) -> str:
         return f"{where}, line {here[-1].lineno}"
     made = [f for f in frames if f.name == "<module>" and os.path.isfile(f.filename)]
     return f"{where}: {made[-1].filename}, line {made[-1].lineno}" if made else str(where)
+
+
+# --- What a method does ---
+
+NEEDED = {
+    "attack": ("trigger", "stamp", "train"),
+    "defense": ("once", "__call__"),
+    "dataset": ("read",),
+}
+"""Of these a method defines one at least."""
+NAMED = {"model", "recipe", "data", "clean", "y", "classes"}
+"""What the bases check by its name, of the calls `BY_NAME`."""
+BY_NAME = {"__call__", "prepare", "train", "plan"}
+
+
+def hold(cls: type, kind: str, name: str) -> None:
+    """Holds a plugin's class to what it overrides of bdjax's: its methods are called alike, and
+    return what is annotated there. Each mistake is one line, at the call if not before.
+    """
+    what = f"{kind} '{name}'"
+    house = [vars(base) for base in cls.__mro__ if registry.plugin_of(base) is None]
+    promised = {
+        hook: promise
+        for base in house  # the last is the one that says most of it
+        for hook, promise in base.items()
+        if isinstance(promise, FunctionType) and (hook == "__call__" or hook[0] != "_")
+    }
+    needed = [hook for hook in NEEDED.get(kind, ()) if hook in promised]
+    if needed and all(getattr(cls, hook) is promised[hook] for hook in needed):
+        call = _call(needed[0], promised[needed[0]])
+        raise BadInput(f"{what} lacks what it does: define {call}")
+    for hook, promise in promised.items():
+        owner = next(base for base in cls.__mro__ if hook in vars(base))
+        mine = vars(owner)[hook]
+        known = registry.plugin_of(owner) is None or (owner is not cls and owner in registry._names)
+        if not known and isinstance(mine, FunctionType):
+            _alike(what, hook, mine, promise)
+            whose = f"{what} of {Path(registry._source(cls)).name}"
+            setattr(cls, hook, _held(whose, kind, hook, mine, promise))
+
+
+def _call(hook: str, method: Callable) -> str:
+    """How a method is called, without annotations."""
+    parts = inspect.signature(method).parameters.values()
+    bare = [part.replace(annotation=inspect.Parameter.empty) for part in parts]
+    return hook + str(inspect.Signature(bare))
+
+
+def _alike(what: str, hook: str, mine: Callable, promise: Callable) -> None:
+    """Raises `BadInput` where a method cannot be called as the one that it overrides."""
+    wanted = inspect.signature(promise).parameters
+    own = inspect.signature(mine)
+    named = [name for name, one in wanted.items() if one.kind is one.KEYWORD_ONLY]
+    try:
+        own.bind(*(name for name in wanted if name not in named), **dict.fromkeys(named))
+        fits = hook not in BY_NAME or NAMED & {*wanted} <= {*own.parameters}
+    except TypeError:
+        fits = False
+    if not fits:
+        raise BadInput(f"{what}: {_call(hook, mine)} is to be {_call(hook, promise)}")
+
+
+def _held(what: str, kind: str, hook: str, mine: Callable, promise: Callable) -> Callable:
+    """A method of a plugin behind the check of what it returns, and of what its code raises."""
+    place, names = inspect.unwrap(mine).__code__.co_filename, inspect.signature(promise)
+
+    @functools.wraps(mine)
+    def held(*args, **kwargs):
+        try:
+            result = mine(*args, **kwargs)
+        except (BadInput, jax.errors.JaxRuntimeError):  # a device's memory is no mistake
+            raise
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == place]
+            if kind == "model" or not lines:  # building a net says what is wrong with it
+                raise
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise BadInput(f"{what}, line {lines[-1]}: {why}") from error
+        hint = _returned(promise)
+        if hint is NoneType:
+            return result
+        try:
+            result = _arrays(result) if kind == "defense" else result
+            fault = _fault(hint, result)
+            given = names.bind(*args, **kwargs).arguments
+            fault = fault or _shape_fault(hook, result, given)
+        except TypeError as error:
+            fault = f" {error}"
+        if fault:
+            raise BadInput(f"{what}: the result of {hook}: {fault.lstrip(' .')}")
+        return result
+
+    return held
+
+
+@functools.cache
+def _returned(promise: Callable) -> Any:
+    return typing.get_type_hints(promise, include_extras=True).get("return", Any)
+
+
+def _arrays(result: Any) -> Any:
+    """What a defense reports, as arrays: a number may stand for one. Raises `TypeError` where a
+    part is neither.
+    """
+    if not isinstance(result, (Repaired, Verdict, Scores, Suspects, dict)):
+        return result
+
+    def one(path: Any, leaf: Any) -> jax.Array:
+        try:
+            return jax.numpy.asarray(leaf)
+        except (TypeError, ValueError, OverflowError):
+            name = jax.tree_util.keystr(path).lstrip(".")
+            raise TypeError(f"{name} {registry._word(leaf)} is not a number or an array") from None
+
+    return jax.tree_util.tree_map_with_path(one, result)
+
+
+def _fault(hint: Any, value: Any) -> str | None:
+    """As that of the registry, of what is traced and of the parts of a tuple too."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is list:
+        hint = Sequence[args]  # a tuple does as well
+    elif origin is tuple and isinstance(value, list):
+        value = tuple(value)
+    kinds = args if origin in (typing.Union, UnionType) else (hint,)
+    if isinstance(value, Tracer) and not {jax.Array, Any} & {*kinds}:
+        return f" {registry._word(value)} is not of class {getattr(hint, '__name__', hint)}"
+    if fault := registry._fault(hint, value, within=False):
+        return fault
+    if not isinstance(value, tuple):
+        return None
+    if not hasattr(value, "_fields"):
+        parts = (_fault(type(part), part) for part in value if hasattr(part, "_fields"))
+        return next(filter(None, parts), None)
+    known = typing.get_type_hints(type(value), include_extras=True)
+    faults = ((name, _fault(known[name], getattr(value, name))) for name in known)
+    return next((f".{name}{fault}" for name, fault in faults if fault), None)
+
+
+def _shape_fault(hook: str, result: Any, given: Mapping[str, Any]) -> str | None:
+    """What is wrong with the shapes of a result, whose letters `bdjax.types` says."""
+    wanted: dict[str, Any] = {}
+    if isinstance(result, Scores):
+        several = np.shape(given["x"])[:1]
+        wanted = {"score": several, "flagged": several, "boundary": ()}
+    elif isinstance(result, Suspects):
+        several = np.shape(given["data"].plan.label)
+        wanted = {"score": several, "removed": several}
+    elif isinstance(result, Verdict):
+        wanted = {"index": (), "infected": (), "flagged": (given["model"].classes,)}
+    elif hook in ("trigger", "stamp"):
+        wanted = {"": np.shape(given["x"])}
+    elif hook == "layers":
+        wanted = {"": (np.shape(given["x"])[0], given["classes"])}
+    for name, shape in wanted.items():
+        whole: Any = result
+        has = np.shape(getattr(whole, name) if name else whole)
+        if has != shape:
+            return f"{name or 'it'} has shape {list(has)}, not {list(shape)}"
+    return None

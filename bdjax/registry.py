@@ -259,6 +259,10 @@ def _register(kind: str, name: str) -> Callable[[type[T]], type[T]]:
             if unknown := set(values) - set(fields):
                 words = f"the preset '{preset}' sets '{min(unknown)}', which is no field"
                 raise BadInput(f"{kind} '{name}': {words}")
+        if plugin is not None:
+            from bdjax import plugins
+
+            plugins.hold(cls, kind, name)
         paragraph = (inspect.getdoc(cls) or "").partition("\n\n")[0]
         cite = _CITATION.search(" ".join(paragraph.split()))
         paper, year, arxiv = (

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import planted
 import pytest
@@ -325,7 +326,11 @@ MISTAKES = {
         r"required.py, line 8: model 'a': its field 'size' needs a default",
     ),
     "preset": (attack(body="presets = {'p': {'rat': 1}}"), "'p' sets 'rat', which is no field"),
-    "hint": (attack(body="x: 'Nowhere' = 1"), r"hint.py: attack 'a': NameError: name 'Nowhere'"),
+    "hint": (
+        attack(body="x: 'Nowhere' = 1\n    trigger = lambda self, x, key: x"),
+        r"hint.py: attack 'a': NameError: name 'Nowhere'",
+    ),
+    "idle": (attack(), r"idle.py, line 9: attack 'a' lacks what it does: define trigger\(self, x,"),
     "clash": (
         attack("'badnets'"),
         r"two attacks are called 'badnets': BadNets in .*badnets.py and A in .*clash.py; rename",
@@ -385,6 +390,118 @@ def test_a_plugin_that_is_none(here, command, given, words):
     shutil.copy(here / "toy_net.py", here / "sub")
     code, _, err = command("list", *given)
     assert code == 2 and re.search(words, err) and len(err.splitlines()) == 1, err
+
+
+SIGNATURES = {
+    "attack": ("Attack", "def trigger(self, x): return x", r"trigger\(self, x\) is to be trigger"),
+    "stamp": ("Attack", "def stamp(self, kind, x, key): return x", r"be stamp\(.*\*, train=True\)"),
+    "plan": ("Attack", "def plan(self, key, labels, classes): 0\n    stamp = max", "be plan"),
+    "model": ("Net", "def layers(self, x): return x", r"be layers\(self, x, train, classes\)"),
+    "dataset": (
+        "Source",
+        "def read(self, path): return 3",
+        r"read\(self, path\) is to be read\(self",
+    ),
+    "idle": ("Source", "", r"lacks what it does: define read\(self\)"),
+    "Training": (
+        "Training",
+        "def __call__(self, *a): return 1",
+        r"\(self, \*a\) is to be .*recipe",
+    ),
+    "Repair": ("Repair", "def __call__(self, key, net, variables, clean): return 1", "be __call__"),
+    "InputFilter": (
+        "InputFilter",
+        "def __call__(self, key, model, variables, clean): 0",
+        "clean, x",
+    ),
+    "SampleFilter": ("SampleFilter", "def __call__(self, *a): return 1", "variables, data"),
+    "Judge": ("Judge", "def once(self, key, model): return 1", "be once"),
+    "Inversion": ("Inversion", "", r"define once\(self, key, model"),
+    "hook": ("Judge", "def once(self, *a): return 1\n    def report(self): return {}", "be report"),
+}
+KIND = {"Attack": "attack", "Net": "model", "Source": "dataset"}
+
+
+def one_of(base: str, body: str) -> type:
+    """A stranger's class of a base of bdjax's, registered as 'odd'."""
+    kind = KIND.get(base, "defense")
+    space = {"bdjax": bdjax, "jnp": jnp, "np": np, "__name__": "odd"}
+    body = body or "pass"
+    exec(
+        compile(f"@bdjax.{kind}('odd')\nclass Odd(bdjax.{base}):\n    {body}\n", "odd.py", "exec"),
+        space,
+    )
+    return space["Odd"]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_method_that_is_called_otherwise_is_refused(own_names, name):
+    base, body, words = SIGNATURES[name]
+    with pytest.raises(bdjax.BadInput, match=f"{KIND.get(base, 'defense')} 'odd'.*{words}"):
+        one_of(base, body)
+    assert not registry.brought()
+
+
+CALLS = {
+    "Attack": "def trigger(self, x, key): {}",
+    "Net": "def layers(self, x, train, classes): {}",
+    "Source": "def read(self): {}",
+    "Training": "def __call__(self, key, model, recipe, data, clean): {}",
+    "Repair": "def __call__(self, key, model, variables, clean): {}",
+    "InputFilter": "def __call__(self, key, model, variables, clean, x): {}",
+    "SampleFilter": "def __call__(self, key, model, variables, data): {}",
+    "Judge": "def once(self, key, model, variables, clean): {}",
+    "Inversion": "def once(self, key, model, variables, clean): {}",
+}
+WRONG = {
+    "Attack": ["return x[:2]", "return x.sum()", "return 'x'"],
+    "Net": ["return x"],
+    "Source": [
+        "return 1, None, ()", "return bdjax.Split([1], [1]), None, ()",
+        "return bdjax.Split(np.full((3, 8, 8, 1), 9.0), np.arange(2)), None, ()",
+    ],
+    "Training": [
+        "return bdjax.Repaired(3, {})", "return bdjax.Repaired({'params': {'a': 'b'}}, {})",
+    ],
+    "Repair": [
+        "return variables", "return bdjax.Repaired(variables, None)",
+        "return bdjax.Repaired(variables, {'note': 'text'})",
+        "return bdjax.Repaired(variables, {'more': {'note': 'text'}})",
+    ],
+    "InputFilter": ["return bdjax.Scores(x, 0.5, x > 0, {})", "return x.mean((1, 2, 3))"],
+    "SampleFilter": ["return bdjax.Suspects(jnp.zeros(3), jnp.zeros(3, bool), {})"],
+    "Judge": [
+        "return bdjax.Verdict(1.0, True, jnp.zeros(3, bool), {})",
+        "return bdjax.Verdict(None, True, jnp.zeros(model.classes, bool), {})",
+    ],
+    "Inversion": ["return True"],
+}  # fmt: skip
+WAYS = ["return 3", "return None", "return jnp.zeros(3)", "return nowhere", "return {}['a']"]
+
+
+@pytest.mark.parametrize("base", CALLS)
+def test_what_a_method_does_wrong_is_one_line_that_names_it(own_names, base):
+    model = bdjax.build(bdjax.make("model", "ffnn", hidden=(4,)), (8, 8, 1), 4)
+    key = jax.random.key(0)
+    rows = bdjax.Split(np.full((40, 8, 8, 1), 9, np.uint8), np.arange(40, dtype=np.int32) % 4)
+    data = bdjax.Dataset("d", rows, rows[:8], rows[:8], 4)
+    recipe = bdjax.Recipe(epochs=1, batch=20)
+    attack = bdjax.make("attack", "badnets", size=2)
+    victim = bdjax.Victim(model, model.init(key), attack, recipe, key)
+
+    def run(made):
+        if base == "Attack":
+            return made.train(key, model, recipe, rows)
+        if base == "Net":
+            return bdjax.build(made, (8, 8, 1), 4)
+        return made.load() if base == "Source" else bdjax.judge(key, victim, made, data)
+
+    for way in WRONG[base] + WAYS:
+        made = one_of(base, CALLS[base].format(way))()
+        for call in (run,) if base in ("Net", "Source") else (run, jax.jit(run, static_argnums=0)):
+            with pytest.raises(bdjax.BadInput, match=r"odd|Odd") as error:
+                call(made)
+            assert "\n" not in str(error.value), way
 
 
 # --- The public face ---
