@@ -470,6 +470,9 @@ from bdjax.registry import attack
 @attack("same-name")
 class {name}(Attack):
     """Does nothing (Nobody et al., 2026)."""
+
+    def trigger(self, x, key):
+        return x
 '''
 
 
