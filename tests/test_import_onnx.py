@@ -250,6 +250,33 @@ def test_what_is_missing_is_named():
     assert reader.read(made.SerializeToString(), (8, 8, 3)).shape == (8, 8, 3)
 
 
+def written(path, nodes, initializers, **more):
+    path.write_bytes(graph(nodes, initializers, **more).SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("where", ["image", "constant"])
+def test_padding_with_a_value_is_exported(tmp_path, where):
+    pads = np.asarray([0, 0, 1, 1, 0, 0, -1, -1])
+    padded, ones = "x" if where == "image" else "c", np.ones((1, 3, 8, 8), np.float32)
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(ones)),
+        helper.make_node("Pad", [padded, "pads", "v"], ["b"]),
+        helper.make_node("Add", ["b", "x"], ["s"]),
+        *head("s", "w"),
+    ]
+    more = [("pads", pads), ("v", np.float32(0.5))]
+    path = written(tmp_path / "net.onnx", nodes, [WEIGHTS, *more], ir_version=9)
+    found = load_net(path, preprocess="0-1")
+    x = np.random.default_rng(0).random((2, *found.model.shape), np.float32)
+    np.testing.assert_array_equal(
+        found.model.apply(found.variables, x).logits,
+        found.model.apply(found.variables, jnp.asarray(x)).logits,
+    )
+    export(found.net, found.model, found.variables, found.about, tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
 # --- Every operator, against the cases that ONNX itself keeps ---
 
 REFUSED = (

@@ -171,6 +171,7 @@ def run(
     node as it is computed.
     """
     batch = image.shape[0]
+    image = jnp.asarray(image)  # of NumPy it would pass for numbers that the file knows
     known = {graph.input: see(graph.input, _placed(image, graph.layout))}
     known |= {name: Value(array) for name, array in graph.constants.items()}
     for node in graph.nodes:

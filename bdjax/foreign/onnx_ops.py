@@ -653,7 +653,7 @@ def pad(n: Node, x: Value, pads: Value | None = None, value: Value | None = None
     mode, lib = PAD_MODES[n.attr("mode", "constant")], numpy_of(x)
     if mode != "constant":
         return Value(lib.pad(array, edges, mode=mode), x.order)
-    fill = n.attr("value", 0.0) if value is None else plain(value).item()
+    fill = n.attr("value", 0.0) if value is None else _floats(value)[0]
     return Value(lib.pad(array, edges, constant_values=array.dtype.type(fill)), x.order)
 
 
@@ -862,8 +862,8 @@ def upsample(n: Node, x: Value, scales: Value | None = None) -> Value:
 def _floats(value: Value) -> list[float]:
     known = value.array if value.known is None else value.known
     if not isinstance(known, np.ndarray):
-        raise BadInput("a size depends on the image")
-    return [float(v) for v in known]
+        raise BadInput("a setting depends on the image")
+    return [float(v) for v in np.ravel(known)]
 
 
 def _interpolation(n: Node, length: int, out: int, scale: float) -> np.ndarray:
