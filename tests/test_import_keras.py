@@ -193,6 +193,25 @@ def test_code_is_refused_by_name(tmp_path):
         load_net(tmp_path / "rare.keras")
 
 
+@pytest.mark.parametrize("names", [None, ("z", "a")])
+def test_of_several_outputs_the_first_is_taken(tmp_path, names):
+    image = keras.Input((6, 6, 3))
+    flat = L.Flatten()(image)
+    ends = [L.Dense(4, name="one")(flat), L.Dense(2, name="two")(flat)]
+    both = keras.Model(image, dict(zip(names, ends)) if names else ends)
+    both.save(tmp_path / "net.keras")
+    found = load_net(tmp_path / "net.keras")
+    assert found.model.classes == 4 and "of 2 outputs the first, one" in found.lines
+    x = np.random.default_rng(0).random((2, 6, 6, 3), np.float32)
+    theirs = np.asarray(both(x)["z"] if names else both(x)[0])
+    assert np.abs(logits(found, x) - theirs).max() < 1e-5
+    again = keras.Input((6, 6, 3))
+    second = both(again)["a" if names else 1]
+    keras.Model(again, L.ReLU()(second)).save(tmp_path / "within.keras")
+    with pytest.raises(BadInput, match="named outputs" if names else "a further output"):
+        load_net(tmp_path / "within.keras")
+
+
 def test_weights_alone_need_an_architecture(tmp_path):
     net = keras.Sequential([
         keras.Input((28, 28, 1)), L.Conv2D(16, 5, activation="relu", name="conv_1"),

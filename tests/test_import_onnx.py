@@ -1,5 +1,7 @@
 """Nets of ONNX: equal to the original, looked into, trained, written back."""
 
+from pathlib import Path
+
 import foreign_nets
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from PIL import Image
 from bdjax import cli, datasets, load_model, load_net, save_net, testing
 from bdjax.exports import export, export_net
 from bdjax.foreign import onnx as reader
+from bdjax.foreign import runtime
 from bdjax.foreign.graph import ONNX, Node, Value, compute, plain
 from bdjax.models.graph import kernel_into
 from bdjax.train import Recipe, clean_set, fit
@@ -248,6 +251,20 @@ def test_what_is_missing_is_named():
     with pytest.raises(BadInput, match=r"leaves the size of its images open .*--size"):
         reader.read(made.SerializeToString())
     assert reader.read(made.SerializeToString(), (8, 8, 3)).shape == (8, 8, 3)
+
+
+def test_a_class_number_is_no_logit():
+    nodes = [*head("x", "w"), helper.make_node("ArgMax", ["y"], ["best"], axis=1, keepdims=0)]
+    made = graph(nodes, [WEIGHTS])
+    best = helper.make_tensor_value_info("best", TensorProto.INT64, None)
+    made.graph.output.insert(0, best)
+    found = reader.read(made.SerializeToString())
+    assert found.classes == 4 and "of 2 outputs" in found.notes[0]
+    _, outputs = runtime.original(Path(), made.SerializeToString(), "onnx", "NCHW")
+    assert outputs(np.zeros((2, 8, 8, 3))).shape == (2, 4)
+    del made.graph.output[1]
+    with pytest.raises(BadInput, match="a class number: export it with its logits"):
+        reader.read(made.SerializeToString())
 
 
 def written(path, nodes, initializers, **more):

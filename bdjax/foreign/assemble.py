@@ -172,6 +172,8 @@ def _traced(graph: Graph) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
         if left := sorted(node.attrs.left - HARMLESS):  # type: ignore[attr-defined]
             raise BadInput(f"{node.op} '{node.name}': its attribute {left[0]} is not known here")
     mesh.fits("an image's activations", sum(4 * math.prod(s) for s in shapes.values()))
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise BadInput("the net's output is a class number: export it with its logits for output")
     found = {name: shape for name, shape in shapes.items() if floats[name] == jnp.float32}
     return found, tuple(out.shape)
 

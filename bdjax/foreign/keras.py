@@ -60,7 +60,7 @@ def read(path: Path, raw: bytes) -> Found:
     file = _zipped(path, raw) if raw[:2] == b"PK" else _h5(path, raw)
     build = _Builder(file)
     output = build.model(file.config, [])
-    nodes, notes, name = build.nodes, [], output.name
+    nodes, notes, name = build.nodes, build.notes, output.name
     last = next((node for node in reversed(nodes) if name in node.outputs), None)
     if last is not None and last.op in ("Softmax", "LogSoftmax", "Sigmoid"):
         notes.append(f"the logits are what the last {last.op} reads")
@@ -305,6 +305,7 @@ class _Builder:
         self.moved: dict[str, Order] = {}
         self.image: tuple[int, int, int] | None = None
         self.pixels: Pixels | None = None
+        self.notes: list[str] = []
         self.within: list[Described] = []
         self.names: set[str] = set()
 
@@ -361,6 +362,10 @@ class _Builder:
         outputs = _ends(config.get("output_layers"))
         if not outputs or outputs[0] not in known:
             raise BadInput("its description is damaged: the output is none of its layers")
+        if len(outputs) > 1 and self.within and isinstance(config["output_layers"], dict):
+            raise BadInput(f"'{shown(self.within[-1].name)}' has named outputs: not known here")
+        if len(outputs) > 1 and not self.within:
+            self.notes.append(f"of {len(outputs)} outputs the first, {shown(outputs[0][0])}")
         return known[outputs[0]]
 
     def input(self, shape: Any) -> Tensor:
@@ -521,7 +526,7 @@ def _call(node: Any) -> tuple[list[Any], dict[str, Any]]:
         args = _found(node.get("args", []))
         kwargs = _found(node.get("kwargs", {}))
     else:  # Keras 2
-        args = [_Ref(one[0], one[1]) for one in node]
+        args = [_ref(*one[:3]) for one in node]
         kwargs = {}
         for one in node:
             extra = one[3] if len(one) > 3 and isinstance(one[3], dict) else {}
@@ -537,17 +542,22 @@ class _Ref(NamedTuple):
     call: int
 
 
+def _ref(layer: str, call: int, which: int) -> _Ref:
+    if which:
+        raise BadInput(f"a further output of '{shown(layer)}' is read: not known here")
+    return _Ref(layer, call)
+
+
 def _old(value: Any) -> Any:
     if isinstance(value, list) and len(value) == 3 and isinstance(value[0], str):
-        return _Ref(value[0], value[1])
+        return _ref(*value)
     return value
 
 
 def _found(value: Any) -> Any:
     if isinstance(value, dict):
         if value.get("class_name") == "__keras_tensor__":
-            layer, call, _ = value["config"]["keras_history"]
-            return _Ref(layer, call)
+            return _ref(*value["config"]["keras_history"])
         return {k: _found(v) for k, v in value.items()}
     return [_found(v) for v in value] if isinstance(value, list) else value
 
@@ -575,7 +585,8 @@ def _ends(value: Any) -> list[tuple[str, int]]:
         return []
     if len(value) == 3 and isinstance(value[0], str):
         value = [value]
-    return [(str(one[0]), int(one[1])) for one in value if isinstance(one, list) and len(one) > 1]
+    found = [_ref(*one) for one in value if isinstance(one, list) and len(one) == 3]
+    return [(str(one.layer), int(one.call)) for one in found]
 
 
 def _shape(config: Mapping[str, Any]) -> Any:

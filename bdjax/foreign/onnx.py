@@ -37,7 +37,7 @@ def read(raw: bytes, size: Sequence[int] | None = None) -> Found:
         names = ", ".join(value.name for value in given) or "none"
         raise BadInput(f"the net has {len(given)} inputs ({names}): an image classifier has one")
     nodes, constants = _nodes(graph.node, arrays, _opset(model))
-    output, nodes, notes = _logits(nodes, [value.name for value in graph.output])
+    output, nodes, notes = _logits(nodes, graph.output)
     nodes = needed(_strided(_aliased(nodes, output), arrays, constants), [output])
     image = _image(given[0], size, nodes)
     aside = _pixel_constants(nodes, image.name, {**arrays, **constants})
@@ -369,12 +369,16 @@ def _strided(
     return tuple(found)
 
 
-def _logits(nodes: Sequence[Node], outputs: Sequence[str]) -> tuple[str, list[Node], list[str]]:
-    """The value that holds the logits: what a last softmax reads. A last sigmoid is left as it is;
-    `assembled` looks at its shape.
+def _logits(nodes: Sequence[Node], outputs: Sequence[Any]) -> tuple[str, list[Node], list[str]]:
+    """The value that holds the logits: what a last softmax reads, of several outputs the first that
+    is no class number. A last sigmoid is left as it is; `assembled` looks at its shape.
     """
-    makers, output = {name: node for node in nodes for name in node.outputs}, outputs[0]
-    notes = [f"of {len(outputs)} outputs the first, {shown(output)}"] if len(outputs) > 1 else []
+    makers = {name: node for node in nodes for name in node.outputs}
+    whole = (2, 3, 4, 5, 6, 7, 9, 12, 13)  # integers and bool
+    real = [value.name for value in outputs if value.type.tensor_type.elem_type not in whole]
+    output = (real or [outputs[0].name])[0]
+    first = "first" if output == outputs[0].name else "first that is no class number"
+    notes = [f"of {len(outputs)} outputs the {first}, {shown(output)}"] if len(outputs) > 1 else []
     while (node := makers.get(output)) is not None and node.op in ("Identity", "Cast", "Dropout"):
         output = node.inputs[0]
     if node is not None and node.op in ("Softmax", "LogSoftmax", "Sigmoid"):

@@ -44,6 +44,8 @@ def _onnxruntime(raw: bytes, layout: str) -> tuple[str, Outputs]:
     names = {
         "tensor(uint8)": np.uint8, "tensor(double)": np.float64, "tensor(float16)": np.float16,
     }  # fmt: skip
+    types = [one.type for one in session.get_outputs()]  # the reader leaves class numbers away
+    taken = next((i for i, one in enumerate(types) if "int" not in one and "bool" not in one), 0)
     fixed = given.shape[0] if isinstance(given.shape[0], int) else None
 
     def outputs(x: np.ndarray) -> np.ndarray:
@@ -57,7 +59,7 @@ def _onnxruntime(raw: bytes, layout: str) -> tuple[str, Outputs]:
         for i in range(0, len(x), size):
             part = x[i : i + size]
             full = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
-            parts.append(np.asarray(session.run(None, {given.name: full})[0])[: len(part)])
+            parts.append(np.asarray(session.run(None, {given.name: full})[taken])[: len(part)])
         return np.concatenate(parts).reshape(len(x), -1)
 
     return f"onnxruntime {onnxruntime.__version__}", outputs
@@ -82,7 +84,10 @@ def _keras(path: Path) -> tuple[str, Outputs] | None:
 
     def outputs(x: np.ndarray) -> np.ndarray:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return np.asarray(model(x, training=False)).reshape(len(x), -1)
+            made = model(x, training=False)
+        while isinstance(made, (dict, list, tuple)):  # the reader takes the first
+            made = next(iter(made.values() if isinstance(made, dict) else made))
+        return np.asarray(made).reshape(len(x), -1)
 
     return f"keras {program.__version__}", outputs
 
