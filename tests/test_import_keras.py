@@ -212,6 +212,19 @@ def test_of_several_outputs_the_first_is_taken(tmp_path, names):
         load_net(tmp_path / "within.keras")
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_transposed_convolution_whose_kernel_is_smaller_than_its_stride(tmp_path, padding):
+    model = keras.Sequential([
+        keras.Input((5, 4, 2)), L.Conv2DTranspose(3, (2, 3), strides=(3, 1), padding=padding),
+        L.Conv2DTranspose(2, (1, 2), strides=(2, 4), padding=padding),
+        L.Conv2DTranspose(2, (4, 3), strides=(1, 2), padding=padding), L.Flatten(), L.Dense(3),
+    ])  # fmt: skip
+    model.save(tmp_path / "net.keras")
+    found = load_net(tmp_path / "net.keras")
+    x = np.random.default_rng(0).random((2, 5, 4, 2), np.float32)
+    assert np.abs(logits(found, x) - outputs(model, x)).max() < 1e-5
+
+
 def test_weights_alone_need_an_architecture(tmp_path):
     net = keras.Sequential([
         keras.Input((28, 28, 1)), L.Conv2D(16, 5, activation="relu", name="conv_1"),

@@ -679,7 +679,11 @@ def conv2d_transpose(b: _Builder, layer: Described, x: Tensor) -> Tensor:
     kernel, *bias = b.arrays(layer)
     inputs = [x.name, b.weight(layer, kernel, "kernel", (2, 3, 1, 0))]
     inputs += [b.weight(layer, one, "bias") for one in bias]
-    out = Tensor(b.emit("ConvTranspose", inputs, _linear(layer), **_convolution(layer.config)), 4)
+    how = _convolution(layer.config)
+    reach = [(n - 1) * d + 1 for n, d in zip(b.file.arrays[kernel].shape, how["dilations"])]
+    beyond = [max(s - r, 0) for s, r in zip(how["strides"], reach)]  # a stride leaves zeros behind
+    how |= {"output_padding": beyond} if any(beyond) else {}
+    out = Tensor(b.emit("ConvTranspose", inputs, _linear(layer), **how), 4)
     return b.activated(out, layer.config.get("activation"), layer.name)
 
 
