@@ -253,6 +253,20 @@ def test_what_is_missing_is_named():
     assert reader.read(made.SerializeToString(), (8, 8, 3)).shape == (8, 8, 3)
 
 
+def test_weights_of_one_number_without_axes(tmp_path):
+    nodes = [
+        helper.make_node("PRelu", ["x", "slope"], ["a"]),
+        helper.make_node("Flatten", ["a"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w", "bias"], ["y"]),
+    ]
+    one = [WEIGHTS, ("slope", np.float32(0.2)), ("bias", np.float32(0.5))]
+    path = written(tmp_path / "net.onnx", nodes, one, ir_version=9)
+    found = load_net(path, preprocess="0-1")
+    save_net(tmp_path / "net", found)
+    export_net(tmp_path / "net", tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+
+
 def test_a_class_number_is_no_logit():
     nodes = [*head("x", "w"), helper.make_node("ArgMax", ["y"], ["best"], axis=1, keepdims=0)]
     made = graph(nodes, [WEIGHTS])

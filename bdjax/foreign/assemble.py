@@ -131,7 +131,7 @@ def variables_of(graph: Graph, arrays: Mapping[str, np.ndarray]) -> Variables:
         array = arrays[name] if weight.order is None else arrays[name].transpose(weight.order)
         kind, layer, leaf = weight.path
         home = found.setdefault(kind, {}).setdefault(layer, {})
-        home[leaf] = jnp.asarray(np.ascontiguousarray(array, np.float32))
+        home[leaf] = jnp.asarray(array, jnp.float32)
     return found
 
 
