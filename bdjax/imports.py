@@ -277,11 +277,9 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _images(model: Model, data: Dataset | None) -> np.ndarray:
-    """Given images, or random ones, in [0, 1]."""
-    if data is not None:
-        return np.asarray(unit(data.test.image[:IMAGES]))
-    draw = np.random.default_rng(0)
-    return draw.random((IMAGES, *model.shape), np.float32)
+    """Given images, or random ones, in [0, 1]: whole pixels, for nets that read bytes."""
+    drawn = np.random.default_rng(0).integers(0, 256, (IMAGES, *model.shape), np.uint8)
+    return np.asarray(unit(drawn if data is None else data.test.image[:IMAGES]))
 
 
 def _outputs(found: _Read, x: Any, net: Any = None) -> np.ndarray:

@@ -222,6 +222,17 @@ def test_a_net_that_reads_bytes_takes_them():
     assert reader.read(raw).pixels.scale == 255
 
 
+def test_bytes_are_whole_pixels(tmp_path):
+    nodes = [
+        helper.make_node("Cast", ["x"], ["a"], to=1),
+        helper.make_node("Div", ["a", "c"], ["b"]),
+        *head("b", "w"),
+    ]
+    kind = {"kind": TensorProto.UINT8, "ir_version": 9}
+    path = written(tmp_path / "net.onnx", nodes, [WEIGHTS, ("c", np.float32(255))], **kind)
+    assert load_net(path).about["origin"].error < 1e-5
+
+
 def test_the_meta_data_of_images_is_read():
     made = graph(head("x", "w"), [WEIGHTS])
     for key, value in (("Image.BitmapPixelFormat", "Bgr8"),

@@ -53,7 +53,8 @@ def _onnxruntime(raw: bytes, layout: str) -> tuple[str, Outputs]:
             x = x.transpose(0, 3, 1, 2)
         if layout == "CHW":
             x = x.reshape(len(x), -1)
-        x = np.ascontiguousarray(x, names.get(given.type, np.float32))
+        kind = names.get(given.type, np.float32)
+        x = np.ascontiguousarray(np.rint(x) if kind is np.uint8 else x, kind)
         size = fixed or len(x)
         parts = []
         for i in range(0, len(x), size):
