@@ -28,8 +28,10 @@ from bdjax.registry import door
 from bdjax.train import predict, unit
 from bdjax.types import BadInput, Dataset, Model, Share, Split, Variables, check_images, shown
 
-ERROR = 1e-4
-"""The largest difference, over the largest |logit|, of nets that are the same."""
+ERROR, HALF = 1e-4, 1e-2
+"""The largest difference, over the largest |logit|, of nets that are the same; and of those whose
+file computes in 16 bits, which bdjax does in 32.
+"""
 POINT = 0.01
 """How far an accuracy may be from the one that it should be."""
 IMAGES, TRIED = 16, 500
@@ -58,6 +60,7 @@ class _Read(NamedTuple):
     raw: bytes
     layout: str = ""
     triggered: Split | None = None
+    half: bool = False
 
 
 @door
@@ -149,7 +152,11 @@ def _read(path: Path, arch: str | Net | None, given: Pixels | None, size: Any) -
         f"{kind}, {made}: {len(graph.nodes)} operators, {layers} layers with weights",
         *found.notes,
     )
-    return _Read(net, model, found.variables, origin, taken, lines, raw, graph.layout)
+    if found.half:
+        lines += (f"it computes in 16 bits, here in 32: up to {HALF} apart it is the same",)
+    return _Read(
+        net, model, found.variables, origin, taken, lines, raw, graph.layout, half=found.half
+    )
 
 
 def _bare(
@@ -238,12 +245,12 @@ def _proved(
     if other is not None:
         name, outputs = other
         given = np.asarray(found.pixels.of(jnp.asarray(x)))
-        error = runtime.difference(ours, outputs(given), origin.last)
-        lines.append(_same(error, f"of {name}", len(x)))
+        error = runtime.difference(ours, outputs(given), origin.last, found.half)
+        lines.append(_same(error, f"of {name}", len(x), found.half))
         by, errors, images = [name], [error], len(x)
     if logits is not None:
         error, images = _reference(found, own.at_home(logits))
-        lines.append(_same(error, f"in {logits}", images))
+        lines.append(_same(error, f"in {logits}", images, found.half))
         by, errors = [*by, "logits"], [*errors, error]
     metrics_: dict[str, float] = {}
     if data is not None:
@@ -300,11 +307,12 @@ def _batched(found: _Read, x: np.ndarray, ours: np.ndarray) -> None:
         )
 
 
-def _same(error: float, where: str, images: int) -> str:
-    if not error <= ERROR:
+def _same(error: float, where: str, images: int, half: bool) -> str:
+    if not error <= (HALF if half else ERROR):
+        more = ", or computes too roughly in its 16 bits: export it in float32" * half
         raise BadInput(
             f"its logits differ from those {where} by {error:.1e} of the largest: it is not the "
-            "same net, or takes other pixels (--preprocess)"
+            f"same net, or takes other pixels (--preprocess){more}"
         )
     return f"its logits are those {where}: {error:.1e} of the largest apart, {images} images"
 

@@ -225,6 +225,18 @@ def test_a_transposed_convolution_whose_kernel_is_smaller_than_its_stride(tmp_pa
     assert np.abs(logits(found, x) - outputs(model, x)).max() < 1e-5
 
 
+def test_a_model_in_16_bits_is_held_to_what_they_can(tmp_path):
+    how = {"dtype": "mixed_float16"}
+    model = keras.Sequential([
+        keras.Input((8, 8, 3)), L.Conv2D(8, 3, **how), L.Flatten(**how),
+        L.Dense(4, activation="softmax", **how),
+    ])  # fmt: skip
+    model.save(tmp_path / "net.keras")
+    found = load_net(tmp_path / "net.keras")
+    assert 1e-4 < found.about["origin"].error < 1e-2
+    assert "it computes in 16 bits" in " ".join(found.lines)
+
+
 def test_weights_alone_need_an_architecture(tmp_path):
     net = keras.Sequential([
         keras.Input((28, 28, 1)), L.Conv2D(16, 5, activation="relu", name="conv_1"),

@@ -233,6 +233,25 @@ def test_bytes_are_whole_pixels(tmp_path):
     assert load_net(path).about["origin"].error < 1e-5
 
 
+def test_a_net_in_16_bits_is_held_to_what_they_can(tmp_path):
+    nodes = [
+        helper.make_node("Cast", ["x"], ["a"], to=TensorProto.FLOAT16),
+        helper.make_node("Flatten", ["a"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "h"], ["z"]),
+        helper.make_node("Softmax", ["z"], ["p"]),
+        helper.make_node("Cast", ["p"], ["y"], to=TensorProto.FLOAT),
+    ]
+    values = np.float16(WEIGHTS[1] * 0.3)
+    path = written(tmp_path / "net.onnx", nodes, [("h", values)], ir_version=9)
+    found = load_net(path)
+    assert 1e-4 < found.about["origin"].error < 1e-2
+    assert "it computes in 16 bits" in " ".join(found.lines)
+    with pytest.raises(BadInput, match="export it in float32"):
+        x = np.zeros((2, 8, 8, 3), np.float32)
+        np.savez(tmp_path / "other.npz", image=x, logits=np.ones((2, 4), np.float32))
+        load_net(path, logits=tmp_path / "other.npz")
+
+
 def test_the_meta_data_of_images_is_read():
     made = graph(head("x", "w"), [WEIGHTS])
     for key, value in (("Image.BitmapPixelFormat", "Bgr8"),

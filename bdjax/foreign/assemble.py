@@ -56,7 +56,7 @@ class Unsized(BadInput):
 
 class Found(NamedTuple):
     """A net of a file. `pixels`: what the file says of them, None where it says nothing; `notes`:
-    lines to be said; `about`: facts of the file, by name.
+    lines to be said; `about`: facts of the file, by name; `half`: whether it computes in 16 bits.
     """
 
     net: Any
@@ -66,6 +66,7 @@ class Found(NamedTuple):
     pixels: Pixels | None = None
     notes: tuple[str, ...] = ()
     about: Mapping[str, str] = {}
+    half: bool = False
 
 
 def assembled(

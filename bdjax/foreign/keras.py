@@ -74,7 +74,7 @@ def read(path: Path, raw: bytes) -> Found:
     graph_arrays = {k: _of_file(file.arrays[k], build.moved.get(k)) for k in weights}
     found = assembled(parts, graph_arrays, build.pixels)
     about = {"made by": f"Keras {file.version}"}
-    return found._replace(notes=(*notes, *found.notes), about=about)
+    return found._replace(notes=(*notes, *found.notes), about=about, half=build.half)
 
 
 def _of_file(array: np.ndarray, moved: Order | None) -> np.ndarray:
@@ -306,6 +306,7 @@ class _Builder:
         self.image: tuple[int, int, int] | None = None
         self.pixels: Pixels | None = None
         self.notes: list[str] = []
+        self.half = False
         self.within: list[Described] = []
         self.names: set[str] = set()
 
@@ -386,6 +387,7 @@ class _Builder:
             out = self.model(config, [args[0][0] if isinstance(args[0], list) else args[0]])
             self.within.pop()
             return out
+        self.half |= "float16" in str(layer.config.get("dtype"))  # or mixed_float16, bfloat16
         if (fn := LAYERS.get(layer.kind)) is None:
             raise BadInput(
                 f"the layer {shown(layer.kind)} ('{shown(layer.name)}') is not known here"

@@ -49,7 +49,10 @@ def read(raw: bytes, size: Sequence[int] | None = None) -> Found:
     parts = Parts(nodes, image.name, image.layout, output, image.shape, weights, kept, image.batch)
     whole = {**arrays, **constants}
     found = assembled(parts, {name: whole[name] for name in weights}, pixels)
-    return found._replace(notes=(*notes, *found.notes), about=_about(model))
+    half = {given[0].type.tensor_type.elem_type, *(n.attr("to") for n in nodes if n.op == "Cast")}
+    return found._replace(
+        notes=(*notes, *found.notes), about=_about(model), half=not half.isdisjoint((10, 16))
+    )
 
 
 def fill(raw: bytes, values: Mapping[str, np.ndarray]) -> bytes:

@@ -99,19 +99,22 @@ its probabilities are nearly alike, as before any training.
 """
 
 
-def difference(ours: np.ndarray, theirs: np.ndarray, last: str) -> float:
+def difference(ours: np.ndarray, theirs: np.ndarray, last: str, half: bool = False) -> float:
     """The largest difference of logits `[N, K]` over the largest |logit|; of outputs after a
     softmax or a sigmoid, `last`, those of their logarithms, which differ by a constant a row.
+    Those that are so near 0 or 1 that they are mere rounding, earlier with `half`, are left out.
     """
+    theirs = theirs.astype(np.float32)
+    least = (1e-2 if last == "Sigmoid" else 1e-4) if half else 1e-6
     if last == "Sigmoid" or theirs.shape[1] == 1:
         ours = ours[:, -theirs.shape[1] :]
         if last == "Sigmoid":
-            kept = (theirs > 1e-6) & (theirs < 1 - 1e-6)
-            safe = np.clip(theirs, 1e-6, 1 - 1e-6)
+            kept = (theirs > least) & (theirs < 1 - least)
+            safe = np.clip(theirs, least, 1 - least)
             ours, theirs = (np.where(kept, one, 0) for one in (ours, np.log(safe / (1 - safe))))
     elif last:
-        kept = theirs > (-14 if last == "LogSoftmax" else 1e-6)
-        theirs = theirs if last == "LogSoftmax" else np.log(np.maximum(theirs, 1e-6))
+        kept = theirs > (-14 if last == "LogSoftmax" else least)
+        theirs = theirs if last == "LogSoftmax" else np.log(np.maximum(theirs, least))
         best = np.asarray(metrics.labels(jnp.asarray(theirs)))[:, None]
         ours, theirs = (
             np.where(kept, one - np.take_along_axis(one, best, 1), 0) for one in (ours, theirs)
