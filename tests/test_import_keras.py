@@ -237,6 +237,27 @@ def test_a_model_in_16_bits_is_held_to_what_they_can(tmp_path):
     assert "it computes in 16 bits" in " ".join(found.lines)
 
 
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+@pytest.mark.parametrize(
+    "shape, size", [((None, None, 3), (6, 5, 3)), ((90,), (6, 5, 3)), ((6, 5), (6, 5, 1))]
+)
+def test_the_size_of_images_is_given_where_a_model_leaves_it_open(tmp_path, ending, shape, size):
+    first = [L.GlobalAveragePooling2D()] if None in shape else [L.Flatten()]
+    model = keras.Sequential([keras.Input(shape), *first, L.Dense(4)])
+    path = tmp_path / f"net{ending}"
+    model.save(path)
+    found = load_net(path, preprocess="0-1", size=size)
+    x = np.random.default_rng(0).random((2, *size), np.float32)
+    theirs = outputs(model, x if None in shape else x.reshape(2, *shape))
+    assert np.abs(logits(found, x) - theirs).max() < 1e-5
+    export(found.net, found.model, found.variables, found.about, tmp_path / f"again{ending}")
+    if shape == (6, 5):
+        assert load_net(path).model.shape == size
+    else:
+        with pytest.raises(BadInput, match="give --size H W C"):
+            load_net(path)
+
+
 def test_weights_alone_need_an_architecture(tmp_path):
     net = keras.Sequential([
         keras.Input((28, 28, 1)), L.Conv2D(16, 5, activation="relu", name="conv_1"),

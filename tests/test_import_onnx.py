@@ -252,6 +252,17 @@ def test_a_net_in_16_bits_is_held_to_what_they_can(tmp_path):
         load_net(path, logits=tmp_path / "other.npz")
 
 
+def test_images_without_an_axis_for_their_one_channel(tmp_path):
+    nodes = [helper.make_node("Identity", ["x"], ["a"]), *head("a", "w")]
+    shape = {"shape": ("n", 12, 16), "ir_version": 9}
+    path = written(tmp_path / "net.onnx", nodes, [WEIGHTS], **shape)
+    for size in (None, (12, 16, 1)):
+        found = load_net(path, preprocess="0-1", size=size)
+        assert found.model.shape == (12, 16, 1) and found.about["origin"].error < 1e-5
+    with pytest.raises(BadInput, match="takes images of 12×16×1, not of 12×16×3"):
+        load_net(path, size=(12, 16, 3))
+
+
 def test_the_meta_data_of_images_is_read():
     made = graph(head("x", "w"), [WEIGHTS])
     for key, value in (("Image.BitmapPixelFormat", "Bgr8"),

@@ -69,6 +69,30 @@ class Found(NamedTuple):
     half: bool = False
 
 
+def image_shape(sides: Sequence[int | None], size: Sequence[int] | None) -> tuple[int, int, int]:
+    """The size of the images that a file describes by `sides`, in which None is open: height, width
+    and channels, height and width of grey ones, or how many numbers are in a row. What it leaves
+    open comes from `size`.
+    """
+    if len(sides) == 1:
+        if size is None:
+            raise Unsized(
+                f"the net takes rows of {sides[0]} numbers: give --size H W C of its images"
+            )
+        if sides[0] not in (None, math.prod(size)):
+            asked = "×".join(map(str, size))
+            raise BadInput(f"the net takes rows of {sides[0]} numbers, not images of {asked}")
+        return tuple(size)  # type: ignore[return-value]
+    found = [*sides, 1][:3]
+    known = "×".join("?" if side is None else str(side) for side in found)
+    if size is not None and any(side not in (None, s) for side, s in zip(found, size)):
+        raise BadInput(f"the net takes images of {known}, not of {'×'.join(map(str, size))}")
+    found = found if size is None else size
+    if None in found or min(found) < 1:  # type: ignore[type-var]
+        raise Unsized(f"the file leaves the size of its images open ({known}): give --size H W C")
+    return tuple(found)  # type: ignore[return-value]
+
+
 def assembled(
     parts: Parts, arrays: Mapping[str, np.ndarray], pixels: Pixels | None = None
 ) -> Found:

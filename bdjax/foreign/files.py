@@ -64,7 +64,7 @@ def read(path: Path, raw: bytes, kind: Format, size: Any) -> Found | Bare:
     if kind == "onnx":
         return onnx.read(raw, size)
     if kind == "keras" or (kind == "h5" and _whole(raw)):
-        return keras.read(path, raw)
+        return keras.read(path, raw, size)
     if kind == "h5":
         arrays, real = keras.bare(path, raw)
         return Bare(arrays, "keras", {}, real)

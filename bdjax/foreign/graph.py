@@ -87,8 +87,8 @@ class Weight(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """What a file computes. `layout`: how the image `input` stands there: NCHW, NHWC, or CHW or HWC
-    in one row. `sites`: the names by which defenses know a value.
+    """What a file computes. `layout`: how the image `input` stands there: NCHW, NHWC, HW without
+    its one channel, or CHW or HWC in one row. `sites`: the names by which defenses know a value.
     """
 
     nodes: tuple[Node, ...]
@@ -204,6 +204,8 @@ def _placed(image: jax.Array, layout: str) -> Value:
         return Value(image, (0, 2, 3, 1))
     if layout == "NHWC":
         return Value(image)
+    if layout == "HW":
+        return Value(image[..., 0])
     image = image if layout == "HWC" else image.transpose(0, 3, 1, 2)
     return Value(image.reshape(image.shape[0], -1))
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdjax import schema
-from bdjax.foreign.assemble import Found, Parts, assembled
+from bdjax.foreign.assemble import Found, Parts, assembled, image_shape
 from bdjax.foreign.graph import Node, Order
 from bdjax.foreign.pixels import Pixels
 from bdjax.foreign.sites import needed
@@ -55,8 +55,8 @@ class File(NamedTuple):
 # --- Reading ---
 
 
-def read(path: Path, raw: bytes) -> Found:
-    """The net in a file of Keras."""
+def read(path: Path, raw: bytes, size: Sequence[int] | None = None) -> Found:
+    """The net in a file of Keras; `size`: (H, W, C) where the file leaves it open."""
     file = _zipped(path, raw) if raw[:2] == b"PK" else _h5(path, raw)
     build = _Builder(file)
     output = build.model(file.config, [])
@@ -69,8 +69,9 @@ def read(path: Path, raw: bytes) -> Found:
     read_ = {name for node in nodes for name in node.inputs}
     constants = {k: v for k, v in build.constants.items() if k in read_}
     weights = {k: v for k, v in build.weights.items() if k in read_}
-    assert build.image is not None
-    parts = Parts(nodes, "image", "NCHW", name, build.image, weights, constants)
+    assert build.sides is not None
+    layout = {1: "HWC", 2: "HW", 3: "NCHW"}[len(build.sides)]
+    parts = Parts(nodes, "image", layout, name, image_shape(build.sides, size), weights, constants)
     graph_arrays = {k: _of_file(file.arrays[k], build.moved.get(k)) for k in weights}
     found = assembled(parts, graph_arrays, build.pixels)
     about = {"made by": f"Keras {file.version}"}
@@ -303,7 +304,7 @@ class _Builder:
         self.weights: dict[str, tuple[str, str, Order | None]] = {}
         self.constants: dict[str, np.ndarray] = {}
         self.moved: dict[str, Order] = {}
-        self.image: tuple[int, int, int] | None = None
+        self.sides: list[int | None] | None = None
         self.pixels: Pixels | None = None
         self.notes: list[str] = []
         self.half = False
@@ -370,14 +371,14 @@ class _Builder:
         return known[outputs[0]]
 
     def input(self, shape: Any) -> Tensor:
-        if not isinstance(shape, list) or len(shape) != 4 or None in shape[1:]:
+        if not isinstance(shape, list) or len(shape) not in (2, 3, 4):
             raise BadInput(f"the model's input has shape {shown(shape)}: not one of images")
-        if self.image is not None:
+        if self.sides is not None:
             raise BadInput("the model has several inputs: an image classifier has one")
-        if not all(isinstance(n, int) and 0 < n < 1 << 16 for n in shape[1:]):
+        if not all(n is None or (type(n) is int and 0 < n < 1 << 24) for n in shape[1:]):
             raise BadInput(f"the model's input has shape {shown(shape)}: not one of images")
-        self.image = tuple(shape[1:])  # type: ignore[assignment]
-        return Tensor("image", 4)
+        self.sides = shape[1:]
+        return Tensor("image", len(shape))
 
     def call(self, layer: Described, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """What a layer makes of its inputs."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdjax import schema
-from bdjax.foreign.assemble import Found, Parts, Unsized, assembled
+from bdjax.foreign.assemble import Found, Parts, assembled, image_shape
 from bdjax.foreign.graph import ONNX, Node, Value, compute, plain
 from bdjax.foreign.pixels import Pixels
 from bdjax.foreign.sites import ACTIVATIONS, LINEAR, NORMS, free, needed
@@ -407,33 +407,11 @@ def _image(value: Any, size: Sequence[int] | None, nodes: Sequence[Node]) -> _Im
     dims = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
     batch = dims[0] if dims else None
     whole = kind.elem_type == 2
-    if len(dims) == 2:
-        return _row(value.name, dims, size, whole)
-    if len(dims) != 4:
+    if len(dims) not in (2, 3, 4):
         raise BadInput(f"the input {shown(value.name)} has shape {dims}: not that of images")
-    layout = _layout(value.name, dims, nodes)
-    places = (2, 3, 1) if layout == "NCHW" else (1, 2, 3)
-    found = [dims[i] for i in places]
-    if size is not None:
-        if any(d not in (None, s) for d, s in zip(found, size)):
-            taken, asked = (
-                "×".join("?" if d is None else str(d) for d in s) for s in (found, size)
-            )
-            raise BadInput(f"the net takes images of {taken}, not of {asked}")
-        found = list(size)
-    if None in found or min(found) < 1:  # type: ignore[type-var]
-        known = "×".join("?" if d is None else str(d) for d in found)
-        raise Unsized(f"the file leaves the size of its images open ({known}): give --size H W C")
-    return _Image(value.name, layout, tuple(found), batch, whole)  # type: ignore[arg-type]
-
-
-def _row(name: str, dims: Sequence[int | None], size: Sequence[int] | None, whole: bool) -> _Image:
-    if size is None:
-        raise Unsized(f"the net takes rows of {dims[1]} numbers: give --size H W C of its images")
-    if dims[1] not in (None, int(np.prod(size))):
-        asked = "×".join(map(str, size))
-        raise BadInput(f"the net takes rows of {dims[1]} numbers, not images of {asked}")
-    return _Image(name, "CHW", tuple(size), dims[0], whole)  # type: ignore[arg-type]
+    layout = _layout(value.name, dims, nodes) if len(dims) == 4 else {2: "CHW", 3: "HW"}[len(dims)]
+    sides = [dims[i] for i in (2, 3, 1)] if layout == "NCHW" else dims[1:]
+    return _Image(value.name, layout, image_shape(sides, size), batch, whole)
 
 
 def _layout(name: str, dims: Sequence[int | None], nodes: Sequence[Node]) -> str:

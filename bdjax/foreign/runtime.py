@@ -25,10 +25,18 @@ def original(path: Path, raw: bytes, kind: Format, layout: str) -> tuple[str, Ou
         if kind == "onnx":
             return _onnxruntime(raw, layout)
         if kind in ("keras", "h5"):
-            return _keras(path)
+            return _keras(path, layout)
     except ImportError:
         return None
     return None
+
+
+def _placed(x: np.ndarray, layout: str) -> np.ndarray:
+    """Images as the file's input has them."""
+    if layout == "HW":
+        return x[..., 0]
+    x = x.transpose(0, 3, 1, 2) if layout in ("NCHW", "CHW") else x
+    return x.reshape(len(x), -1) if layout in ("CHW", "HWC") else x
 
 
 def _onnxruntime(raw: bytes, layout: str) -> tuple[str, Outputs]:
@@ -49,10 +57,7 @@ def _onnxruntime(raw: bytes, layout: str) -> tuple[str, Outputs]:
     fixed = given.shape[0] if isinstance(given.shape[0], int) else None
 
     def outputs(x: np.ndarray) -> np.ndarray:
-        if layout != "NHWC":
-            x = x.transpose(0, 3, 1, 2)
-        if layout == "CHW":
-            x = x.reshape(len(x), -1)
+        x = _placed(x, layout)
         kind = names.get(given.type, np.float32)
         x = np.ascontiguousarray(np.rint(x) if kind is np.uint8 else x, kind)
         size = fixed or len(x)
@@ -74,7 +79,7 @@ def keras() -> Any:
     return keras
 
 
-def _keras(path: Path) -> tuple[str, Outputs] | None:
+def _keras(path: Path, layout: str) -> tuple[str, Outputs] | None:
     program = keras()
     try:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -85,7 +90,8 @@ def _keras(path: Path) -> tuple[str, Outputs] | None:
 
     def outputs(x: np.ndarray) -> np.ndarray:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            made = model(x, training=False)
+            # its maps are NCHW in the graph alone
+            made = model(x if layout == "NCHW" else _placed(x, layout), training=False)
         while isinstance(made, (dict, list, tuple)):  # the reader takes the first
             made = next(iter(made.values() if isinstance(made, dict) else made))
         return np.asarray(made).reshape(len(x), -1)
