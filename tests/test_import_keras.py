@@ -258,6 +258,34 @@ def test_the_size_of_images_is_given_where_a_model_leaves_it_open(tmp_path, endi
             load_net(path)
 
 
+def test_what_is_not_known_is_not_called_damaged(tmp_path):
+    for layer, why in (
+        (L.Conv2D(4, 3, activation="glu"), "the activation function glu"),
+        (L.BatchNormalization(axis=1), "axis 1"),
+        (L.UpSampling2D(2, interpolation="bicubic"), "interpolation"),
+    ):
+        model = keras.Sequential([keras.Input((8, 8, 4)), layer, L.Flatten(), L.Dense(3)])
+        model.save(tmp_path / "net.keras")
+        with pytest.raises(BadInput, match=f"net.keras: {why}.* is not known here"):
+            load_net(tmp_path / "net.keras")
+
+
+def test_groups_are_normalised_with_and_without_weights(tmp_path):
+    group = L.GroupNormalization
+    model = keras.Sequential([
+        keras.Input((4, 4, 6)), group(2, scale=False), group(1, center=False), group(-1),
+        group(3, scale=False, center=False), group(1, scale=False), L.Reshape((16, 6)), group(2),
+        L.Flatten(), L.Dense(3),
+    ])  # fmt: skip
+    draw = np.random.default_rng(1)
+    model.set_weights([draw.normal(size=one.shape) for one in model.get_weights()])
+    model.save(tmp_path / "net.keras")
+    found = load_net(tmp_path / "net.keras")
+    x = draw.random((2, 4, 4, 6), np.float32)
+    theirs = outputs(model, x)
+    assert np.abs(logits(found, x) - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
 def test_weights_alone_need_an_architecture(tmp_path):
     net = keras.Sequential([
         keras.Input((28, 28, 1)), L.Conv2D(16, 5, activation="relu", name="conv_1"),

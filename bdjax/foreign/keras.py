@@ -397,6 +397,8 @@ class _Builder:
             raise BadInput(f"the layer '{shown(layer.name)}' has channels first: not known here")
         try:
             return fn(self, layer, *args, **kwargs) if kwargs else fn(self, layer, *args)
+        except BadInput:  # a ValueError, too
+            raise
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:100]
             raise BadInput(f"the layer '{shown(layer.name)}' is damaged ({why})") from error
@@ -725,11 +727,18 @@ def batch_normalization(b: _Builder, layer: Described, x: Tensor) -> Tensor:
         b.weight(layer, var, "var"),
     ]
     how = {"epsilon": config.get("epsilon", 1e-3), "momentum": config.get("momentum", 0.99)}
+    return _by_channels(b, "BatchNormalization", x, inputs, layer.name, **how)
+
+
+def _by_channels(
+    b: _Builder, op: str, x: Tensor, inputs: Sequence[str], name: str, **how: Any
+) -> Tensor:
+    """An operator that looks for the channels in axis 1, where those of rank 3 do not stand."""
     if x.rank != 3:
-        return Tensor(b.emit("BatchNormalization", [x.name, *inputs], layer.name, **how), x.rank)
-    turned = b.emit("Transpose", [x.name], f"{layer.name}.turned", perm=[0, 2, 1])
-    made = b.emit("BatchNormalization", [turned, *inputs], layer.name, **how)
-    return Tensor(b.emit("Transpose", [made], f"{layer.name}.back", perm=[0, 2, 1]), 3)
+        return Tensor(b.emit(op, [x.name, *inputs], name, **how), x.rank)
+    turned = b.emit("Transpose", [x.name], f"{name}.turned", perm=[0, 2, 1])
+    made = b.emit(op, [turned, *inputs], name, **how)
+    return Tensor(b.emit("Transpose", [made], f"{name}.back", perm=[0, 2, 1]), 3)
 
 
 def _last_axis(layer: Described, rank: int, without: str | None = None) -> None:
@@ -757,13 +766,20 @@ def layer_normalization(b: _Builder, layer: Described, x: Tensor) -> Tensor:
 @_layer("GroupNormalization")
 def group_normalization(b: _Builder, layer: Described, x: Tensor) -> Tensor:
     _last_axis(layer, x.rank)
-    scale, bias = b.arrays(layer)
-    groups = int(layer.config["groups"])
-    channels = b.file.arrays[scale].shape[0]
-    inputs = [x.name, b.weight(layer, scale, "scale"), b.weight(layer, bias, "bias")]
+    config, found = layer.config, b.arrays(layer)
+    groups = int(config["groups"])
+    channels = b.file.arrays[found[0]].shape[0] if found else 1
+    if groups == -1 and not found:
+        raise BadInput(f"groups of a channel without weights ('{layer.name}') are not known here")
     how = {"num_groups": channels if groups == -1 else groups}
-    how |= {"epsilon": layer.config.get("epsilon", 1e-3)}
-    return Tensor(b.emit("GroupNormalization", inputs, layer.name, **how), x.rank)
+    how |= {"epsilon": config.get("epsilon", 1e-3)}
+    inputs = [
+        b.weight(layer, found.pop(0), leaf)
+        if config.get(option, True)
+        else b.constant(np.full(channels, value, np.float32))
+        for option, leaf, value in (("scale", "scale", 1), ("center", "bias", 0))
+    ]
+    return _by_channels(b, "GroupNormalization", x, inputs, layer.name, **how)
 
 
 @_layer("PReLU")
