@@ -2,9 +2,10 @@
 was understood of it and with the proof that it is the same net. No code of a file is run.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,27 +100,38 @@ def load_net(
         found = _told(path, arch, given, dataset.load().shape)
     dataset = None if dataset is None else sized(dataset, found.model.shape)
     data = None if dataset is None else dataset.load()
-    if data is not None and found.model.shape != data.shape:
-        wanted, have = ("×".join(map(str, one)) for one in (found.model.shape, data.shape))
-        raise BadInput(f"{path} takes images of {wanted}, those of {data.name} are {have}")
-    return _proved(
-        path, found, dataset, data, logits, None if accuracy is None else float(accuracy)
-    )
+    with _of(path):
+        if data is not None and found.model.shape != data.shape:
+            wanted, have = ("×".join(map(str, one)) for one in (found.model.shape, data.shape))
+            raise BadInput(f"it takes images of {wanted}, those of {data.name} are {have}")
+        return _proved(
+            path, found, dataset, data, logits, None if accuracy is None else float(accuracy)
+        )
 
 
 # --- Reading ---
 
 
+@contextlib.contextmanager
+def _of(path: Path) -> Iterator[None]:
+    """What is wrong with a file names it."""
+    try:
+        yield
+    except BadInput as error:
+        named = str(path) in str(error)
+        raise type(error)(str(error) if named else f"{path}: {error}") from error
+
+
 def _told(path: Path, arch: str | Net | None, given: Pixels | None, size: Any) -> _Read:
     """As `_read`; whatever is wrong is one line that names the file."""
-    try:
-        return _read(path, arch, given, size)
-    except BadInput as error:
-        text = f"{path}: {error}" if str(path) not in str(error) else str(error)
-        raise type(error)(text) from error
-    except Exception as error:  # whatever a damaged file makes what reads it raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise BadInput(f"{path}: damaged, or not known here ({what})") from error
+    with _of(path):
+        try:
+            return _read(path, arch, given, size)
+        except BadInput:
+            raise
+        except Exception as error:  # whatever a damaged file makes what reads it raise
+            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise BadInput(f"damaged, or not known here ({what})") from error
 
 
 def _read(path: Path, arch: str | Net | None, given: Pixels | None, size: Any) -> _Read:

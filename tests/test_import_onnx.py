@@ -308,6 +308,22 @@ def test_weights_of_one_number_without_axes(tmp_path):
     assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
 
 
+def test_a_net_without_weights_or_classes_is_refused_in_a_line(tmp_path):
+    view = [helper.make_node("Flatten", ["x"], ["y"])]
+    path = written(tmp_path / "net.onnx", view, [], ir_version=9)
+    with pytest.raises(BadInput, match=r"net\.onnx: it has no weights"):
+        load_net(path)
+    none = [("w", np.zeros((192, 0), np.float32))]
+    written(path, head("x", "w"), none, ir_version=9)
+    with pytest.raises(BadInput, match=r"net\.onnx: .* \['batch', 0\]: not one of logits"):
+        load_net(path)
+    written(path, head("x", "w"), [WEIGHTS], ir_version=9)
+    np.savez(tmp_path / "other.npz", image=np.zeros((2, 8, 8, 3), np.float32),
+             logits=np.ones((2, 4), np.float32))  # fmt: skip
+    with pytest.raises(BadInput, match=r"net\.onnx: its logits differ"):
+        load_net(path, logits=tmp_path / "other.npz")
+
+
 def test_a_class_number_is_no_logit():
     nodes = [*head("x", "w"), helper.make_node("ArgMax", ["y"], ["best"], axis=1, keepdims=0)]
     made = graph(nodes, [WEIGHTS])

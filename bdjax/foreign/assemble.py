@@ -97,6 +97,8 @@ def assembled(
     parts: Parts, arrays: Mapping[str, np.ndarray], pixels: Pixels | None = None
 ) -> Found:
     """The net of a graph and its `arrays`, as they stand in the file."""
+    if not parts.weights:
+        raise BadInput("it has no weights: nothing in it was trained")
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise BadInput(f"the weights '{shown(name)}' are not finite: the file is damaged")
@@ -214,7 +216,7 @@ def _as_logits(
             f"the file fixes the number of its images at {fixed}: export it with a dynamic batch "
             "axis"
         )
-    if len(shape) < 2 or shape[0] != 2 or math.prod(shape[2:]) != 1:
+    if len(shape) < 2 or shape[0] != 2 or math.prod(shape[2:]) != 1 or shape[1] < 1:
         raise BadInput(f"the net's output has shape {['batch', *shape[1:]]}: not one of logits")
     output = graph.output
     for extra, when in (("Flatten", len(shape) > 2), ("Binary", shape[1] == 1)):
