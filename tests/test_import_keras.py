@@ -286,6 +286,16 @@ def test_groups_are_normalised_with_and_without_weights(tmp_path):
     assert np.abs(logits(found, x) - theirs).max() < 1e-4 * np.abs(theirs).max()
 
 
+def test_layers_of_one_name_at_two_depths(tmp_path):
+    inner = keras.Sequential([L.Dense(3, name="c"), L.ReLU()], name="q")
+    outer = keras.Sequential([L.Dense(3, name="c"), inner], name="p")
+    model = keras.Sequential([keras.Input((4, 4, 3)), outer, L.Flatten(), L.Dense(3, name="c")])
+    model.save(tmp_path / "net.h5")
+    found = load_net(tmp_path / "net.h5")
+    x = np.random.default_rng(0).random((2, 4, 4, 3), np.float32)
+    assert np.abs(logits(found, x) - outputs(model, x)).max() < 1e-5
+
+
 def test_weights_alone_need_an_architecture(tmp_path):
     net = keras.Sequential([
         keras.Input((28, 28, 1)), L.Conv2D(16, 5, activation="relu", name="conv_1"),

@@ -216,6 +216,27 @@ def test_a_last_softmax_is_left_away_and_pixels_are_read_from_the_graph():
     assert set(found.variables["params"]) == {"w"} or "c" not in str(found.variables["params"])
 
 
+@pytest.mark.parametrize("axis, classes", [(1, 4), (2, 24)])
+def test_a_last_softmax_goes_from_behind_views_too(tmp_path, axis, classes):
+    kernel = np.random.default_rng(0).normal(size=(4, 3, *((8, 8) if axis == 1 else (3, 8))))
+    nodes = [
+        helper.make_node("Conv", ["x", "k"], ["a"]),
+        helper.make_node("Softmax", ["a"], ["b"], axis=axis),
+        helper.make_node("Flatten", ["b"], ["y"]),
+    ]
+    made = [("k", np.float32(kernel))]
+    found = load_net(written(tmp_path / "net.onnx", nodes, made, ir_version=9))
+    assert found.model.classes == classes and found.about["origin"].error < 1e-4
+    assert found.about["origin"].last == ("Softmax" if axis == 1 else "")
+    x = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
+    ours = np.asarray(found.model.apply(found.variables, x).logits)
+    assert np.allclose(ours.sum(1), 1 if axis == 1 else 4) == (axis == 2)
+    nodes[2].output[0] = "p"
+    twice = [*nodes, helper.make_node("Softmax", ["p"], ["y"])]
+    found = load_net(written(tmp_path / "net.onnx", twice, made, ir_version=9))
+    assert np.asarray(found.model.apply(found.variables, x).logits).min() >= 0
+
+
 def test_a_net_that_reads_bytes_takes_them():
     nodes = [helper.make_node("Cast", ["x"], ["a"], to=1), *head("a", "w")]
     raw = graph(nodes, [WEIGHTS], kind=TensorProto.UINT8).SerializeToString()
@@ -322,6 +343,14 @@ def test_a_net_without_weights_or_classes_is_refused_in_a_line(tmp_path):
              logits=np.ones((2, 4), np.float32))  # fmt: skip
     with pytest.raises(BadInput, match=r"net\.onnx: its logits differ"):
         load_net(path, logits=tmp_path / "other.npz")
+
+
+def test_operators_out_of_order_and_one_called_params(tmp_path):
+    with pytest.raises(BadInput, match="reads 'z', which no operator before it makes"):
+        reader.read(graph(head("x", "w")[::-1], [WEIGHTS]).SerializeToString())
+    nodes = head("x", "w")
+    nodes[1].name = "params"
+    assert load_net(written(tmp_path / "net.onnx", nodes, [WEIGHTS], ir_version=9))
 
 
 def test_a_class_number_is_no_logit():

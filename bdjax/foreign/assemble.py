@@ -23,7 +23,7 @@ from bdjax.foreign.graph import (
 )
 from bdjax.foreign.net import Imported
 from bdjax.foreign.pixels import Pixels
-from bdjax.foreign.sites import NORMS, places
+from bdjax.foreign.sites import NORMS, VIEWS, places
 from bdjax.types import BadInput, Variables, shown
 
 HARMLESS = {
@@ -37,7 +37,7 @@ HARMLESS = {
 
 class Parts(NamedTuple):
     """What a reader found. `weights`: layer, leaf and order of each array that can be trained;
-    `batch`: the number of images that the file fixes.
+    `batch`: the number of images that the file fixes; `bare`: whether a last softmax is away.
     """
 
     nodes: Sequence[Node]
@@ -48,6 +48,7 @@ class Parts(NamedTuple):
     weights: Mapping[str, tuple[str, str, Order | None]]
     constants: Mapping[str, np.ndarray]
     batch: int | None = None
+    bare: bool = False
 
 
 class Unsized(BadInput):
@@ -112,12 +113,13 @@ def assembled(
     if parts.batch:
         graph = rebatched(graph, parts.batch)
     shapes, logits = _traced(graph)
+    graph, notes = (graph, ()) if parts.bare else _unsquashed(graph, shapes)
     graph, logits = _as_logits(graph, logits, parts.batch)
     dependent = _floating(graph, shapes)
     graph = graph._replace(classes=logits[1])
     graph = graph._replace(sites=places(graph, dependent))
     net = Imported(written(graph), pixels or Pixels())
-    return Found(net, variables_of(graph, arrays), parts.shape, graph.classes, pixels)
+    return Found(net, variables_of(graph, arrays), parts.shape, graph.classes, pixels, notes)
 
 
 def _weight(array: np.ndarray, layer: str, leaf: str, order: Order | None, normed: Any) -> Weight:
@@ -203,6 +205,28 @@ def _traced(graph: Graph) -> tuple[dict[str, tuple[int, ...]], tuple[int, ...]]:
         raise BadInput("the net's output is a class number: export it with its logits for output")
     found = {name: shape for name, shape in shapes.items() if floats[name] == jnp.float32}
     return found, tuple(out.shape)
+
+
+def _unsquashed(
+    graph: Graph, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Graph, tuple[str, ...]]:
+    """The graph without a last softmax or sigmoid behind which are mere views, and a note on it.
+    A softmax stays where it is not over all numbers of an image.
+    """
+    makers = {name: node for node in graph.nodes for name in node.outputs}
+    node = makers.get(graph.output)
+    while node is not None and node.op in VIEWS:
+        node = makers.get(node.inputs[0])
+    if node is None or node.op not in ("Softmax", "LogSoftmax", "Sigmoid"):
+        return graph, ()
+    shape = shapes[node.inputs[0]]  # of two images
+    axis = node.attr("axis", -1) % len(shape)
+    over = math.prod(shape[axis:]) if node.attr("flat") else shape[axis]
+    if node.op != "Sigmoid" and (axis == 0 or 2 * over != math.prod(shape)):
+        return graph, ()
+    bare = node._replace(op="Identity", attrs={})
+    nodes = tuple(bare if one is node else one for one in graph.nodes)
+    return graph._replace(nodes=nodes), (f"the logits are what the last {node.op} reads",)
 
 
 def _as_logits(

@@ -71,7 +71,8 @@ def read(path: Path, raw: bytes, size: Sequence[int] | None = None) -> Found:
     weights = {k: v for k, v in build.weights.items() if k in read_}
     assert build.sides is not None
     layout = {1: "HWC", 2: "HW", 3: "NCHW"}[len(build.sides)]
-    parts = Parts(nodes, "image", layout, name, image_shape(build.sides, size), weights, constants)
+    sides, bare = image_shape(build.sides, size), name != output.name
+    parts = Parts(nodes, "image", layout, name, sides, weights, constants, bare=bare)
     graph_arrays = {k: _of_file(file.arrays[k], build.moved.get(k)) for k in weights}
     found = assembled(parts, graph_arrays, build.pixels)
     about = {"made by": f"Keras {file.version}"}
@@ -216,12 +217,11 @@ def _h5(path: Path, raw: bytes) -> File:
     arrays, _ = _arrays(path, raw, "model_weights")
 
     def find(within: Sequence[Described], layer: Described) -> list[str]:
-        top = (*within, layer)[0].name
-        own = [
-            n for n in arrays if n.startswith(f"{top}/") and n.rpartition("/")[0].endswith(
-                f"/{layer.name}"
-            )
-        ]  # fmt: skip
+        path = [one.name for one in (*within, layer)]
+        top, inside = path[0], {n: n.rpartition("/")[0] for n in arrays}
+        inside = {n: group for n, group in inside.items() if n.startswith(f"{top}/")}
+        own = [n for n, group in inside.items() if group.endswith(f"/{'/'.join(path)}")]
+        own = own or [n for n, group in inside.items() if group.endswith(f"/{layer.name}")]
         own = own or [n for n in arrays if n.startswith(f"{top}/") and not within]
         rank = {name: i for i, name in enumerate(ORDER)}
         return sorted(own, key=lambda n: rank.get(_leaf(n), len(rank)))

@@ -37,7 +37,8 @@ def read(raw: bytes, size: Sequence[int] | None = None) -> Found:
         names = ", ".join(value.name for value in given) or "none"
         raise BadInput(f"the net has {len(given)} inputs ({names}): an image classifier has one")
     nodes, constants = _nodes(graph.node, arrays, _opset(model))
-    output, nodes, notes = _logits(nodes, graph.output)
+    output, bare, notes = _logits(nodes, graph.output)
+    _in_order(nodes, {given[0].name, *arrays, *constants})
     nodes = needed(_strided(_aliased(nodes, output), arrays, constants), [output])
     image = _image(given[0], size, nodes)
     aside = _pixel_constants(nodes, image.name, {**arrays, **constants})
@@ -46,7 +47,9 @@ def read(raw: bytes, size: Sequence[int] | None = None) -> Found:
     nodes, rest = _folded(nodes, rest)
     kept = {name: array for name, array in rest.items() if any(name in n.inputs for n in nodes)}
     pixels = _pixels(model, image, aside)
-    parts = Parts(nodes, image.name, image.layout, output, image.shape, weights, kept, image.batch)
+    parts = Parts(
+        nodes, image.name, image.layout, output, image.shape, weights, kept, image.batch, bare
+    )  # fmt: skip
     whole = {**arrays, **constants}
     found = assembled(parts, {name: whole[name] for name in weights}, pixels)
     half = {given[0].type.tensor_type.elem_type, *(n.attr("to") for n in nodes if n.op == "Cast")}
@@ -337,6 +340,18 @@ def _branch(proto: Any, known: Mapping[str, np.ndarray], opset: int) -> Any:
     return nodes, {**arrays, **constants}
 
 
+def _in_order(nodes: Sequence[Node], known: set[str]) -> None:
+    """Raises `BadInput` where an operator reads what none before it makes."""
+    made = {"", *known}
+    for node in nodes:
+        if missing := [name for name in node.inputs if name not in made]:
+            raise BadInput(
+                f"damaged: {node.op} ('{shown(node.name)}') reads '{shown(missing[0])}', which no "
+                "operator before it makes"
+            )
+        made.update(node.outputs)
+
+
 def _aliased(nodes: Sequence[Node], output: str) -> list[Node]:
     """The operators without those that are the identity."""
     names: dict[str, str] = {}
@@ -372,9 +387,9 @@ def _strided(
     return tuple(found)
 
 
-def _logits(nodes: Sequence[Node], outputs: Sequence[Any]) -> tuple[str, list[Node], list[str]]:
-    """The value that holds the logits: what a last softmax reads, of several outputs the first that
-    is no class number. A last sigmoid is left as it is; `assembled` looks at its shape.
+def _logits(nodes: Sequence[Node], outputs: Sequence[Any]) -> tuple[str, bool, list[str]]:
+    """The value that holds the logits, of several outputs the first that is no class number: what
+    a last softmax reads, and whether there is one.
     """
     makers = {name: node for node in nodes for name in node.outputs}
     whole = (2, 3, 4, 5, 6, 7, 9, 12, 13)  # integers and bool
@@ -384,10 +399,9 @@ def _logits(nodes: Sequence[Node], outputs: Sequence[Any]) -> tuple[str, list[No
     notes = [f"of {len(outputs)} outputs the {first}, {shown(output)}"] if len(outputs) > 1 else []
     while (node := makers.get(output)) is not None and node.op in ("Identity", "Cast", "Dropout"):
         output = node.inputs[0]
-    if node is not None and node.op in ("Softmax", "LogSoftmax", "Sigmoid"):
-        notes.append(f"the logits are what the last {node.op} reads")
-        output = node.inputs[0]
-    return output, list(nodes), notes
+    if node is None or node.op not in ("Softmax", "LogSoftmax", "Sigmoid"):
+        return output, False, notes
+    return node.inputs[0], True, [*notes, f"the logits are what the last {node.op} reads"]
 
 
 # --- The image ---
@@ -601,7 +615,8 @@ def _once(layer: str, leaf: str, taken: set[str]) -> str:
 
 def _word(name: str) -> str:
     """A name of the file as bdjax writes it: letters, digits, dots and hyphens."""
-    return re.sub(r"[^\w.-]+", "_", name.strip("/").replace("::", ".")) or "value"
+    word = re.sub(r"[^\w.-]+", "_", name.strip("/").replace("::", ".")) or "value"
+    return "params_" if word == "params" else word  # which Flax keeps for itself
 
 
 def _display(nodes: Sequence[Node]) -> dict[int, str]:
