@@ -478,7 +478,9 @@ def test_operators_are_those_of_onnx():
 
 
 def _value(op, place, array):
-    settings = op in ("Resize", "Upsample", "Range", "Dropout", "ConstantOfShape") and place > 0
+    settings = place > 0 and op in (
+        "Resize", "Upsample", "Range", "Dropout", "ConstantOfShape", "Pad",
+    )  # fmt: skip
     return Value(array if settings or array.dtype.kind in "iub" else jnp.asarray(array))
 
 
