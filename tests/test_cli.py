@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path):
     assert code == 2 and "cannot write" in err
 
 
-def test_every_method_is_named_cited_and_revived():
+def test_every_method_is_named_cited_and_revived(own_names):
     for entry in registry.entries():
         assert entry.kind == "dataset" or (entry.paper and entry.year), (
             f"{entry.name}: no citation in its first paragraph"
