@@ -103,7 +103,8 @@ RATE = "attack.rate"
 
 def _is_rate(path: str) -> bool:
     """Also of one attack: `attack[badnets].rate`."""
-    return split(path)[::2] == split(RATE)[::2]
+    part, _, fields = split(path)
+    return (part, fields) == ("attack", ["rate"])
 
 
 def _all_set(cell: Cell, settings: Mapping[str, Any]) -> Cell:

@@ -180,14 +180,12 @@ def run(
     others = progress.spent(board for board in boards if board["shard"] != label)
     on = f"the same command{'' if resume else ' without --no-resume'} goes on from there"
     with progress.kept(f"what was finished is kept in {folder}; {on}"):
-        logged: list[dict[str, Any]] = []
 
         def finished(rows: list[dict[str, Any]]) -> None:
             for row in rows:
                 say(f"  {report.line(row)}", quiet)
             if told is not None:
                 told(rows, runner.curves)
-                logged.extend(rows)
 
         options: dict[str, Any] = {"devices": places}
         if share is not None:
@@ -197,7 +195,7 @@ def run(
             live=live and not quiet, stale=stale, complete=filed and only is None, **options
         )  # fmt: skip
         rows = Rows(runner.run(cells), folder)
-        if told is not None and not logged:
+        if told is not None and runner.board.facts["rows"] == runner.board.facts["before"]:
             say(f"no row is new: {log} is told of none", quiet)
         if runner.unfit:
             raise BadInput(runner.complaint())

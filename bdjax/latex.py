@@ -108,7 +108,7 @@ def latex(sections: Iterable[report.Section], cite: bool = False) -> str:
     """Booktabs tables, one for each of a report's. Bold: the best of the defenses of one victim,
     see `_best`; `cite`: the caption cites what the rows use by the keys of `bibtex`.
     """
-    parts = [HEAD]
+    parts, known = [HEAD], _keys() if cite else {}
     for section in sections:
         facts = {name: text for name, text in report._facts(section) if name in WHERE}
         for table in report.aggregate(section.rows):
@@ -120,7 +120,6 @@ def latex(sections: Iterable[report.Section], cite: bool = False) -> str:
                     for row in section.rows
                     if (row.get("row") or "", *(row.get(f) for f in report.FIELDS)) in lines
                 ]
-                known = _keys()
                 keys = {u.name: known[u.source] for u in used(mine) if u.source is not None}
             parts.append(_table(table, facts, keys))
     return _floats(parts)
@@ -313,8 +312,9 @@ SIGNS = {
 
 
 def _tex(value: Any, none: str = "") -> str:
-    text = unicodedata.normalize("NFC", "" if value is None else shown(value))
-    return none if value is None else "".join(map(_sign, text))
+    if value is None:
+        return none
+    return "".join(map(_sign, unicodedata.normalize("NFC", shown(value))))
 
 
 def _sign(character: str) -> str:

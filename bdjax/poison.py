@@ -77,7 +77,7 @@ def write_poisoned(
         raise BadInput(f"format '{shown(format)}' is not one of {', '.join(writers)}")
     if attack is None:
         raise BadInput("without an attack nothing is poisoned: give one")
-    trainable(dataset)
+    trainable(dataset, data)
     registry.admit(attack, data.shape, data.classes)
     name, y = registry.name_of(attack) or type(attack).__name__, jnp.asarray(data.train.label)
     base = getattr(attack, "base", lambda y, _: y)

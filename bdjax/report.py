@@ -105,10 +105,6 @@ class Section(NamedTuple):
     command: str | None = None
     chosen: Sequence[Row] = ()
 
-    @property
-    def defended(self) -> bool:
-        return any(row.get("defense") for row in self.rows)
-
 
 # --- Which rows say something ---
 
@@ -755,7 +751,8 @@ def merge(
     for section in loaded:
         # Over an axis a metric may also be shown of which neither high nor low is better, or where
         # nothing is defended.
-        if metric and not (x and (_about_metric(metric).better is None or not section.defended)):
+        defended = any(row.get("defense") for row in section.rows)
+        if metric and not (x and (_about_metric(metric).better is None or not defended)):
             section = section._replace(chosen=best(section.rows, metric))
         if metric and x:
             section = section._replace(

@@ -1185,7 +1185,7 @@ def check(cell: Cell, model: Model | None = None) -> None:
     """Raises `BadInput` where the cell cannot be run, on `model` where its net is given."""
     data = cell.dataset.load()
     if model is None:
-        trainable(cell.dataset)
+        trainable(cell.dataset, data)
         model = build(cell.model, data.shape, data.classes)
     fits(model, data)
     registry.admit(cell.recipe, len(data.train.label))

@@ -309,7 +309,7 @@ def test_few_images_are_enough_to_judge_by_but_not_to_train_on(tmp_path, each):
     with pytest.raises(
         BadInput, match=r"few.npz: class \d has [01] of the 2 images .*; add images"
     ):
-        trainable(source)
+        trainable(source, data)
     with pytest.raises(BadInput, match=r"few.npz: class"):
         write_poisoned(tmp_path / "out", source, BadNets(size=2))
     cell = Cell("t", "r", source, Ffnn(hidden=(4,)), Recipe(epochs=1), None)
@@ -322,14 +322,18 @@ def test_few_images_are_enough_to_judge_by_but_not_to_train_on(tmp_path, each):
 
 def test_what_is_said_of_a_class_without_training_images_is_true(tmp_path):
     path = save(tmp_path / "a.npz", image=images(30), label=np.arange(30) % 5)
-    trainable(datasets.source(path))
-    high = datasets.source(path, holdout=0.99)
+
+    def tried(**fields):
+        source = datasets.source(path, **fields)
+        trainable(source, source.load())
+
+    tried()
     with pytest.raises(BadInput, match="all its images held out; lower holdout"):
-        trainable(high)
-    trainable(dataclasses.replace(high, holdout=0.3))
+        tried(holdout=0.99)
+    tried(holdout=0.3)
     with pytest.raises(BadInput, match="or raise train_size"):
-        trainable(datasets.source(path, train_size=6))
-    trainable(datasets.source(path, train_size=10))
+        tried(train_size=6)
+    tried(train_size=10)
 
 
 def test_bad_fields(tmp_path):

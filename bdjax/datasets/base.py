@@ -211,11 +211,10 @@ def _units(split: Split) -> np.ndarray:
     return np.arange(len(split.label)) if split.group is None else np.asarray(split.group)
 
 
-def trainable(source: Source) -> None:
-    """Raises `BadInput` where a class has too few images to train on, as well as to hold out: those
-    who only judge a net can do with them.
+def trainable(source: Source, data: Dataset) -> None:
+    """Raises `BadInput` where a class of the source's `data` has too few images to train on, as
+    well as to hold out: those who only judge a net can do with them.
     """
-    data = source.load()
     parts = data.train, data.clean
     if all(_missing(part.label, data.classes) is None for part in parts):
         return

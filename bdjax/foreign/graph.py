@@ -172,7 +172,7 @@ def run(
     """
     batch = image.shape[0]
     image = jnp.asarray(image)  # of NumPy it would pass for numbers that the file knows
-    known = {graph.input: see(graph.input, _placed(image, graph.layout))}
+    known = {graph.input: see(graph.input, placed(image, graph.layout))}
     known |= {name: Value(array) for name, array in graph.constants.items()}
     for node in graph.nodes:
         try:
@@ -199,7 +199,8 @@ def _of(graph: Graph, name: str, layer: str | None) -> bool:
     return name in graph.weights and graph.weights[name].layer == layer
 
 
-def _placed(image: jax.Array, layout: str) -> Value:
+def placed(image: Any, layout: str) -> Value:
+    """Images `[N, H, W, C]` as the input of a graph of this `layout` has them."""
     if layout == "NCHW":
         return Value(image, (0, 2, 3, 1))
     if layout == "NHWC":

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import metrics
+from bdjax.foreign.graph import placed, plain
 from bdjax.foreign.origin import Format
 from bdjax.types import BadInput
 
@@ -31,14 +32,6 @@ def original(path: Path, raw: bytes, kind: Format, layout: str) -> tuple[str, Ou
     return None
 
 
-def _placed(x: np.ndarray, layout: str) -> np.ndarray:
-    """Images as the file's input has them."""
-    if layout == "HW":
-        return x[..., 0]
-    x = x.transpose(0, 3, 1, 2) if layout in ("NCHW", "CHW") else x
-    return x.reshape(len(x), -1) if layout in ("CHW", "HWC") else x
-
-
 def _onnxruntime(raw: bytes, layout: str) -> tuple[str, Outputs]:
     import onnxruntime
 
@@ -57,7 +50,7 @@ def _onnxruntime(raw: bytes, layout: str) -> tuple[str, Outputs]:
     fixed = given.shape[0] if isinstance(given.shape[0], int) else None
 
     def outputs(x: np.ndarray) -> np.ndarray:
-        x = _placed(x, layout)
+        x = plain(placed(x, layout))
         kind = names.get(given.type, np.float32)
         x = np.ascontiguousarray(np.rint(x) if kind is np.uint8 else x, kind)
         size = fixed or len(x)
@@ -91,7 +84,7 @@ def _keras(path: Path, layout: str) -> tuple[str, Outputs] | None:
     def outputs(x: np.ndarray) -> np.ndarray:
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             # its maps are NCHW in the graph alone
-            made = model(x if layout == "NCHW" else _placed(x, layout), training=False)
+            made = model(x if layout == "NCHW" else plain(placed(x, layout)), training=False)
         while isinstance(made, (dict, list, tuple)):  # the reader takes the first
             made = next(iter(made.values() if isinstance(made, dict) else made))
         return np.asarray(made).reshape(len(x), -1)
