@@ -858,7 +858,7 @@ def _view(table: Mapping[str, Any], anchor: str) -> dict[str, Any]:
         "id": anchor,
         "name": table["name"],
         "caption": _caption(table),
-        "parts": [_part(table, [name, *part]) for part in parts],
+        "parts": [_part(table, [name, *part], whole=part is parts[0]) for part in parts],
     }
 
 
@@ -885,8 +885,10 @@ def _width(column: _Column) -> float:
     return min(max(longest, len(column.head) + 3), NAME if column.kind == "name" else PAGE) + 3
 
 
-def _part(table: Mapping[str, Any], columns: Sequence[_Column]) -> dict[str, Any]:
-    """Columns of a table: headings, over one column or several, and lines."""
+def _part(table: Mapping[str, Any], columns: Sequence[_Column], whole: bool) -> dict[str, Any]:
+    """Columns of a table: headings, over one column or several, and lines; all of them if `whole`,
+    else those that say something here.
+    """
     heads: list[dict[str, Any]] = []
     for i, column in enumerate(columns):
         if column.group and heads and heads[-1]["group"] == column.group:
@@ -900,8 +902,13 @@ def _part(table: Mapping[str, Any], columns: Sequence[_Column]) -> dict[str, Any
             "invalid": line["invalid"],
         }
         for i, line in enumerate(table["rows"])
+        if whole or any(_says(column.cells[i]) for column in columns[1:])
     ]
     return {"heads": heads, "body": body}
+
+
+def _says(cell: Any) -> bool:
+    return bool(cell.text not in ("", "—") if isinstance(cell, _Cell) else cell)
 
 
 def _facts(section: Section) -> list[tuple[str, str]]:

@@ -409,6 +409,20 @@ def test_page_is_self_contained_and_escaped(rows, tmp_path):
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)|https?://|@import|url\(""", text)
 
 
+def test_the_parts_below_a_wide_table_have_the_rows_that_say_something_there(tmp_path):
+    """The first has every row; each value stands in one of them."""
+    wide = {f"metric_{i}_of_a_filter": i + 0.125 for i in range(12)}
+    rows = [cell("victim", metrics={"acc_test": 0.5}), cell("filtered", metrics=wide)]
+    rows.append(cell("nothing", seconds={}))
+    text = report.write(tmp_path, rows).read_text()
+    first, *below = re.findall(r"<table>.*?</table>", text, re.DOTALL)
+    assert [first.count(f">{name}<") for name in ("victim", "filtered", "nothing")] == [1, 1, 1]
+    assert len(below) > 1
+    assert all("filtered" in part and "nothing" not in part for part in below)
+    assert sum("victim" in part for part in below) == 1  # its seconds
+    assert all(text.count(f'data-value="{i + 0.125}"') == 1 for i in range(12))
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_page_in_a_browser(rows, tmp_path):
     """Loads without a console error, sorts, switches its colours and does not overflow a phone of
