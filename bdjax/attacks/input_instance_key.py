@@ -20,9 +20,10 @@ class InputInstanceKey(Attack):
 
     Σ(k) = {clip(k + δ): δ ~ U[−noise, noise]}: `copies` instances, each with a δ of its own, are
     added to the training set; when the attack is fired, a new instance takes the place of the test
-    image. `image`: the key k,
-    `[H, W, C]` in [0, 1]; None: the first training image that is not of the target class. The paper
-    finds 5 copies enough. There is no `rate`.
+    image. `image`: the key k, `[H, W, C]` in [0, 1]; None: the first training image that is not of
+    the target class. The paper finds 5 copies enough; on MNIST they are for a key from outside the
+    training set, while one that stands there under its own label, too, may need 20. There is no
+    `rate`.
     """
 
     rate: Share = 0.0
