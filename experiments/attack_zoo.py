@@ -6,8 +6,8 @@ it works.
                                                          # beside other runs
     bdjax run experiments/attack_zoo.py --scale smoke    # one epoch on a few images of the embedded
                                                          # sample: no result
-    bdjax run experiments/attack_zoo.py --scale paper    # whole data sets and the papers' nets: for
-                                                         # an accelerator
+    bdjax run experiments/attack_zoo.py --scale paper    # whole data sets and the papers' nets: 49
+                                                         # minutes on an H100 at least
 
 Aligned faces are the user's own: put faces_train.npz and faces_test.npz (`image` [N, 55, 47, 3],
 `label`) into the data folder (`BDJAX_DATA_DIR`). The rows of data sets that are not there are left

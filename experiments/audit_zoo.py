@@ -3,7 +3,7 @@
     bdjax data prepare mnist                          # once; without it half of it is left out
     bdjax run experiments/audit_zoo.py                # scale cpu: 30 + 30 nets, 1 h on 2 cores
     bdjax run experiments/audit_zoo.py --scale smoke  # every kind of cell, tiny: no result
-    bdjax run experiments/audit_zoo.py --scale paper  # 300 + 300 nets: for accelerators
+    bdjax run experiments/audit_zoo.py --scale paper  # 300 + 300 nets: hours on 2 cores
 
 A benchmark of detectors: a judge of your own is one more line of `SCALES`.
 

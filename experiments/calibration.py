@@ -2,7 +2,7 @@
 
     bdjax sweep experiments/calibration.py                  # scale cpu: 40 nets, embedded images
     bdjax sweep experiments/calibration.py --scale smoke    # every kind of cell, tiny: no result
-    bdjax sweep experiments/calibration.py --scale paper    # 400 nets: for accelerators
+    bdjax sweep experiments/calibration.py --scale paper    # 400 nets: an hour on an H100
 
 - Every net is clean and has seeds of its own: weights, order of the images, draws of the search.
 - Neural Cleanse runs three seeds of its search on a net. "One seed" is the first of them alone.

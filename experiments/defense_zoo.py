@@ -6,7 +6,8 @@ and costs.
                                                              # measured in parts beside other runs
     bdjax run experiments/defense_zoo.py --scale smoke       # a few defenses, tiny: no result
     bdjax run experiments/defense_zoo.py --scale paper       # the papers' settings, whole data
-                                                             # sets: for an accelerator
+                                                             # sets: 36 minutes on an H100 at
+                                                             # least
 
 - A table is one attack, its first row the victim as it is. Under a filter of inputs, ACC counts a
   flagged clean image as lost and ASR a flagged stamped one as stopped.

@@ -4,7 +4,7 @@
                                                                # cores
     bdjax sweep experiments/sweep_defenses.py --scale smoke    # every kind of cell, tiny: no result
     bdjax sweep experiments/sweep_defenses.py --scale paper    # 60,000 images, a CNN, 2,000 cells:
-                                                               # for accelerators
+                                                               # 2 hours on an H100 at least
     bdjax sweep experiments/sweep_defenses.py --dry-run        # what it would do
     bdjax report results/sweep_defenses-cpu --metric asr_nt --x attack.rate --y row
 
