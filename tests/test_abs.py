@@ -12,6 +12,7 @@ import pytest
 
 from bdjax.defenses.invert.abs import VISIBLE, Abs, Candidate, Neurons, pooled, seeds, similarity
 from bdjax.models.layers import build
+from bdjax.models.nin import Nin
 from bdjax.models.shamshiri import Ffnn
 from bdjax.models.strip import StripMnist
 from bdjax.train import Recipe, clean_set, fit, unit
@@ -185,6 +186,14 @@ def test_feature_losses_equal_the_plain_ones(alike):
         np.testing.assert_allclose(
             defense.feature_loss(found, jnp.asarray(each)), expected, rtol=1e-4
         )
+
+
+def test_a_hidden_layer_as_wide_as_the_logits_is_stimulated():
+    wide = build(Ffnn(hidden=(CLASSES, 7)), (SIDE, SIDE, 1), CLASSES)
+    assert QUICK.places(wide) == ("hidden_1", "penultimate")
+    maps = build(Nin(), (SIDE, SIDE, 3), 160)  # 160 channels of the second convolution, and logits
+    places = QUICK.places(maps)
+    assert "conv_1_2" in places and "penultimate" not in places
 
 
 def test_half_of_the_candidates_are_spread_over_the_layers():

@@ -21,6 +21,7 @@ from bdjax.defenses.parts.inversion import (
     stamp,
     within,
 )
+from bdjax.models.graph import layers_behind
 from bdjax.models.layers import check_site
 from bdjax.registry import defense, static
 from bdjax.train import unit
@@ -197,7 +198,11 @@ class Abs(Inversion):
             return self.sites
         shapes = shapes_of(model)
         skipped = {site for site in model.sites if site.endswith("_pre") or site == "input"}
-        return tuple(s for s in model.sites if s not in skipped and shapes[s][-1] != model.classes)
+
+        def hidden(site):  # a hidden layer may be as wide as there are classes
+            return shapes[site][-1] != model.classes or layers_behind(model, site)
+
+        return tuple(site for site in model.sites if site not in skipped and hidden(site))
 
     def stimulate(
         self, model: Model, variables: Variables, x: jax.Array, label: jax.Array
