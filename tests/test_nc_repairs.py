@@ -11,6 +11,7 @@ import planted
 import pytest
 
 from bdjax.attacks.badnets import BadNets
+from bdjax.attacks.blended import Blended
 from bdjax.checkpoints import load_model, save_model
 from bdjax.defenses.inputs.nc_filter import NcFilter
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
@@ -130,31 +131,44 @@ def test_all_labels_flagged_repairs_against_all():
     assert bool(info["repaired"]) and info["order"][0] == 5 and bool(info["suspect"].all())
 
 
+@pytest.fixture
+def unlearned_on(monkeypatch):
+    """The images and labels that an unlearning trains on."""
+    seen = []
+
+    def keep(key, model, recipe, data, **kw):
+        seen.append(data)
+        return fit(key, model, recipe, data, **kw)
+
+    monkeypatch.setattr(nc_unlearning, "fit", keep)
+
+    def run(**fields):
+        NcUnlearning(**fields, recipe=Recipe(epochs=0))(KEY, MODEL, VARIABLES, CLEAN)
+        assert int(seen[-1].plan.size) == 40
+        return seen[-1].rows(jnp.arange(40))
+
+    return run
+
+
 @pytest.mark.parametrize("share, count", [(0.2, 8), (1.0, 30), (0.0, 0)])
 def test_unlearning_stamps_images_of_other_classes_under_their_own_labels(
-    monkeypatch, share, count
+    unlearned_on, share, count
 ):
     """Stamped images of the target class with their label would teach the backdoor."""
-    seen = []
-    monkeypatch.setattr(
-        nc_unlearning,
-        "fit",
-        lambda key, model, recipe, data, **kw: (
-            seen.append(data),
-            fit(key, model, recipe, data, **kw),
-        )[1],
-    )
-    NcUnlearning(found=given(TARGET), share=share, recipe=Recipe(epochs=0))(
-        KEY, MODEL, VARIABLES, CLEAN
-    )
-    (data,) = seen
-    rows = jnp.arange(40)
-    x, label = data.rows(rows)
+    x, label = unlearned_on(found=given(TARGET), share=share)
     touched = (x != CLEAN.image).any((1, 2, 3))
     np.testing.assert_array_equal(label, CLEAN.label)
     assert int(touched.sum()) == count and not bool((touched & (label == TARGET)).any())
     np.testing.assert_array_equal(x[touched], STAMPED[touched])
-    assert int(data.plan.size) == 40
+
+
+def test_unlearning_meets_the_original_trigger_as_it_is_fired(unlearned_on):
+    attack = Blended(alpha=0.1, test_alpha=0.5, target=TARGET)
+    x, label = unlearned_on(original=attack, share=1.0)
+    own = (label == TARGET).reshape(-1, 1, 1, 1)
+    np.testing.assert_array_equal(
+        x, jnp.where(own, CLEAN.image, stamped(attack, 1, CLEAN.image, KEY))
+    )
 
 
 QUICK = NeuralCleanse(

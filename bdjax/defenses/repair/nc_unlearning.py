@@ -9,9 +9,24 @@ from bdjax.attacks.base import Part, poison_rows
 from bdjax.defenses.base import Repair
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.parts.reversed import TriggerDefense
-from bdjax.registry import defense, static, validate
+from bdjax.registry import defense, pytree, static, validate
 from bdjax.train import Recipe, TrainSet, clean_set, fit, stamp_key
-from bdjax.types import BadInput, Model, Repaired, Share, Split, Variables
+from bdjax.types import BadInput, Model, Repaired, Share, Split, Stamper, Variables
+
+
+@pytree
+class AsFired:
+    """A trigger as it is fired at test time: an attack may stamp its own training images more
+    faintly.
+    """
+
+    attack: Stamper
+
+    def stamp(
+        self, kind: jax.Array, x: jax.Array, key: jax.Array, *, train: bool = True
+    ) -> jax.Array:
+        """`x: [H, W, C]` with trigger `kind: []`."""
+        return self.attack.stamp(kind, x, key, train=False)
 
 
 @defense("nc-unlearning")
@@ -70,7 +85,7 @@ class NcUnlearning(TriggerDefense, Repair):
             label = jnp.asarray(clean.label)
             plan = poison_rows(key_rows, label, [Part(fired.aimed >= 0, self.share, 1, label)])
             plan = plan._replace(kind=plan.kind * fired.kind)
-            rows = TrainSet(clean.image, plan, attack, stamp_key(key_rows))
+            rows = TrainSet(clean.image, plan, AsFired(attack), stamp_key(key_rows))
         tuned, log = fit(key_fit, model, self.recipe, rows, variables=variables)
         kept = jax.tree.map(
             lambda new, old: jnp.where(info["repaired"], new, old), tuned, dict(variables)
