@@ -332,9 +332,9 @@ SCALES = {
             "MNIST": (Mnist(), StripMnist(), Recipe(epochs=20, batch=128)),
             "CIFAR-10": (
                 Cifar10(), StripCifar10(),
-                Recipe(
-                    epochs=125, batch=64, optimizer="rmsprop", weight_decay=1e-4,
-                    drops=((75, 0.5),),
+                Recipe(  # Keras' L2 1e-4 is 2e-4·w in the gradient; "after 75" from 76 on
+                    epochs=125, batch=64, optimizer="rmsprop", weight_decay=2e-4,
+                    drops=((76, 0.5),),
                     augment=Augmentation(rotate=15.0, shift=0.1, flip=True),
                 ),
             ),

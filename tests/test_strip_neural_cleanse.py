@@ -32,6 +32,12 @@ def measured(probe):
     return jax.jit(lambda: probe(KEY, MODEL, VARIABLES, ATTACK, CLEAN, CLEAN))()
 
 
+def test_the_papers_recipe_for_cifar_10_in_our_terms():
+    """Keras adds 1e-4·w² to the loss; its epochs count from 0, and the rate falls beyond 75."""
+    recipe = slides.SCALES["paper"].nets["CIFAR-10"][2]
+    assert recipe.weight_decay == 2 * 1e-4 and recipe.drops == ((76, 0.5),)
+
+
 @pytest.mark.long
 def test_every_rate_of_strip_has_the_boundary_that_strip_alone_gives_it():
     strip = Strip(n=5, inputs=20)
