@@ -718,6 +718,12 @@ def test_filters_keep_the_range(name, colour, grey):
         assert out.shape == image.shape and out.min() >= 0 and out.max() <= 1  # NaN fails too
 
 
+def test_a_filter_is_for_grey_or_rgb():
+    for channels in (2, 4):  # the hue of these would be that of the first channel alone
+        with pytest.raises(BadInput, match="grey or RGB"):
+            Gotham().check((28, 28, channels), 10)
+
+
 def magick():
     """The ImageMagick command, where it is the real one."""
     for name in ("magick", "convert", "convert-im6.q16"):

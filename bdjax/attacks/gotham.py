@@ -27,3 +27,5 @@ class Gotham(Attack):
         super().check(shape, classes)
         if self.filter not in FILTERS:
             raise BadInput(f"filter '{self.filter}' is not one of {', '.join(FILTERS)}")
+        if shape[2] not in (1, 3):
+            raise BadInput(f"a photo filter is for grey or RGB images, not for {shape[2]} channels")
