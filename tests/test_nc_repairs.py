@@ -229,6 +229,11 @@ def test_the_pre_screen_gives_up_labels_and_finishes_the_others(searched):
     assert bool(off.info["kept"].all())
 
 
+def test_backdoorbench_fine_tunes_alike_after_pruning_and_after_a_search():
+    recipe = make("defense", "nc-unlearning", "backdoorbench").recipe
+    assert recipe == make("defense", "fine-pruning", "backdoorbench").recipe
+
+
 def test_what_counts_as_an_oracle():
     for cls in (NcFilter, NcPruning, NcUnlearning):
         assert not cls().oracle and not cls(found=given(2)).oracle

@@ -65,7 +65,7 @@ class NcUnlearning(TriggerDefense, Repair):
         "clean": {"clean_only": True},
         "backdoorbench": {
             "nc": NeuralCleanse(**NeuralCleanse.presets["backdoorbench"]),
-            "recipe": Recipe(lr=0.01, epochs=100, batch=256, optimizer="sgd"),
+            "recipe": Recipe(lr=0.01, weight_decay=5e-4, epochs=100, batch=256, optimizer="sgd"),
         },
         "cpu": {"nc": NeuralCleanse(**NeuralCleanse.presets["cpu"])},
     }
