@@ -50,6 +50,8 @@ class Recipe:
 
     `momentum` is SGD's (Nesterov with `nesterov`); `weight_decay` the factor of an L2 term in the
     gradient; `drops`: (epoch, factor) pairs: from that epoch on the learning rate is `lr · factor`.
+    Keras' L2 of w is a `weight_decay` of 2·w; its RMSprop has ε outside of the root, here it is
+    within.
     """
 
     lr: Rate = 1e-3

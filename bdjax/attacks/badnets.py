@@ -35,7 +35,8 @@ class BadNets(Attack):
     28×28 image) Gao et al.'s (2019); `large-trigger` covers a quarter of the image, to escape
     Neural Cleanse.
 
-    Differs from the paper: the stickers and the heart are own artwork.
+    Differs from the paper: the stickers and the heart are own artwork; the corner of `spectral-ell`
+    is its lower left pixel, there the upper left one.
 
     Reference: Tianyu Gu, Brendan Dolan-Gavitt and Siddharth Garg, "BadNets: Identifying
     Vulnerabilities in the Machine Learning Model Supply Chain".

@@ -91,10 +91,10 @@ class Goodnet(InputFilter):
     itself; `flag`: inputs on which the nets "disagree", or "agree". Score: 1 where the input
     passes, 0 where it is flagged.
 
-    Presets: `paper`, G with 6 of DeepID's 60 channels pruned one by one (`fine-pruning:csaw`; their
-    code stops at 4); `improved`, G′ with B0 after 2; `anti`, the anti-network; `anti-sunglasses`,
-    Ye et al.'s channels for that face net, an oracle; `cpu`, G with an epoch for each channel.
-    B0 of `improved` is a stage on the way to its B′.
+    Presets: `paper`, G with 6 of DeepID's 60 channels pruned one by one (`fine-pruning:csaw`; there
+    with `site="pool_3"`; their code stops at 4); `improved`, G′ with B0 after 2; `anti`, the
+    anti-network; `anti-sunglasses`, Ye et al.'s channels for that face net, an oracle; `cpu`, G
+    with an epoch for each channel. B0 of `improved` is a stage on the way to its B′.
 
     `info`: `answer: [B]` in 0 … K, what the goodnet answers; `repaired`, `light`: what the repairs
     report.

@@ -127,9 +127,10 @@ class Abs(Inversion):
     its weights are for sums over 16 images of 32×32 and layers of as many places, where its 500 is
     the default `weight`, 2; where the sums are small they freeze the mask. A unit of a dense layer
     may be worth more: its triggers grow to where the price doubles. The raw mask stays within ±6.
-    There pixels are standardised; a dense layer's neuron counts, after the activation function,
-    among the others, by a slip; 64 pixels of a 32×32 image became a share; a net without suspects
-    is an error. As there, one neuron must do: a backdoor that needs several at once escapes.
+    There pixels are standardised; hidden layers as wide as there are classes are left out; a dense
+    layer's neuron counts, after the activation function, among the others, by a slip; 64 pixels of
+    a 32×32 image became a share; a net without suspects is an error. As there, one neuron must do:
+    a backdoor that needs several at once escapes.
 
     Reference: Yingqi Liu, Wen-Chuan Lee, Guanhong Tao, Shiqing Ma, Yousra Aafer and Xiangyu Zhang,
     "ABS: Scanning Neural Networks for Back-Doors by Artificial Brain Stimulation", In ACM SIGSAC
