@@ -78,6 +78,86 @@ def test_they_are_nets_like_any_other(victims, name):
     assert np.array_equal(drawn(0), drawn(0)) and not np.array_equal(drawn(0), drawn(1))
 
 
+class Linens(nn.Module):
+    """Two convolutions, the second within a transformation of Linen."""
+
+    lift: str
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), name="stem")(x)
+        if self.lift == "scan":
+            conv = nn.scan(Carried, {"params": 0}, split_rngs={"params": True}, length=2)
+            x, _ = conv()(x, None)
+        elif self.lift == "vmap":
+            axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            x = nn.vmap(nn.Conv, in_axes=None, axis_size=2, **axes)(8, (3, 3))(x).sum(0)
+        else:
+            x = getattr(nn, self.lift)(nn.Conv)(8, (3, 3))(x)
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+class Carried(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Conv(8, (3, 3))(x), None
+
+
+class Nnxs(Nnx):
+    """As above, of NNX."""
+
+    def __init__(self, lift, rngs):
+        super().__init__(rngs)
+        self.lift = lift
+
+    def __call__(self, x):
+        call = lambda block, x: block(x)  # noqa: E731
+        lifted = {"remat": nnx.remat(call), "jit": nnx.jit(call)}
+        lifted["vmap"] = lambda block, x: jax.vmap(lambda one: block(one[None])[0])(x)
+        x = lifted[self.lift](self.blocks[0], self.stem(x))
+        return self.head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("lift", ["scan", "vmap", "remat", "jit"])
+def test_nothing_leaves_a_transformation(lift):
+    x = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
+    module = Linens(lift)
+    victims = [bdjax.net(module, module.init(jax.random.key(0), x), shape=(8, 8, 3))]
+    if lift != "scan":
+        victims.append(bdjax.net(Nnxs(lift, nnx.Rngs(0)), shape=(8, 8, 3)))
+    for victim in victims:
+        # What leaves the first convolution is not that of the last one, which is not seen.
+        assert victim.model.sites == ("stem", "penultimate")
+        acts = jax.jit(lambda v, x, net=victim.model: net.apply(v, x).acts)(victim.variables, x)
+        assert acts["stem"].shape == (2, 8, 8, 8)
+
+
+class Head(nn.Module):
+    """Logits that no dense layer makes, in 16 bits."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.GroupNorm(4)(nn.Conv(8, (3, 3))(x)).mean((1, 2))
+        rows = self.param("rows", nn.initializers.normal(), (8, self.classes))
+        return (x @ rows).astype(jnp.bfloat16)
+
+
+def test_logits_are_of_float32_and_two_classes_or_more():
+    x = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
+    for classes in (1, 5):
+        module = Head(classes)
+        variables = module.init(jax.random.key(0), x)
+        net, variables = bdjax.net(module, variables, shape=(8, 8, 3))[:2]
+        logits, theirs = net.apply(variables, x).logits, module.apply(variables, x)
+        assert logits.dtype == jnp.float32 and logits.shape == (2, max(classes, 2))
+        assert net.classes == max(classes, 2) and np.array_equal(logits[:, -1], theirs[:, -1])
+        assert classes > 1 or not logits[:, 0].any()
+        # The image, which its one convolution reads, is not what enters a last layer.
+        assert net.sites == ("Conv_0", "conv_last")
+
+
 def test_a_defense_on_them(victims):
     victim = victims[0]["linen"]
     draw = np.random.default_rng(0)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core.tracers import current_trace
 
 from bdjax import schema
 from bdjax.foreign.pixels import Pixels, pixels
@@ -41,7 +42,8 @@ def net(
     `train`: the arguments of a call in training, such as `{"train": True}`, where it has others
     then; those of a call after it have the truth reversed. Sites: what each sub-module gives, by
     its path; what enters the last dense layer, `penultimate`; what leaves the last convolution,
-    `conv_last`. Activation functions that are no modules are not seen.
+    `conv_last`. Activation functions that are no modules are not seen, nor is what stands within
+    `scan`, `remat`, `vmap` or `jit`: a layer there has no site, and if it is the last, none is.
     """
     shape, taken = tuple(int(n) for n in shape), pixels(preprocess)
     if len(shape) != 3 or min(shape) < 1:
@@ -61,7 +63,8 @@ def net(
 
 Pass = Callable[..., Output]
 """`pass(variables, x, watch, train, key)`: the logits and the variables after; `watch(name, kind,
-value, enters)` is told of each place, and gives the value that is gone on with."""
+value, enters)` is told of each place, and gives the value that is gone on with. Of a layer within
+a transformation, whose values must not leave that, it is told with None."""
 
 
 def _victim(run: Any, variables: Variables, init: Any, shape: tuple[int, int, int]) -> Victim:
@@ -83,7 +86,7 @@ def _victim(run: Any, variables: Variables, init: Any, shape: tuple[int, int, in
         raise BadInput(f"the module cannot take images of shape {shape}: {why}") from error
     if getattr(out, "ndim", 0) != 2 or out.shape[0] != 2:
         raise BadInput(f"the module gives {shown(getattr(out, 'shape', out))}, not logits [B, K]")
-    names = _named(seen)
+    names = _named(seen, out.shape[1])
 
     def apply(
         variables: Variables,
@@ -99,6 +102,8 @@ def _victim(run: Any, variables: Variables, init: Any, shape: tuple[int, int, in
         counts: dict[tuple[str, str, bool], int] = {}
 
         def watch(name: str, kind: str, value: Any, enters: bool) -> Any:
+            if value is None:
+                return None
             event = name, kind, enters
             counts[event] = counts.get(event, -1) + 1
             if (place := names.get((*event, counts[event]))) is None:
@@ -115,26 +120,51 @@ def _victim(run: Any, variables: Variables, init: Any, shape: tuple[int, int, in
             raise BadInput(
                 f"the model has no site '{sorted(unknown)[0]}': take one of {', '.join(acts)}"
             )
-        return Output(logits, acts, {**variables, **after})
+        return Output(_logits(logits), acts, {**variables, **after})
 
-    return Victim(Model(init, apply, shape, out.shape[1], tuple(names.values())), variables)
+    classes = max(out.shape[1], 2)
+    return Victim(Model(init, apply, shape, classes, tuple(names.values())), variables)
 
 
-def _named(seen: Sequence[tuple[str, str, bool, Any]]) -> dict[tuple[str, str, bool, int], str]:
+def _logits(given: jax.Array) -> jax.Array:
+    """What a module gives as logits of float32; one number, which tells two classes, as two."""
+    given = given.astype(jnp.float32)
+    return given if given.shape[1] > 1 else jnp.concatenate([jnp.zeros_like(given), given], 1)
+
+
+def _named(
+    seen: Sequence[tuple[str, str, bool, Any]], classes: int
+) -> dict[tuple[str, str, bool, int], str]:
     """The sites: outputs by their module's path, and of what enters modules only what enters the
-    last dense layer. The keys: module, kind, whether it enters, and which call of it.
+    last dense layer, or convolution to `classes` channels. The keys: module, kind, whether it
+    enters, and which call of it.
     """
-    last = max(
-        (i for i, (_, k, enters, _) in enumerate(seen) if k in LINEAR and enters), default=-1
-    )
+
+    def closes(i: int) -> bool:
+        name, kind, enters, _ = seen[i]
+        left = (v.shape[-1] for n, _, e, v in seen[i:] if n == name and not e and v is not None)
+        return enters and kind in LINEAR and (kind not in CONVS or next(left, 0) == classes)
+
+    hidden = {i: kind for i, (_, kind, _, value) in enumerate(seen) if value is None}
+    last = max((i for i in range(len(seen)) if closes(i)), default=-1)
+    if any(i > last and kind.endswith(LINEAR) for i, kind in hidden.items()):
+        last = -1
     convs = [i for i, (_, k, enters, _) in enumerate(seen) if k in CONVS and not enters]
     end = last if last > 0 and convs and last > convs[0] else len(seen)
-    maps = [i for i, (_, _, e, v) in enumerate(seen[:end]) if not e and v.ndim == 4 and convs]
+    maps = [
+        i
+        for i, (_, _, enters, v) in enumerate(seen[:end])
+        if convs and not enters and v is not None and v.ndim == 4
+    ]
     if maps and any("Attention" in kind for _, kind, _, _ in seen[maps[-1] :]):
+        maps = []
+    if maps and any(i > maps[-1] and kind.endswith(CONVS) for i, kind in hidden.items()):
         maps = []
     taken, counts = {"penultimate", "conv_last"}, dict[tuple[str, str, bool], int]()
     names = {}
     for i, (name, kind, enters, _) in enumerate(seen):
+        if i in hidden:
+            continue
         event = name, kind, enters
         counts[event] = counts.get(event, -1) + 1
         place = (*event, counts[event])
@@ -167,10 +197,15 @@ def _linen(
     module: nn.Module, variables: Variables, taken: Pixels, train: Mapping[str, Any]
 ) -> tuple[Any, Variables, Any]:
     def run(variables: Variables, x: jax.Array, watch: Any, training: bool, key: Any) -> Any:
+        home = current_trace()
+
         def look(call, args, kwargs, context):
             if context.method_name != "__call__" or not context.module.path:
                 return call(*args, **kwargs)
             name, kind = ".".join(context.module.path), type(context.module).__name__
+            if current_trace() != home:
+                watch(name, kind, None, False)
+                return call(*args, **kwargs)
             if args and _looked(args[0]) and kind in LINEAR:
                 args = (watch(name, kind, args[0], True), *args[1:])
             out = call(*args, **kwargs)
@@ -266,15 +301,19 @@ def _state(like: Any, values: Mapping[str, Any]) -> Any:
 
 def _watched(module: nnx.Module, watch: Any) -> None:
     """Lets every sub-module of a module, which is ours alone, tell what enters and leaves it."""
+    home = current_trace()
     for path, part in nnx.iter_modules(module):
         if path and callable(part):
-            part.__class__ = _telling(type(part), ".".join(map(str, path)), watch)
+            part.__class__ = _telling(type(part), ".".join(map(str, path)), watch, home)
 
 
-def _telling(cls: type, name: str, watch: Any) -> type:
+def _telling(cls: type, name: str, watch: Any, home: Any) -> type:
     kind = cls.__name__
 
     def call(self, *args, **kwargs):
+        if current_trace() != home:
+            watch(name, kind, None, False)
+            return cls.__call__(self, *args, **kwargs)
         if args and _looked(args[0]) and kind in LINEAR:
             args = (watch(name, kind, args[0], True), *args[1:])
         out = cls.__call__(self, *args, **kwargs)
