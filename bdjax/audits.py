@@ -193,7 +193,7 @@ def images_of(model: Model, variables: Variables, data: Dataset) -> Images:
     """The defender's images (and, where they are few, the training images) to search with, those of
     the test set to measure by. Where the net's classes are not the data's, it gives the labels.
     """
-    sweep.fits(model, data._replace(classes=model.classes))
+    sweep.takes(model, data)
     held = data.test
     if len(held.label) > HELD:
         held = held[pick(np.asarray(held.label), HELD, 0)]
@@ -596,7 +596,7 @@ def audit(
     model, variables = loaded.model, loaded.variables
     data = sized(source, model.shape).load()
     called = "net" if isinstance(net, Loaded) else Path(net).name
-    sweep.fits(model, data._replace(classes=model.classes))
+    sweep.takes(model, data)
     sweep.keep_compiled()
     images = images_of(model, variables, data)
     key = _identity(variables, images)

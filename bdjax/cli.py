@@ -27,7 +27,7 @@ from bdjax.datasets.files import Format
 from bdjax.identity import Stale
 from bdjax.registry import Entry
 from bdjax.trackers import Log
-from bdjax.types import BadInput, Range, Seed, class_name
+from bdjax.types import BadInput, Range, Seed, Size, class_name
 
 Kinds = Literal["all", "attacks", "defenses", "models", "datasets"]
 Words = tyro.conf.Positional
@@ -541,11 +541,11 @@ class Import:
     preprocess: str | None = None
     """The pixels that the net takes: 0-1, 0-255, -1-1, imagenet, cifar10 … or 'mean=…,… std=…,…',
     with bgr where blue comes first."""
-    size: tuple[int, int, int] | None = None
+    size: tuple[Size, Size, Size] | None = None
     """Height, width and channels of its images, where the file leaves them open."""
     logits: Path | None = None
     """The original's logits: an .npz with `image` [N, H, W, C] and `logits` [N, K]."""
-    accuracy: float | None = None
+    accuracy: Annotated[float, Range(0, 1)] | None = None
     """What its accuracy on the test images of --dataset should be, such as 0.95."""
 
     def __call__(self) -> None:
@@ -636,7 +636,7 @@ class Repair:
     """File for the repaired net, in the format in which it came; any net can be .safetensors."""
     audit: Path | None = None
     """Folder of an audit, whose triggers are taken; they are looked for if not given."""
-    minutes: float = 10.0
+    minutes: Annotated[float, Range(1e-3, 1e6)] = 10.0
     """No repair is begun after so many minutes."""
     seed: Seed = 0
 
@@ -691,10 +691,12 @@ class Scan:
     """Clean images of the net's kind, as --dataset of `bdjax train`."""
     out: Path | None = None
     """Folder for the results; results/scan-NAME if not given."""
-    alpha: float = 0.05
+    alpha: Annotated[float, Range(1e-6, 0.5)] = 0.05
     """The share of clean sets that is called infected at most; of images, of clean ones that each
     filter suspects."""
     seed: Seed = 0
+
+    used_if = {"model": {"net": (None,)}, "recipe": {"net": (None,)}}
 
     def __call__(self) -> int:
         from bdjax.audits import CODES
@@ -995,15 +997,18 @@ def _is_line(row: str) -> bool:
     return len(row) > 3 and not set(row) - set("─╰╯╭╮+-")
 
 
-def _all_read(made: Any, args: Sequence[str]) -> None:
-    """Raises `BadInput` where a flag was given that the chosen method does not read."""
-    for word in args[1:]:
-        flag = word.partition("=")[0]
+def _all_read(made: Any, flags: Sequence[str]) -> None:
+    """Raises `BadInput` where a flag was given that the command, or the chosen method, does not
+    read.
+    """
+    for flag in flags:
         part, *path = flag.removeprefix("--").replace("-", "_").split(".")
-        if flag.startswith("--") and path and (method := getattr(made, part, None)) is not None:
+        reason = registry.unread(made, [part])
+        if reason is None and path and (method := getattr(made, part, None)) is not None:
             path[-1] = path[-1] if hasattr(method, path[-1]) else path[-1].removeprefix("no_")
-            if reason := registry.unread(method, path):
-                raise BadInput(f"{flag} has no effect: {reason}; leave it away")
+            reason = registry.unread(method, path)
+        if reason:
+            raise BadInput(f"{flag} has no effect: {reason}; leave it away")
 
 
 def _at_home(word: str) -> str:
@@ -1053,7 +1058,7 @@ def command(args: Sequence[str]) -> int:
         if fault := registry.fault_within(made):
             name, _, rest = fault.partition(" ")
             raise BadInput(f"--{name.replace('_', '-')} {rest}")
-        _all_read(made, args)
+        _all_read(made, flags)
     return made() or 0  # type: ignore[operator]
 
 

@@ -22,7 +22,7 @@ from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.defenses.parts.reversed import Reversed, TriggerDefense
 from bdjax.defenses.parts.screen import screened
 from bdjax.foreign.fold import folded
-from bdjax.sweep import answers, fits, labelled
+from bdjax.sweep import answers, labelled, takes
 from bdjax.train import stamped, unit
 from bdjax.types import (
     Attack,
@@ -121,6 +121,9 @@ def repair_net(
     A repair is picked on images that it has not seen, by accuracy less the share of them that
     triggers move: those of another search than the one that it was given.
     """
+    if defense is not None and not isinstance(defense, Repair):
+        name = registry.name_of(defense) or type(defense).__name__
+        raise BadInput(f"{name} repairs no net: `bdjax list defenses` shows what does")
     told = None if audit is None else audited(audit)
     loaded = imports.load_net(net)
     model, variables, about = loaded.model, loaded.variables, loaded.about
@@ -129,15 +132,16 @@ def repair_net(
         raise BadInput(f"{net} names no data set: give clean images of its kind, --dataset")
     source = sized(source, model.shape)
     data = source.load()
-    if own := data.classes == model.classes:
-        fits(model, data)
-    else:
+    takes(model, data)
+    if not (own := data.classes == model.classes):
         data = labelled(source, model, variables, "net").load()
     joined = together(data.train, data.clean)
     seen, held = divide(joined, HELD, int(seed) % 2**31)
     if min(len(seen.label), len(held.label)) < 2:
         raise BadInput(f"{len(joined.label)} clean images are too few: give a few hundred")
     given = _Given(model, variables, seen, held, data.test)
+    if defense is not None:  # before the search, which takes minutes
+        registry.admit(defense, model, seen)
     key_find, key_proof, key_mend, key_table = jax.random.split(jax.random.key(seed), 4)
     found = search(key_find, model, variables, seen) if told is None else told
     found.check(model.shape, model.classes)
@@ -234,7 +238,7 @@ def _right(model: Model, variables: Variables, images: Split) -> float:
 
 
 def _picked(
-    key: jax.Array, given: _Given, named: Defense | None, found: Reversed, proof: Reversed,
+    key: jax.Array, given: _Given, named: Repair | None, found: Reversed, proof: Reversed,
     minutes: float, say: Callable[[str], Any],
 ) -> tuple[tuple[Tried, ...], tuple[Defense, Variables]]:  # fmt: skip
     """What was tried, and the best repair with what it leaves."""
@@ -251,7 +255,7 @@ def _picked(
         say(f"  {one.name}: {one.fault or numbers}")
 
     told(measured("as it was", given.model, given.variables, 0.0))
-    ways = _ways(given, found) if named is None else [_taken(named, given, found)]
+    ways = _ways(given, found) if named is None else [_taken(named, found)]
     for name, repairs, fault in ways:
         late = best is not None and time.monotonic() - begun > 60 * minutes
         if fault or late:
@@ -281,14 +285,11 @@ Way = tuple[str, list[tuple[str, Repair]], str]
 """A repair's name, how it is tried, and why it is not."""
 
 
-def _taken(defense: Defense, given: _Given, found: Reversed) -> Way:
+def _taken(defense: Repair, found: Reversed) -> Way:
     """A repair that was asked for, with the triggers that were found where it looks for some."""
     name = registry.name_of(defense) or type(defense).__name__
-    if not isinstance(defense, Repair):
-        raise BadInput(f"{name} repairs no net: `bdjax list defenses` shows what does")
     if isinstance(defense, TriggerDefense) and defense.label is defense.original is defense.found:
         defense = dataclasses.replace(defense, found=found)  # all are None
-    registry.admit(defense, given.model, given.seen)
     return name, [("", defense)], ""
 
 

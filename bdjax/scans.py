@@ -23,12 +23,14 @@ from bdjax.defenses.parts.reversed import TriggerDefense
 from bdjax.models.layers import Net, build
 from bdjax.models.shamshiri import Cnn
 from bdjax.repairs import search
-from bdjax.sweep import fits, labelled
+from bdjax.sweep import labelled, takes
 from bdjax.train import Recipe, clean_set, fit, unit
-from bdjax.types import BadInput, Model, Range, Seed, Split, Word, class_name
+from bdjax.types import BadInput, Dataset, Model, Range, Seed, Split, Word, class_name
 
-FEWEST = 20
-"""Rows of a class, and clean images, below which nothing is said by them."""
+FEWEST, COMPARED = 20, 4
+"""Rows of a class, and clean images, below which nothing is said by them; and classes with so many
+rows, below which none is told from the others.
+"""
 LEAST, SHARE = 0.01, 0.6
 """The share of a class that is looked for, from and to."""
 SHOWN = 40
@@ -65,6 +67,7 @@ class Scan(NamedTuple):
     suspects: np.ndarray
 
 
+TOO_FEW = f"fewer than {COMPARED} classes have {FEWEST} rows: none to compare with"
 UNPROVEN = "judges of rows rank them, they do not convict a set"
 
 
@@ -101,6 +104,8 @@ def scan_set(
     image, label = np.asarray(train.image), np.asarray(train.label, np.int32)
     split = Split(image, label)
     classes = max(len(names), int(split.label.max()) + 1)
+    if np.sum(np.bincount(label) >= FEWEST) < COMPARED:
+        raise BadInput(TOO_FEW)
     key_fit, key_judge = jax.random.split(jax.random.key(seed))
     if loaded is None:
         made = build(model, split.image.shape[1:], classes)
@@ -109,8 +114,12 @@ def scan_set(
         variables = jax.jit(lambda k: fit(k, made, recipe, rows)[0])(key_fit)
     else:
         made, variables = loaded.model, loaded.variables
-        whole = dataset.load()
-        fits(made, whole._replace(train=split, classes=classes))
+        takes(made, Dataset("the set", split, split, split, classes))
+        if classes > made.classes:
+            raise BadInput(
+                f"the net has {made.classes} classes, the set has {classes}: give a net that "
+                "was trained on it, or none (--net)"
+            )
 
     def one(judge: Any) -> Judged:
         registry.admit(judge, made, split)
@@ -158,9 +167,9 @@ def scan_images(
     model, variables = loaded.model, loaded.variables
     clean = sized(clean, model.shape)
     data = clean.load()
+    takes(model, data)
     if data.classes != model.classes:
         data = labelled(clean, model, variables, "net").load()
-    fits(model, data)
     given, files = _pictures(own.at_home(images), model)
     joined = together(data.train, data.clean, data.test)
     known, held = divide(joined, 0.5, int(seed) % 2**31)
@@ -199,8 +208,8 @@ def grouped(name: str, score: np.ndarray, label: np.ndarray, names: Sequence[str
     score = np.where(np.isfinite(score), score, np.nanmin(score, initial=0.0))
     found = {k: second_group(score[label == k]) for k in np.unique(label).tolist()}
     found = {k: below for k, below in found.items() if below is not None}
-    if len(found) < 4:
-        return Judged(name, fault=f"fewer than 4 classes have {FEWEST} rows: none to compare with")
+    if len(found) < COMPARED:
+        return Judged(name, fault=TOO_FEW)
     rest = {k: -np.log(np.abs(score[label == k]).mean() + 1e-12) for k in found}
     first = min(rest, key=lambda k: rest[k])
     others = np.asarray([v for k, v in rest.items() if k != first])
@@ -332,7 +341,9 @@ def _write(
         packed = io.BytesIO()
         np.savez_compressed(packed, **cleaned)  # type: ignore[arg-type]
         files["cleaned.npz"] = packed.getvalue()
-    own.beside(folder, files)
+    own.beside(folder, FILES)
+    if cleaned is None:  # an earlier scan's is not this one's
+        (folder / "cleaned.npz").unlink(missing_ok=True)
     with ExitStack() as stack:
         for name, content in files.items():
             stack.enter_context(own.renamed(folder / name)).write_bytes(content)

@@ -1236,13 +1236,18 @@ def _answers(model: Model, variables: Any, image: Any) -> jax.Array:
     return metrics.labels(predict(model, variables, image))
 
 
-def fits(model: Model, data: Dataset) -> None:
-    """Raises `BadInput` where a net and a data set differ in their images or classes."""
+def takes(model: Model, data: Dataset) -> None:
+    """Raises `BadInput` where a data set's images are not those that a net takes."""
     if tuple(model.shape) != tuple(data.shape):
         raise BadInput(
             f"the net takes images of {'×'.join(map(str, model.shape))}, those of {data.name} are "
             f"{'×'.join(map(str, data.shape))}: give it data of its own kind"
         )
+
+
+def fits(model: Model, data: Dataset) -> None:
+    """Raises `BadInput` where a net and a data set differ in their images or classes."""
+    takes(model, data)
     if model.classes != data.classes:
         raise BadInput(
             f"the net has {model.classes} classes, {data.name} has {data.classes}: give it data of "

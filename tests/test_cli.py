@@ -1,5 +1,6 @@
 """The commands as a user types them, and one clear line for every mistake."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -188,6 +189,15 @@ def test_mistakes_get_one_clear_line_and_code_2(capsys, tmp_path, args, words):
     assert re.search(words, err), err
     assert len(err.strip().splitlines()) == 1
     assert not folder.exists(), "nothing half-written"
+
+
+def test_numbers_on_the_command_line_have_their_range_there():
+    """So that what is out of it is said of the flag, not of a function behind it."""
+    for name, command in cli.COMMANDS.items():
+        for field in dataclasses.fields(command) if dataclasses.is_dataclass(command) else ():
+            hint = registry.hints(command)[field.name]
+            numbers = [kinds & {int, float} for kinds, limit in registry.ranges(hint) if not limit]
+            assert not any(numbers), f"{name} --{field.name}"
 
 
 def test_no_resume_refuses_a_folder_that_has_rows(capsys, tmp_path):

@@ -140,12 +140,13 @@ def test_what_cannot_be_repaired_is_one_line(world, tmp_path, capsys):
         (["--export", str(tmp_path / "a.onnx")], "jax2onnx"),
         (["--export", str(tmp_path / "mine.safetensors")], "was not written by bdjax"),
         (["--audit", str(tmp_path)], "is no folder of an audit"),
-        (["--minutes", "-1"], "minutes"),
+        (["--minutes", "-1"], "--minutes"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["repair", net, "--out", str(tmp_path / "out"), *more])
-        said = capsys.readouterr().err
+        out, said = capsys.readouterr()
         assert stop.value.code == 2 and words in said and said.count("\n") == 1, said
+        assert not out  # no search for triggers before it
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
 

@@ -8,7 +8,7 @@ import planted
 import pytest
 from PIL import Image
 
-from bdjax import audit, cli, datasets, scan_set, scans
+from bdjax import audit, cli, datasets, own, scan_set, scans
 from bdjax.attacks.badnets import BadNets
 from bdjax.checkpoints import save_model
 from bdjax.datasets.files import Npz
@@ -58,6 +58,8 @@ def world(tmp_path_factory):
     np.savez(folder / "clean.npz", image=image, label=label)
     hit = np.asarray(stamped(BadNets(size=1), 1, image[:40], KEY)) * 255
     np.savez(folder / "hit.npz", image=np.uint8(hit.round()), label=label[:40])
+    for name, labels in (("more", label + 1), ("few", label * 0)):
+        np.savez(folder / f"{name}.npz", image=image, label=labels)
     model, variables, _ = planted.units()
     save_model(folder / "net", planted.Units(), model, variables)
     return folder
@@ -94,6 +96,21 @@ def test_folders_are_read_at_the_size_of_the_net(world, tmp_path, capsys):
     assert audit(net, clean, minutes=0, quiet=True).about["data"]["searched"]
 
 
+def test_a_set_may_have_some_of_the_classes_of_its_net(world, tmp_path, monkeypatch):
+    """Its net judges it, though a class has no image; nothing of an earlier scan stays behind."""
+    monkeypatch.setattr(scans, "COMPARED", 2)
+    image, label = planted.pictures(200)
+    kept = np.flatnonzero(label != 1)
+    np.savez(tmp_path / "part.npz", image=image[kept], label=label[kept])
+    (out := tmp_path / "out").mkdir()
+    with own.renamed(out / "cleaned.npz") as file:
+        file.write_bytes(b"of an earlier scan")
+    part = datasets.source(str(tmp_path / "part.npz"))
+    found = scan_set(part, str(world / "net"), out=out, say=len)
+    assert sorted(found.order.tolist()) == list(range(len(kept)))
+    assert (out / "cleaned.npz").exists() == bool(found.suspects.any())
+
+
 def test_what_cannot_be_scanned_is_one_line(world, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "index.html").write_text("mine")
@@ -106,7 +123,11 @@ def test_what_cannot_be_scanned_is_one_line(world, tmp_path, capsys):
             "written by bdjax",
         ),
         ([str(tmp_path / "none.npz"), *out], "no such file"),
-        ([hit, "--alpha", "2", *out], "alpha"),
+        ([hit, "--alpha", "2", *out], "--alpha"),
+        ([hit, "--net", net, "--recipe.epochs", "1", *out], "--recipe.epochs has no effect"),
+        ([hit, "--net", net, "--model", "cnn", *out], "--model has no effect"),
+        ([str(world / "more.npz"), "--net", net, *out], "trained on it, or none (--net)"),
+        ([str(world / "few.npz"), *out], "none to compare with"),  # before anything is trained
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["scan", *args])

@@ -67,7 +67,11 @@ class Source:
     def found(self, path: str) -> Path:
         """Where `read` looks for a file given as `path`; raises `BadInput` where none is."""
         if not path:
-            raise BadInput("no data are named: --dataset.path says where they are, path= in Python")
+            name = name_of(self)
+            own_kind = f" (what is called {name} itself is ./{name})" if name else ""
+            raise BadInput(
+                "no data are named: --dataset.path says where they are, path= in Python" + own_kind
+            )
         return own.at_home(path)
 
     def placed(self, folder: Path | None = None) -> "Source":
