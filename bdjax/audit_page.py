@@ -1,6 +1,7 @@
 """The page of an audit: one self-contained file, the verdict first."""
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -184,9 +185,11 @@ def _first_line(judge: str) -> str:
 
 
 def _repair(found: "Audit") -> str:
-    net, data = found.about["net"]["name"], found.about["data"]["name"]
-    audit = "" if found.folder is None else f" --audit {found.folder.name}"
-    return f"bdjax repair {net} --dataset {data}{audit} --out repaired"
+    from bdjax.audits import triggers
+
+    words = ["bdjax", "repair", found.given[0], "--dataset", found.given[1]]
+    words += ["--audit", str(found.folder)] if found.folder and triggers(found) else []
+    return shlex.join([*words, "--out", "repaired"])
 
 
 def _number(value: float | None) -> str:

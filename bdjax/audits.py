@@ -79,7 +79,8 @@ class Found(NamedTuple):
 
 class Audit(NamedTuple):
     """What an audit found: the verdict in a `word`, and why; all of `audit.json` in `about`; the
-    arrays of each step, by name, in `steps`; and the `folder` that keeps them.
+    arrays of each step, by name, in `steps`; the `folder` that keeps them; and what the net and the
+    images were `given` as, on a command line.
     """
 
     word: Word
@@ -87,6 +88,7 @@ class Audit(NamedTuple):
     about: dict[str, Any]
     steps: dict[str, dict[str, np.ndarray]]
     folder: Path | None
+    given: tuple[str, str] = ("NET", "IMAGES")
 
 
 CODES: dict[Word, int] = {"no sign": 0, "infected": 3, "undecided": 4}
@@ -630,7 +632,8 @@ def audit(
         spent = before + time.monotonic() - start
         found = _summary(work, chosen, others, about, spent)
         verdict = found["verdict"]
-        return Audit(verdict["word"], verdict["reason"], found, work.steps, folder)
+        given = "NET" if isinstance(net, Loaded) else str(net), datasets.word(source)
+        return Audit(verdict["word"], verdict["reason"], found, work.steps, folder, given)
 
     where = "nothing is kept" if folder is None else f"what was finished is kept in {folder}"
     with kept(f"{where}; the same command goes on from there"), Stop() as stop:

@@ -262,6 +262,8 @@ def test_a_backdoor_is_found_kept_and_shown(planted, tmp_path, monkeypatch):
     assert "Infected: 17" in page and "not measured" in page and page.count("<figure") >= 4
     for outside in ("http://", "https://", 'src="/', "<script src"):
         assert outside not in page
+    # What it says to do is done with what was given, wherever that lies.
+    assert f"repair NET --dataset {planted[1]} --audit {out} --out repaired" in page
 
     def again(self, *args):
         raise AssertionError("computed once more")
@@ -277,7 +279,9 @@ def test_the_end_of_the_time_leaves_a_page_and_the_same_call_goes_on(planted, tm
     assert found.word == "undecided" and "time ran out" in found.reason
     (left,) = found.about["not_tried"]
     assert left["judge"] == "neural-cleanse" and "0 s were left" in left["reason"]
-    assert "Not tried" in (out / "index.html").read_text()
+    page = (out / "index.html").read_text()
+    assert "Not tried" in page and "--audit" not in page  # it has no trigger to give
+    assert not any(f"{name}</h3>" in page for name in ("Labels", "Pictures"))
     assert triggers(found) == []
     assert run(planted, out).word == "infected"
 

@@ -40,6 +40,12 @@ def source(word: str, **fields) -> Source:
     return registry.make("dataset", name, **fields)  # says which name is near
 
 
+def word(source: Source) -> str:
+    """The word that names `source` on a command line, as far as one does."""
+    name, path = registry.name_of(source) or "IMAGES", getattr(source, "path", "")
+    return f"tfds:{path}" if name == "tfds" else path or name
+
+
 def _kind(path: Path) -> tuple[str, dict[str, str]]:
     """The registered source that reads what is at `path`, and where it finds it."""
     where = {"path": str(path)}
