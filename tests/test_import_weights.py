@@ -374,6 +374,18 @@ def test_what_is_asked_for_is_one_line_and_exit_code_2(preact, tmp_path, capsys)
         load_net(tmp_path / "code.pt", **HOW)
 
 
+@pytest.mark.parametrize("before", ["", "module.", "_orig_mod.", "module._orig_mod.model."])
+def test_names_are_those_of_the_net_whatever_stands_before_them_all(tmp_path, before):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(27, 4))
+    weights = {f"{before}{name}": value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": weights, "epoch": 3}, file := tmp_path / "w.pt")
+    found = files.plain_names(files.read(file, file.read_bytes(), "torch", None).arrays)
+    assert set(found) == {"1.weight", "1.bias"}
+    changed = files.fill(file, file.read_bytes(), "torch", {"1.weight": found["1.weight"] * 2})
+    again = files.plain_names(files.read(file, changed, "torch", None).arrays)
+    assert np.array_equal(again["1.weight"], 2 * found["1.weight"])
+
+
 def test_a_pruned_net_of_backdoorbench_is_read_as_it_computes(tmp_path):
     net = nn.Sequential(nn.Flatten(), nn.Linear(27, 4))
     weights = {"1.weight_orig": net[1].weight.data, "1.weight_mask": torch.ones(4, 27)}

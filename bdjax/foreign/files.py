@@ -19,6 +19,9 @@ from bdjax.types import BadInput, Variables, shown
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "weights", "params")
 """Where checkpoints keep the weights among other things."""
+PREFIXES = (*WRAPPERS, "module", "_orig_mod")
+"""What may stand before the names of all weights: of these too, by DataParallel and torch.compile.
+"""
 KNOWN = {"cifar10": "cifar10", "cifar100": "cifar100", "gtsrb": "", "tiny": "tiny", "mnist": ""}
 """Of BackdoorBench's data sets, how it standardises their pixels; "": not."""
 
@@ -115,13 +118,11 @@ def _cleaned(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def plain_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights under the names of the net: without what a checkpoint or DataParallel put before
-    them all; pruned ones (`weight_orig` and `weight_mask`) multiplied.
+    """The weights under the names of the net: without the `PREFIXES` that stand before them all;
+    pruned ones (`weight_orig` and `weight_mask`) multiplied.
     """
     prefix = ""
-    while all(
-        name.startswith(tuple(f"{prefix}{w}." for w in (*WRAPPERS, "module"))) for name in arrays
-    ):
+    while all(name.startswith(tuple(f"{prefix}{w}." for w in PREFIXES)) for name in arrays):
         prefix += next(iter(arrays)).removeprefix(prefix).partition(".")[0] + "."
     short = {name.removeprefix(prefix): array for name, array in arrays.items()}
     found = {}
