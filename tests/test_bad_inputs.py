@@ -341,7 +341,7 @@ def world(folder: Path) -> dict[str, str]:
     (here / "closed").mkdir(mode=0o500)
 
     rng = np.random.default_rng(0)
-    image, label = rng.integers(0, 256, (40, 8, 8, 1), np.uint8), np.arange(40) % 4
+    image, label = rng.integers(0, 256, (80, 8, 8, 1), np.uint8), np.arange(80) % 4
     np.savez(folder / "data.npz", image=image, label=label)
     about = {"attack": BadNets(size=2), "recipe": Recipe(epochs=0), "seed": 0}
     about["dataset"] = Npz(path=str(folder / "data.npz"))
