@@ -47,12 +47,21 @@ def say_once(line: str) -> None:
 
 @contextmanager
 def silent(logger: str) -> Iterator[None]:
-    """Orbax logs of its own, its threads the traceback of what it raises as well."""
-    log = logging.getLogger(logger)
+    """Orbax logs of its own, its threads the traceback of what it raises as well, and of each
+    write that ends after another has failed.
+    """
+    log, told = logging.getLogger(logger), sys.unraisablehook
     level = log.level
+
+    def hear(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            told(found)
+
     log.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = hear
     try:
         yield
+        sys.unraisablehook = told  # after a failure the last writes are yet to end
     finally:
         log.setLevel(level)
 

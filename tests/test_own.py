@@ -343,7 +343,8 @@ def test_a_full_disk_in_any_words_is_one_line(tmp_path):
 
 
 @pytest.mark.long
-def test_a_disk_that_fills_while_a_checkpoint_is_written_is_one_line(tmp_path):
+@pytest.mark.parametrize("leaves", ["one", "many"])
+def test_a_disk_that_fills_while_a_checkpoint_is_written_is_one_line(tmp_path, leaves):
     """A real one: whatever Orbax's threads log and raise."""
     mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(tmp_path)]
     if shutil.which("unshare") is None or subprocess.run(mount, capture_output=True).returncode:
@@ -351,10 +352,11 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_is_one_line(tmp_path):
     code = (
         "import sys, numpy as np; from pathlib import Path; from bdjax import checkpoints, types\n"
         "leaf = np.random.default_rng(0).random((400, 400))\n"
-        "try: checkpoints.save_tree(Path(sys.argv[1]), leaf)\n"
+        "tree = {f'a{i}': row for i, row in enumerate(leaf)} if sys.argv[2] == 'many' else leaf\n"
+        "try: checkpoints.save_tree(Path(sys.argv[1]), tree)\n"
         "except types.BadInput as error: print(error); print(*Path(sys.argv[1]).parent.iterdir())"
     )
-    words = [sys.executable, "-c", code, str(tmp_path / "c")]
+    words = [sys.executable, "-c", code, str(tmp_path / "c"), leaves]
     shell = [*mount[:2], "sh", "-c", f'{" ".join(mount[2:])} && exec "$@"', "sh", *words]
     done = subprocess.run(shell, capture_output=True, text=True)
     assert done.stdout.split("\n")[:2] == [f"cannot write {tmp_path}/c: the disk is full", ""]
