@@ -17,7 +17,7 @@ from typing import Any
 
 from bdjax import schema
 from bdjax.errors import BadInput
-from bdjax.own import saving
+from bdjax.own import full, saving
 
 HEARTBEAT = 5.0
 """Seconds between two writes of `progress.json`; a run that was silent for ten times as long is not
@@ -318,15 +318,15 @@ def terminable() -> Iterator[None]:
 
 def ended(call: Callable[[], int | None]) -> None:
     """A command, from its beginning to its exit code; see `bdjax.cli.main`."""
-    with contextlib.suppress(BrokenPipeError), terminable():
+    with terminable():
         try:
-            if code := call():
+            code = call()
+            print(end="", flush=True)  # at the exit nobody could say what is wrong with it
+            if code:
                 sys.exit(code)
         except BadInput as error:
             text = shown(error)
-            text = text if len(text) <= 900 else f"{text[:450]} … {text[-350:]}"
-            print(f"bdjax: {text}", file=sys.stderr)
-            sys.exit(2)
+            _end(text if len(text) <= 900 else f"{text[:450]} … {text[-350:]}", 2)
         except KeyboardInterrupt as stop:
             asked = isinstance(stop, Terminated)
             words = [
@@ -334,8 +334,20 @@ def ended(call: Callable[[], int | None]) -> None:
                 "nothing is kept; the same command begins anew",
             ]
             what = "terminated" if asked else "interrupted"
-            print(f"bdjax: {what}; {shown(words[0])}", file=sys.stderr)
-            sys.exit(143 if asked else 130)
+            _end(f"{what}; {shown(words[0])}", 143 if asked else 130)
+        except OSError as error:  # of the output: what files are in the way says who writes them
+            if not (closed := isinstance(error, BrokenPipeError)) and not full(error):
+                raise
+            with contextlib.suppress(OSError, AttributeError):  # what is left is not tried again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not closed:
+                _end("cannot write the output: the disk is full", 2)
+
+
+def _end(line: str, code: int) -> None:
+    with contextlib.suppress(OSError):  # it may go where the disk is full
+        print(f"bdjax: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 TOGETHER = 0.5

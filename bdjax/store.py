@@ -82,8 +82,8 @@ class Store:
                 words = owner.read_text() if _owner(owner) else "another process"
                 shard = "" if self.shard is None else f" (shard {self.shard[0]}/{self.shard[1]})"
                 line = (
-                    f"{self.folder}{shard} is being worked on by {words}: wait for it, or give "
-                    "each its own --shard i/n"
+                    f"{self.folder}{shard} is being worked on by {words}: wait for it, or share "
+                    "the work out by `bdjax sweep --shard i/n`"
                 )
                 raise BadInput(line) from None
         try:

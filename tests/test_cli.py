@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,21 @@ def test_status_without_a_run_is_one_line(tmp_path):
     line = [sys.executable, "-m", "bdjax", "status", str(tmp_path)]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"bdjax: {tmp_path} has no progress")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+@pytest.mark.parametrize("command", ["--help", "list", "report"])
+def test_an_output_on_a_full_disk_is_one_line(tmp_path, command):
+    args = [command]
+    if command == "report":
+        (tmp_path / "results.jsonl").write_text(json.dumps(row("abc")) + "\n")
+        args.append(str(tmp_path))
+    line = [sys.executable, "-m", "bdjax", *args]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+        both = subprocess.run(line, stdout=full, stderr=full)
+    said = "bdjax: cannot write the output: the disk is full\n"
+    assert (done.returncode, done.stderr, both.returncode) == (2, said, 2)
 
 
 def test_train_then_defend_then_the_saved_model_is_the_repaired_one(capsys, tmp_path):
