@@ -150,6 +150,8 @@ def executed(path: Path, name: str, what: str) -> ModuleType:
     """The Python file at `path`, run as the module `name`; `what` it should be, for an error
     line. Where it raises, nothing of it stays registered.
     """
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder: give the {what}'s file")
     if not path.is_file():
         folder = path.parent
         others = [p.as_posix() for p in sorted(folder.glob("*.py"))] if folder.is_dir() else []

@@ -22,10 +22,12 @@ def names() -> list[str]:
 def file(experiment: str | Path) -> Path:
     """The file of an experiment that is given by its name, `shamshiri2023`, or by its path."""
     path = Path(experiment)
-    if path.exists() or path.name != str(experiment) or path.suffix:
+    if path.is_file() or path.name != str(experiment) or path.suffix:
         return path
-    if path.name in names():
+    if path.name in names():  # a results folder may be called so
         return folder() / f"{path.name}.py"
+    if path.exists():
+        return path
     raise BadInput(
         f"no experiment {path}{near(path.name, names())} (`bdjax run --list` shows bdjax's own; "
         "one of yours is a path that ends in .py)"

@@ -60,6 +60,17 @@ def test_a_twin_that_is_clean_by_its_rate_stays_clean():
     assert changed(cells[1:], {"attack.rate": "0.05"})[0].attack.rate == 0.05
 
 
+def test_results_may_lie_in_a_folder_called_as_their_experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = shipped.file("shamshiri2023")
+    for name in ("shamshiri2023", "mine", "mine.py"):
+        (tmp_path / name).mkdir()
+    assert shipped.file("shamshiri2023") == before
+    for name in ("mine", "mine.py"):
+        with pytest.raises(BadInput, match=f"^{name} is a folder: give the experiment's file"):
+            experiment.load(name)
+
+
 @pytest.mark.parametrize("name", shipped.names())
 def test_the_rate_of_every_experiment_can_be_changed(name, own_names):
     """But of one that varies it."""

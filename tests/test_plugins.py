@@ -374,6 +374,7 @@ def test_a_clash_is_the_plugin_s_mistake_whichever_came_first(here):
         (["--plugin", "bdjax.metrics"], "bdjax.metrics is no plugin: it registers no"),
         (["--plugin", "a b"], "'a b' is no plugin"),
         (["--plugin", "toys/"], "no plugin file toys"),
+        (["--plugin", "sub/"], "sub is a folder: give the plugin's file"),
         (["--plugin", "data.txt/x"], "no plugin file"),
         (["--plugin"], "--plugin takes a file or a module"),
         (["--plugin", "--json"], "--plugin takes a file or a module"),
