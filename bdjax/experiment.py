@@ -9,6 +9,7 @@ it has them, `figures(rows, store, scale)` (else those of `bdjax.figures`) and `
 import contextlib
 import fnmatch
 import functools
+import inspect
 import re
 import shlex
 import statistics
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 from rich.console import Console
@@ -27,10 +28,11 @@ from bdjax import engine as engines
 from bdjax import identity, mesh, plugins, progress, report, shipped
 from bdjax import target as targets
 from bdjax.changes import changed, read
+from bdjax.figures import apart
 from bdjax.figures import figures as drawn
 from bdjax.identity import Stale
 from bdjax.own import explained
-from bdjax.plugins import executed, raised_in
+from bdjax.plugins import called, executed, raised_in
 from bdjax.progress import shown
 from bdjax.registry import check_given, digest, door, name_of
 from bdjax.rows import Rows
@@ -46,12 +48,23 @@ def load(path: str | Path) -> ModuleType:
     """The experiment file as a module; one of bdjax's own by its name, too."""
     path = shipped.file(path)
     module = executed(path, f"experiment_{path.stem}", "experiment")
-    for name, form in (("cells", "cells(scale, seeds)"), ("SCALES", "SCALES"), ("TITLE", "TITLE")):
+    for name, form in (("cells", CALLS["cells"]), ("SCALES", ""), ("TITLE", "")):
         if not hasattr(module, name):
-            raise BadInput(f"{path} is no experiment: it defines no {form}")
-    known = {"SCALES": Iterable[str], "TITLE": str, "cells": Callable[..., Any]}
-    check_given(str(path), known, {name: getattr(module, name) for name in known})
+            raise BadInput(f"{path} is no experiment: it defines no {name}{form}")
+    known = {"SCALES": Iterable[str], "TITLE": str, **dict.fromkeys(CALLS, Callable[..., Any])}
+    given = {name: getattr(module, name) for name in known if hasattr(module, name)}
+    check_given(str(path), known, given)
+    for name in CALLS.keys() & given.keys():
+        try:
+            inspect.signature(given[name]).bind(*CALLS[name].split(","))
+        except TypeError:
+            found = called(name, given[name])
+            raise BadInput(f"{path}: {found} is to be {name}{CALLS[name]}") from None
     return module
+
+
+CALLS = {"cells": "(scale, seeds)", "figures": "(rows, store, scale)", "trends": "(rows)"}
+"""The functions of an experiment file; it needs the first."""
 
 
 def listed() -> Table:
@@ -212,8 +225,8 @@ def run(
         more += plugins.flags()
         more += "" if only is None else f" --only {shlex.quote(only)}"
         with blamed():
-            own = hasattr(module, "figures")
-            figures = list(module.figures(rows, store, scale) if own else drawn(rows, store, cells))
+            figures = pictures(path, module, rows, store, scale, lambda: cells)
+        with raised_in(path, begun=False):
             trends = claims(module, rows)
         clock.add("report", begun)
         mine = clock.whole()
@@ -260,9 +273,32 @@ def claims(module: ModuleType, rows: Iterable[report.Row]) -> list[report.Trend]
     """
     if not hasattr(module, "trends"):
         return []
-    found = [report.Trend(*trend) for trend in module.trends(report.valid(rows))]
+    found = _made(report.Trend, "trends", module.trends(report.valid(rows)))
     unknown = re.compile(r"(?i)\bnan\b")
     return [t._replace(verdict="open") if unknown.search(t.numbers) else t for t in found]
+
+
+def pictures(
+    path: Path, module: ModuleType, rows: Rows, store: Store, scale: str,
+    cells: Callable[[], Iterable[Cell]],
+) -> list[report.Figure]:  # fmt: skip
+    """The experiment's own figures; those of every study where it has no `figures`."""
+    if not hasattr(module, "figures"):
+        return drawn(rows, store, cells())
+    with raised_in(path, begun=False):
+        return apart(_made(report.Figure, "figures", module.figures(rows, store, scale)))
+
+
+def _made(kind: type, name: str, found: Any) -> list[Any]:
+    """What a function of an experiment gives, as the named tuples `kind`: plain ones will do."""
+    parts = get_type_hints(kind)
+    form, made = f"{kind.__name__}({', '.join(parts)})", []
+    for one in found if isinstance(found, Iterable) else [found]:
+        if not isinstance(one, (tuple, list)) or len(one) != len(parts):
+            raise BadInput(f"{name} gives {shown(one)[:80]}, not a list of {form}")
+        check_given(name, parts, dict(zip(parts, one, strict=True)))
+        made.append(kind(*one))
+    return made
 
 
 def at_hand(dataset: Any) -> bool:

@@ -44,7 +44,12 @@ def figures(
             break
     found += _axes(Rows(valid(rows)))
     found += _validity(rows)
-    names = Counter[str]()
+    return apart(found)
+
+
+def apart(figures: Iterable[Figure]) -> list[Figure]:
+    """Figures that differ in name: NAME, NAME-2 …"""
+    found, names = list(figures), Counter[str]()
     for i, one in enumerate(found):
         names[one.name] += 1
         if names[one.name] > 1:

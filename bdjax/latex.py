@@ -338,14 +338,11 @@ def _drawings(
     if path is None:
         yield from drawn(rows, store)
         return
-    module = experiment.load(path)
+    module, scale = experiment.load(path), rows[0].get("scale")
     with raised_in(path):
-        if hasattr(module, "figures"):
-            found = module.figures(rows, store, rows[0].get("scale"))
-        else:
-            found = drawn(rows, store, module.cells(rows[0].get("scale"), None))
-        for name, title, caption, figure in found:
-            yield report.Figure(name, title, caption, figure)
+        yield from experiment.pictures(
+            path, module, rows, store, scale, lambda: module.cells(scale, None)
+        )
 
 
 def _shipped(name: Any) -> Path | None:

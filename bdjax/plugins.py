@@ -228,7 +228,7 @@ def hold(cls: type, kind: str, name: str) -> None:
     }
     needed = [hook for hook in NEEDED.get(kind, ()) if hook in promised]
     if needed and all(getattr(cls, hook) is promised[hook] for hook in needed):
-        call = _call(needed[0], promised[needed[0]])
+        call = called(needed[0], promised[needed[0]])
         raise BadInput(f"{what} lacks what it does: define {call}")
     for hook, promise in promised.items():
         owner = next(base for base in cls.__mro__ if hook in vars(base))
@@ -240,7 +240,7 @@ def hold(cls: type, kind: str, name: str) -> None:
             setattr(cls, hook, _held(whose, kind, hook, mine, promise))
 
 
-def _call(hook: str, method: Callable) -> str:
+def called(hook: str, method: Callable) -> str:
     """How a method is called, without annotations."""
     parts = inspect.signature(method).parameters.values()
     bare = [part.replace(annotation=inspect.Parameter.empty) for part in parts]
@@ -258,7 +258,7 @@ def _alike(what: str, hook: str, mine: Callable, promise: Callable) -> None:
     except TypeError:
         fits = False
     if not fits:
-        raise BadInput(f"{what}: {_call(hook, mine)} is to be {_call(hook, promise)}")
+        raise BadInput(f"{what}: {called(hook, mine)} is to be {called(hook, promise)}")
 
 
 def _held(what: str, kind: str, hook: str, mine: Callable, promise: Callable) -> Callable:

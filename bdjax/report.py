@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jinja2
 import numpy as np
@@ -58,13 +58,16 @@ DROP = 0.05
 """Accuracy below the most accurate defense of a victim at which another is no answer."""
 
 
+Shown = Literal["reproduced", "partly", "not", "open"]
+
+
 class Trend(NamedTuple):
     """A claim of the paper, whether our numbers show it (`reproduced`, `partly` or `not`; `open`
     where there are none), and the numbers.
     """
 
     claim: str
-    verdict: str
+    verdict: Shown
     numbers: str
 
 
@@ -571,7 +574,7 @@ def write(
     figures: Iterable[tuple[str, str, str, figure.Figure]] = (),
     title: str = "Results",
     notes: Sequence[str] = (),
-    trends: Iterable[tuple[str, str, str]] = (),
+    trends: Iterable[tuple[str, Shown, str]] = (),
     seconds: Mapping[str, float] | None = None,
     command: str | None = None,
 ) -> Path:

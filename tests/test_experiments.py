@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from bdjax import experiment
 from bdjax.rows import Rows
@@ -77,8 +79,10 @@ BEGIN = "TITLE, SCALES = 'Odd', ('smoke',)\n"
         (f"{BEGIN}def cells(scale, seeds):\n    return []\n", "has no cells at scale smoke"),
         (f"{BEGIN}def cells(scale, seeds):\n    yield 3\n", "cells gives int, not Cell"),
         (f"{BEGIN}def cells(scale, seeds):\n    return [][0]\n", "line 3: IndexError"),
-        (f"{BEGIN}def cells(scale):\n    return []\n", "TypeError"),
+        (f"{BEGIN}def cells(scale):\n    return []\n", "cells.scale. is to be cells.scale, seeds"),
         (f"{BEGIN}cells = None\n", "is not a function"),
+        (f"{BEGIN}cells = lambda *a: []\nfigures = []\n", "figures .. is not a function"),
+        (f"{BEGIN}def cells(scale, seeds): ...\ndef trends(): ...\n", "is to be trends.rows."),
     ],
 )
 def test_an_odd_file_is_told_of_in_one_line(text, line, tmp_path):
@@ -88,6 +92,34 @@ def test_an_odd_file_is_told_of_in_one_line(text, line, tmp_path):
         experiment.run(file, "smoke", tmp_path / "out", quiet=True)
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["odd.py"]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "line"),
+    [
+        ("trends", None, r"trends gives None, not a list of Trend\(claim, verdict, numbers\)"),
+        ("trends", [("claim", "not")], r"trends gives \('claim', 'not'\), not a list of Trend"),
+        ("trends", [("claim", "yes", "1")], "trends: verdict 'yes' is not one of reproduced, "),
+        ("trends", [("claim", "not", 1)], "trends: numbers 1 is not a string"),
+        ("figures", 3, r"figures gives 3, not a list of Figure\(name, title, caption, figure\)"),
+        ("figures", [("a", "b", "c", 3)], "figures: figure 3 is not of class Figure"),
+    ],
+)
+def test_odd_figures_and_claims_are_told_of_in_one_line(name, given, line, tmp_path):
+    module = SimpleNamespace(**{name: lambda *_: given})
+    with pytest.raises(BadInput, match=line):
+        if name == "trends":
+            experiment.claims(module, [])  # type: ignore[arg-type]
+        else:
+            path, store = tmp_path / "odd.py", Store(tmp_path)
+            experiment.pictures(path, module, Rows(), store, "cpu", list)  # type: ignore[arg-type]
+
+
+def test_figures_of_one_name_are_told_apart(tmp_path):
+    two = [("a", "One", "", Figure()), ("a", "Two", "", Figure())]
+    module = SimpleNamespace(figures=lambda *_: iter(two))
+    found = experiment.pictures(tmp_path, module, Rows(), Store(tmp_path), "cpu", list)  # type: ignore[arg-type]
+    assert [one.name for one in found] == ["a", "a-2"]
 
 
 def test_a_file_that_is_no_python(tmp_path):
