@@ -8,10 +8,12 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 
+from bdjax.progress import say_once
 from bdjax.rows import Row, measured
 from bdjax.store import Store
 from bdjax.types import BadInput
@@ -34,11 +36,13 @@ def tracker(
         module = importlib.import_module(PACKAGES[log])
     except ImportError as error:
         raise BadInput(f"--log {log} needs {PACKAGES[log]}: pip install 'bdjax[{log}]'") from error
-    tell: Tell = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}[log](
-        module, store, experiment
-    )
+    made = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}[log]
+    with _answering(log):
+        tell: Tell = made(module, store, experiment)
+    heard = False
 
     def told(rows: Iterable[Row], losses: Mapping[str, np.ndarray]) -> None:
+        nonlocal heard
         for row in rows:
             metrics = {k: float(v) for k, v in row["metrics"].items() if measured(v)}
             arrays = store.arrays(row["run"]).items()
@@ -46,9 +50,26 @@ def tracker(
             if not row.get("defense") and row.get("victim") in losses:
                 curves["train_loss"] = losses[row["victim"]]
             name = f"{row.get('table')}, {row.get('row')}, seed {row.get('seed')}"
-            tell(name, row, metrics, curves)
+            try:
+                with _answering(log):
+                    tell(name, row, metrics, curves)
+                heard = True
+            except BadInput as error:
+                if not heard:
+                    raise
+                say_once(f"bdjax: {error}; the rows are kept all the same")
 
     return told
+
+
+@contextmanager
+def _answering(log: str) -> Iterator[None]:
+    """A tracker's own complaint, such as of a key or a server, as one line."""
+    try:
+        yield
+    except Exception as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"--log {log}: {what[:300]}") from error
 
 
 def _points(curves: Mapping[str, np.ndarray]) -> Iterator[tuple[str, int, float]]:
@@ -100,6 +121,7 @@ def _wandb(module: Any, store: Store, experiment: str) -> Tell:
 
 
 def _mlflow(module: Any, store: Store, experiment: str) -> Tell:
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # 3.17 wants to be told so
     place = (store.folder / "mlruns").resolve().as_uri()
     client = module.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", place))
 

@@ -48,6 +48,38 @@ def test_tensorboard_gets_metrics_and_curves(tmp_path, monkeypatch):
     assert list((tmp_path / "tensorboard" / "abc").glob("events.out.*"))
 
 
+def test_a_tracker_that_fails_is_one_line_and_later_ends_no_run(tmp_path, monkeypatch, capsys):
+    """Of a key that is missing, of a server that goes away."""
+    up = []
+
+    def made(module, store, experiment):
+        def tell(*_):
+            if not up.pop():
+                raise RuntimeError("no key is there\nlog in")
+
+        return tell
+
+    monkeypatch.setitem(trackers.PACKAGES, "mlflow", "json")
+    monkeypatch.setattr(trackers, "_mlflow", made)
+    told = trackers.tracker("mlflow", Store(tmp_path), "mine")
+    up[:] = [False]
+    with pytest.raises(BadInput, match=r"^--log mlflow: no key is there$"):
+        told([ROW], {})
+    up[:] = [True, False, True]
+    told([ROW] * 3, {})
+    said = "bdjax: --log mlflow: no key is there; the rows are kept all the same\n"
+    assert not up and capsys.readouterr().err == said
+
+
+def test_mlflow_gets_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    trackers.tracker("mlflow", Store(tmp_path), "mine")([ROW], {})
+    (run,) = (tmp_path / "mlruns").glob("*/*/metrics/acc_test")
+    assert " 0.5 " in run.read_text()
+
+
 def test_a_run_tells_of_the_loss_of_each_epoch(tmp_path, monkeypatch):
     """From the training to the tracker, whatever package is there."""
     said = {}
