@@ -18,6 +18,7 @@ from bdjax.checkpoints import save_tree
 from bdjax.exports import export
 from bdjax.foreign import files, native, safetensors
 from bdjax.foreign.native import architecture
+from bdjax.foreign.pixels import pixels
 from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.layers import build
 from bdjax.types import BadInput
@@ -349,6 +350,11 @@ def export_again(folder):
     assert "masks" in variables or about["defenses"]
     found = safetensors.arrays((folder / "repaired.safetensors").read_bytes())
     assert "conv_1.weight" in found
+
+
+def test_each_number_of_the_pixels_may_have_an_exponent():
+    found = pixels("mean=0.1,1e-3,-2e-2 std=5e-1")
+    assert found.mean == (0.1, 1e-3, -2e-2) and pixels(found.words()) == found
 
 
 def test_what_is_asked_for_is_one_line_and_exit_code_2(preact, tmp_path, capsys):

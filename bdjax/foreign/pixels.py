@@ -24,6 +24,7 @@ WORDS = (
 )
 
 
+_NUMBER = r"-?[\d.]+(e-?\d+)?"
 _Shift = Annotated[float, Range(-1e6, 1e6)]
 _Scale = Annotated[float, Range(1e-6, 1e6)]
 
@@ -90,7 +91,7 @@ def pixels(words: str) -> Pixels:
             scale, mean, std = 255.0, (127.5,), (127.5,)
         elif word == "bgr":
             bgr = True
-        elif name in ("mean", "std") and re.fullmatch(r"-?[\d.]+(e-?\d+)?(,-?[\d.]+)*", values):
+        elif name in ("mean", "std") and re.fullmatch(f"{_NUMBER}(,{_NUMBER})*", values):
             try:
                 numbers = tuple(float(value) for value in values.split(","))
             except ValueError:
