@@ -444,6 +444,7 @@ class Defend:
 
         if self.out is not None:
             own.whole(self.out, "model.json", old_model)
+            own.apart(self.out, self.checkpoint)
         net, model, variables, about = load_model(self.checkpoint)
         if about["dataset"] is None:
             again = "import it with --dataset" if about["origin"] else "save it anew"
@@ -555,6 +556,7 @@ class Import:
 
         flags: Any = self
         own.whole(self.out, "model.json", old_model)
+        own.apart(self.out, self.file, self.logits)
         if (self.file / "model.json").exists():
             raise BadInput(f"{self.file} is a net of bdjax already")
         loaded = load_net(
@@ -649,6 +651,7 @@ class Repair:
 
         flags: Any = self
         own.whole(self.out, "model.json", old_model)
+        own.apart(self.out, self.net, self.audit)
         if self.export is not None:
             check_file(load_net(self.net).about, self.export)
         made = repair_net(

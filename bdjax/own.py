@@ -331,6 +331,15 @@ def whole(path: Path, main: str, old: Old = never) -> Path:
         return place
 
 
+def apart(out: Path, *read: str | Path | None) -> None:
+    """Raises `BadInput` where `out`, to be replaced whole, is what is read, or holds it."""
+    place = Path(os.path.realpath(out))
+    for given in filter(None, read):
+        source = Path(os.path.realpath(at_home(given)))
+        if place == source or place in source.parents:
+            raise BadInput(f"{given} is read, and {out} would replace it: give another folder")
+
+
 def beside(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = (), old: Old = never):
     """Raises `BadInput` unless `files` can be written in `folder` beside what is there, and into
     its `folders`; leaves nothing behind.

@@ -72,6 +72,7 @@ def write_poisoned(
     out = own.whole(Path(out), "poison.json")
     writers = {"npz": _npz, "folder": _folder, "parquet": _parquet}
     dataset = source(dataset) if isinstance(dataset, str) else dataset
+    own.apart(out, *dataset.watched())
     data, key = dataset.load(), jax.random.key(whole("seed", seed, 0, 2**32 - 1))
     if format not in writers:
         raise BadInput(f"format '{shown(format)}' is not one of {', '.join(writers)}")

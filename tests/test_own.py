@@ -139,7 +139,11 @@ def user(made, tmp_path, monkeypatch):
 OWNS = {  # commands that write a folder whole
     "train": lambda made: ["train", "--out"],
     "defend": lambda made: ["defend", f"{made}/net", "--out"],
-}
+    "repair": lambda made: ["repair", f"{made}/net", "--dataset", "fashion-mnist-sample", "--out"],
+    "import": lambda made: ["import", f"{made}/net.onnx", "--out"],
+    "poison": lambda made: ["poison", "--dataset", "fashion-mnist-sample", "--attack", "badnets",
+                            "--out"],
+}  # fmt: skip
 BESIDE = {  # commands that write into a folder
     "run": lambda made: ["run", f"{made}/small.py", "--scale", "smoke", "--out"],
     "sweep": lambda made: ["sweep", f"{made}/small.py", "--scale", "smoke", "--out"],
@@ -209,6 +213,26 @@ def test_a_read_only_parent_is_known_at_the_start(user, made, capsys, command):
         refused(capsys, user, (OWNS | BESIDE | PREPARES)[command](made), "new")
     finally:
         user.chmod(0o700)
+
+
+def test_what_is_read_is_not_replaced(made, tmp_path, capsys):
+    """A repaired net does not take the place of the one that it was made of, nor a poisoned set."""
+    shutil.copytree(made / "net", tmp_path / "net")
+    out = [str(tmp_path / "net"), str(tmp_path / "net" / "sub" / "..")]
+    assert bdjax(capsys, "poison", "--dataset", "fashion-mnist-sample", "--attack", "badnets",
+                 "--dataset.train-size", "100", "--out", str(tmp_path / "set"))[0] == 0  # fmt: skip
+    again = ["poison", "--dataset", str(tmp_path / "set"), "--attack", "badnets", "--out",
+             str(tmp_path / "set")]  # fmt: skip
+    before = tree(tmp_path)
+    for args in (
+        ["repair", out[0], "--dataset", "fashion-mnist-sample", "--out", out[1]],
+        ["defend", out[0], "--defense", "fine-pruning:cpu", "--out", out[0]],
+        ["import", f"{out[0]}/variables", "--out", out[0]],
+        again,
+    ):
+        code, _, err = bdjax(capsys, *args)
+        assert code == 2 and "is read, and" in err and err.count("\n") == 1, err
+    assert tree(tmp_path) == before
 
 
 def test_new_empty_and_own_folders_are_taken(user, made):
