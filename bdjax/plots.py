@@ -563,7 +563,8 @@ def heat_map(
     rows, columns = values.shape
     names = [_short(v) for v in x], [_short(v) for v in y]
     width = float(np.clip(1.7 + 0.075 * max(map(len, names[1])) + 0.5 * columns, 3.6, 9.5))
-    figure, axes = _axes(float(np.clip(1.2 + 0.36 * rows, 1.8, 8)), width)
+    height = np.clip(min(1.2 + 0.36 * rows, max(8.0, 1.2 + 0.28 * rows)), 1.8, 12)
+    figure, axes = _axes(float(height), width)
     known = values[np.isfinite(values)]
     low, high = (0.0, 1.0) if percent or not known.size else (known.min(), known.max())
     shown = np.clip(values, low, high)  # infinite values have the last colour
@@ -574,7 +575,7 @@ def heat_map(
                 shade = (shown[i, j] - low) / ((high - low) or 1)
                 text = f"{100 * values[i, j]:.1f}" if percent else f"{values[i, j]:.3g}"
                 _value(axes, j, i, text.replace("inf", "∞"), shade)
-    step = (-(-columns // 24), -(-rows // 24))
+    step = (-(-columns // 24), -(-rows // 40))
     turned = (
         {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
         if max(map(len, names[0])) > 6

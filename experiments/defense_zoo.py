@@ -215,13 +215,23 @@ def applies(defense: Any, model: Any, clean: Any) -> bool:
 
 
 def matrix(rows: Rows) -> tuple[list[str], dict[str, dict[str, Row]]]:
-    """The attacks, and for each defense by attack its row of the first seed."""
+    """The attacks, and for each defense by attack its row over the seeds."""
     shown = Rows(row for row in rows.done if row["table"] != RATES)
     found = {
-        name: {table: seeds[0] for table, seeds in of.by("table").items()}
+        name: {table: over(seeds) for table, seeds in of.by("table").items()}
         for name, of in shown.by("row").items()
     }
     return list(found.get(BEFORE, {})), found
+
+
+def over(seeds: Rows) -> Row:
+    """A row of the means over seeds; a verdict that is not that of each is undecided."""
+    names = dict.fromkeys(name for row in seeds for name in row["metrics"])
+    means = {name: seeds.mean(name) for name in names}
+    said = {word(row["metrics"].get("infected"), row["metrics"].get("undecided")) for row in seeds}
+    if len(said) > 1:
+        means |= {"infected": 0.0, "undecided": 1.0}
+    return {**seeds[0], "metrics": means}
 
 
 def short(row: Row) -> str:

@@ -70,6 +70,15 @@ def test_a_false_alarm_on_the_clean_net_counts_against_all():
     assert verdict == "reproduced", "the clean net of other images does not count"
 
 
+def test_seeds_are_averaged_and_those_that_disagree_are_undecided():
+    acc = [row("it", acc_test=0.98, asr_nt=asr) for asr in (0.1, 0.2)]
+    assert HERE.over(Rows(acc))["metrics"] == {"acc_test": 0.98, "asr_nt": pytest.approx(0.15)}
+    said = [row("judge", infected=i, undecided=0.0, anomaly_index=2.0) for i in (1.0, 1.0, 0.0)]
+    assert HERE.short(HERE.over(Rows(said))).startswith("? ")
+    assert HERE.short(HERE.over(Rows(said[:2]))).startswith("✓ ")
+    assert HERE.short(HERE.over(Rows(said[2:]))).startswith("✗ ")
+
+
 def test_a_filter_may_cost_the_rejections_that_it_is_set_to():
     strict = row("filter", acc_test=0.82, asr_nt=0.0) | {"config": {"defense": {"frr": 0.122}}}
     assert HERE.works(strict, BEFORE, False) == (True, True)

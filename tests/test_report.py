@@ -589,7 +589,9 @@ def test_votes_heat_maps_and_boxes():
     figure = plots.heat_map([[0.5, np.nan]], [1, 2], [1e-3], percent=True)
     assert [text.get_text() for text in figure.axes[0].texts] == ["50.0"]
     drawn(figure)
-    drawn(plots.heat_map(np.zeros((40, 60)), range(60), range(40)))
+    figure = plots.heat_map(np.zeros((40, 60)), range(60), range(40))
+    assert len(figure.axes[0].get_yticks()) == 40  # no defense without its name
+    drawn(figure)
     drawn(plots.boxes({"few": [1.0, 2.0], "many": np.arange(100.0)}, line=3))
     drawn(plots.images(np.full((2, 3, 4, 6, 3), np.nan), ["a", "b"], ["x", "y", "z\nz"]))
     drawn(plots.curves(["sum", "average"], {"$x": [0.1, 0.2]}, percent=True))

@@ -294,7 +294,10 @@ def defenses(file: str) -> str:
             if set(here) & set(line)
         ]
         text.append(table_of([data, *(module.VICTIMS[table][1] for table in here)], lines))
-    return "\n\n".join([*text, f"One run each. {setting(rows[0])}"])
+    seeds = {table: len({row["seed"] for row in rows if row["table"] == table}) for table in tables}
+    several = [f"of {table} {n}" for table, n in seeds.items() if n > 1]
+    runs = f"Means over runs: {'; '.join(several)}; one of the others." if several else ""
+    return "\n\n".join([*text, f"{runs or 'One run each.'} {setting(rows[0])}"])
 
 
 def short(_: str) -> str:
