@@ -5,6 +5,7 @@ was understood of it and with the proof that it is the same net. No code of a fi
 import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,7 +119,7 @@ def _of(path: Path) -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        named = str(path) in str(error)
+        named = re.match(rf"(cannot \w+ )?{re.escape(str(path))}(?!\w)", str(error))
         raise type(error)(str(error) if named else f"{path}: {error}") from error
 
 

@@ -90,7 +90,9 @@ def door(fn: F) -> F:
 
 @functools.cache
 def _annotations(fn: Callable) -> dict[str, Any]:
-    return typing.get_type_hints(fn, include_extras=True)
+    found = typing.get_type_hints(fn, include_extras=True)
+    # As the core says it, where another annotation would be other code.
+    return {n: Key if (n, hint) == ("key", jax.Array) else hint for n, hint in found.items()}
 
 
 def check_given(where: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -494,12 +496,20 @@ def _fault(hint: Any, value: Any, within: bool = True) -> str | None:
             return None
         numbers = {arg for arg in args if arg in _NUMBERS}
         rest = [arg for arg in args if arg is not types.NoneType and arg not in numbers]
+        rest = [arg for arg in rest if arg is not Path or str not in args]
         if rest:
             faults = [_fault(arg, value, within) for arg in rest]
             faults += [_number_fault(numbers, None, value)] if numbers else []
             if Path in args and isinstance(value, (str, Path)):
                 return own.name_fault(value)
-            return None if None in faults else faults[0]
+            known = [fault for fault in faults if fault is not None]
+            if len(known) < len(faults):
+                return None
+            # A part that is wrong says more than the whole does.
+            whole = f" {_word(value)} is not "
+            inner = [fault for fault in known if not fault.startswith(whole)]
+            kinds = dict.fromkeys(fault.removeprefix(whole) for fault in known)
+            return inner[0] if inner else whole + " or ".join(kinds)
     if origin is Annotated and not ranges(hint):
         return _fault(args[0], value, within)
     if kinds := ranges(hint) if origin is not tuple else []:

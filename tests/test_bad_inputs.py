@@ -48,7 +48,7 @@ from bdjax.store import Store
 from bdjax.study import Cell
 from bdjax.sweep import Runner
 from bdjax.train import Recipe, begin, clean_set, poisoned_set
-from bdjax.types import BadInput, Split
+from bdjax.types import BadInput, Split, Splits, Victim
 
 KEY = jax.random.key(0)
 NET = Ffnn(hidden=(4,))
@@ -558,6 +558,7 @@ ATTACK = BadNets(size=2)
 ROWS = [row("0" * 16, seed=0, experiment="e"), row("1" * 16, seed=1, experiment="e")]
 SOURCE = registry.make("dataset", "fashion-mnist-sample", train_size=100, test_size=20)
 CELL = Cell("T", "r", SOURCE, NET, RECIPE, ATTACK)
+SPLITS = Splits(DATA, DATA, DATA)
 
 ODD_VALUES: dict[str, Any] = {
     "None": None, "text": "x", "no text": "", "bytes": b"x", "0": 0, "-1": -1, "1.5": 1.5,
@@ -633,6 +634,7 @@ RIGHT: dict[str, Any] = {
     "file": "nowhere.onnx", "found": "nowhere", "audit.net": "nowhere", "repair_net.net": "nowhere",
     "scan_set.net": "nowhere", "scan_images.net": "nowhere",
     "scan_images.images": "nowhere", "scan_images.clean": SOURCE, "module": nn.Dense(4),
+    "word": "mnist",
     "sections": [report.Section("T", ROWS)], "entry": registry.entries("attack")[0],
     "load.folder": "../../results", "merge.folders": ["../../results"], "write.folder": "made",
 }  # fmt: skip
@@ -789,6 +791,28 @@ def tried(entry: Entry) -> str | None:
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
     return "accepted"
+
+
+def test_every_public_function_is_behind_a_door():
+    """But for the decorators and what declares a field, which stand where classes are made."""
+    for name in bdjax.__all__:
+        made = getattr(bdjax, name)
+        if inspect.isfunction(made) and inspect.unwrap(made).__module__ != "bdjax.registry":
+            assert made.__globals__ is vars(registry), name
+    victim, wrong = Victim(MODEL, VARIABLES, ATTACK), "is not of class"
+    for call, line in (
+        (lambda: bdjax.judge(0, victim, None, SPLITS), "judge: key 0 is no key"),  # type: ignore[arg-type]
+        (lambda: bdjax.judge(KEY, MODEL, None, SPLITS), f"judge: victim .* {wrong} Victim"),  # type: ignore[arg-type]
+        (lambda: bdjax.judge(KEY, victim, "strip", SPLITS), f"defense 'strip' {wrong} Defense"),  # type: ignore[arg-type]
+        (lambda: bdjax.judge(KEY, victim, None, DATA), f"data .* {wrong} Splits or of class Da"),  # type: ignore[arg-type]
+        (lambda: bdjax.changed(CELL, {}), "changed: cells .* is not a list"),  # type: ignore[arg-type]
+        (lambda: bdjax.run([3]), f"run: study 3 {wrong} Cell"),  # type: ignore[list-item]
+        (lambda: bdjax.run(3), "run: study 3 is not a string or a list"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(BadInput, match=line):
+            call()
+    found = bdjax.judge(KEY, victim, None, SPLITS).metrics
+    assert jax.jit(lambda key: bdjax.judge(key, victim, None, SPLITS).metrics)(KEY) == found
 
 
 def fits(hint: Any, value: Any, right: Any) -> bool:

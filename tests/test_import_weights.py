@@ -1,6 +1,7 @@
 """Bare weights: which architecture, which pixels, and what proves it."""
 
 import dataclasses
+import re
 
 import foreign_nets
 import jax
@@ -479,6 +480,16 @@ def test_orbax_folders_as_trainings_with_flax_leave_them(tmp_path, capfd):
         with pytest.raises(BadInput, match=words):
             load_net(tmp_path / place, arch="badnets-cnn", **how)
         assert not capfd.readouterr().err, place
+
+
+def test_a_file_is_named_whatever_its_name_is(tmp_path, monkeypatch):
+    (tmp_path / "net" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "net")
+    for name in (".", "a", "../net"):
+        with pytest.raises(BadInput, match=rf"^{re.escape(name)}: holds no net: no model.json"):
+            load_net(name)
+    with pytest.raises(BadInput, match=r"^cannot read nowhere\.onnx: "):
+        load_net("nowhere.onnx")
 
 
 def test_numbered_layers_of_flax_are_in_the_order_of_their_numbers():

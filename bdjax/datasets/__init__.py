@@ -19,6 +19,7 @@ def load(name: str = "fashion-mnist-sample", **fields) -> Dataset:
     return source(name, **fields).load()
 
 
+@registry.door
 def source(word: str, **fields) -> Source:
     """The data set that `word` names, as every command takes it: NAME or NAME:PRESET of a
     registered one, a path, whose kind is known by its content, `tfds:NAME`, or the name of any set
