@@ -149,6 +149,15 @@ def test_the_planted_label_is_flagged_alone(found):
     assert verdict.info["patches"].shape == (3, 3, 128, 1, 1, 1)
 
 
+def test_a_known_label_is_an_oracle_and_searched_alone():
+    known = dataclasses.replace(QUICK, label=TARGET, epochs=1)
+    assert known.oracle and MesaRetraining(mesa=known).oracle
+    assert not QUICK.oracle and not MesaRetraining().oracle
+    verdict = jax.jit(lambda: known(KEY, MODEL, VARIABLES, CLEAN))()
+    assert verdict.flagged.tolist() == [False, False, True]
+    assert not verdict.info["patches"][:TARGET].any() and verdict.info["patches"][TARGET].any()
+
+
 def test_nan_logits_give_no_verdict_rather_than_a_wrong_one(found):
     assert not bool(found["nan"].infected) and float(found["nan"].index) == 0
 
