@@ -15,8 +15,8 @@ and in a CPU's size.
 
 Differs from the paper: its Table 4 has the nets of TCA and of the faces swapped, as the authors'
 code shows; poison rates other than those of the faces are not published and are ours. Its authors
-train the nets of faces on clean images first, then on the poisoned ones; here they are trained
-once, on the poisoned ones.
+train the nets of faces on clean images first, then on the poisoned ones, a tenth of each person's;
+here they are trained once, on the poisoned ones, a tenth of all.
 """
 
 from collections.abc import Mapping
