@@ -81,8 +81,7 @@ def write_poisoned(
     trainable(dataset, data)
     registry.admit(attack, data.shape, data.classes)
     name, y = registry.name_of(attack) or type(attack).__name__, jnp.asarray(data.train.label)
-    base = getattr(attack, "base", lambda y, _: y)
-    if base(y, data.classes) is not y:
+    if makes_images(attack, y, data.classes):
         raise BadInput(
             f"{name} makes the images that it trains on for a net that it is given: there is no "
             "poisoned set to write; train it: bdjax train"
@@ -124,6 +123,13 @@ def write_poisoned(
         about["notes"] = _notes(attack, train, clipped)
         (folder / "poison.json").write_text(schema.dump(about, "poison", 1), encoding="utf-8")
     return about
+
+
+def makes_images(attack: Attack, y: jax.Array, classes: int) -> bool:
+    """Whether an attack trains on images that it makes for a net, not on those with labels
+    `y: [N]`.
+    """
+    return getattr(attack, "base", lambda y, _: y)(y, classes) is not y
 
 
 def _notes(attack: Any, train: TrainSet, clipped: dict[str, int]) -> list[str]:

@@ -37,6 +37,8 @@ from bdjax.datasets.base import Source, trainable
 from bdjax.defenses.base import (
     Defense,
     Judge,
+    SampleFilter,
+    Training,
     judge,
     measure,
     split_scalars,
@@ -45,6 +47,7 @@ from bdjax.defenses.base import (
 from bdjax.loops import Loops, forget
 from bdjax.models.layers import build
 from bdjax.own import renamed
+from bdjax.poison import makes_images
 from bdjax.progress import Board, Progress, Stop, shown
 from bdjax.store import Store, placed, recall, remember
 from bdjax.study import Cell, Probe
@@ -1193,6 +1196,16 @@ def check(cell: Cell, model: Model | None = None) -> None:
         registry.admit(cell.attack, data.shape, data.classes)
     if cell.defense is not None:
         registry.admit(cell.defense, model, data.clean)
+    if (
+        cell.attack is not None
+        and isinstance(cell.defense, (Training, SampleFilter))
+        and makes_images(cell.attack, jnp.asarray(data.train.label), data.classes)
+    ):
+        attack, defense = map(registry.name_of, (cell.attack, cell.defense))
+        raise BadInput(
+            f"{attack} makes the images that it trains on for a net that it is given: there is no "
+            f"training set for {defense}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import make, replace
 from bdjax.store import Store
 from bdjax.study import Cell, chain, grid
-from bdjax.sweep import Runner
+from bdjax.sweep import Runner, check
 from bdjax.train import Recipe
 from bdjax.types import BadInput
 
@@ -52,6 +52,16 @@ def test_a_target_is_no_source():
     with pytest.raises(BadInput, match=r"target 1 is one of the sources \(0, 1\)"):
         BadNets(labels="source-specific", sources=(0, 1), target=1).check((28, 28, 1), 10)
     BadNets(labels="source-specific", sources=(0, 1), target=2).check((28, 28, 1), 10)
+
+
+def test_rows_that_the_victim_was_not_trained_on_are_not_judged():
+    """TrojanNN makes its images from a net: rows of the data set, stamped, are not its poison."""
+    cell = replace(BASE, ["attack"], make("attack", "trojannn", "cpu"))
+    for name in ("spectral-signatures", "activation-clustering", "db-covidnet"):
+        with pytest.raises(BadInput, match=f"there is no training set for {name}"):
+            check(replace(cell, ["defense"], make("defense", name)))
+    for same in (cell, replace(cell, ["defense"], Retraining())):
+        check(same)
 
 
 def test_targets_by_hand():

@@ -508,7 +508,9 @@ def judge(
 
 
 def trained_on(victim: Victim, data: Splits) -> TrainSet:
-    """The very rows that a victim of this key was trained on."""
+    """The very rows that a victim of this key was trained on; of an attack that makes images of its
+    own there are none (`sweep.check` refuses it).
+    """
     key = poisoning_key(victim.key)
     return poisoned_set(key, data.train, victim.attack, victim.model.classes)
 
