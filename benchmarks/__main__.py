@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,7 +105,10 @@ def bench(
     elif options:
         raise BadInput(f"{', '.join(f'--{name}' for name in options)} is for peers alone")
     if APART & {*names_}:
-        return _apart(names_, scale, out, **options)
+        others = {"compare": compare, "devices": devices}
+        if odd := [f"--{name}" for name, value in others.items() if value is not None]:
+            raise BadInput(f"{', '.join(odd)} is not for {', '.join(sorted(APART))}")
+        return _apart(names_, scale, out, json_, **options)
     old = None if compare is None else _rows(compare)
     if out is not None:
         Store(out).ready()
@@ -114,13 +118,7 @@ def bench(
     with contextlib.ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bdjax-")))
         store, made, stop = Store(folder), [], Stop()
-        words = (
-            "nothing is kept without --out; the same command begins anew"
-            if out is None
-            else f"the cases that were printed are kept in {out}; the same command goes on from "
-            "there"
-        )
-        for part in (kept(words), store.locked(), stop):
+        for part in (_kept(out), store.locked(), stop):
             stack.enter_context(part)
         if not json_:
             print(f"{'case':36}" + "".join(f"{head:>10}" for head in HEADS), flush=True)
@@ -148,7 +146,17 @@ def bench(
         compared(made, old)
 
 
-def _apart(names_: Sequence[str], scale: str, out: Path | None, **options: Any) -> None:
+def _kept(out: Path | None) -> AbstractContextManager[None]:
+    return kept(
+        "nothing is kept without --out; the same command begins anew"
+        if out is None
+        else f"the cases that were printed are kept in {out}; the same command goes on from there"
+    )
+
+
+def _apart(
+    names_: Sequence[str], scale: str, out: Path | None, json_: bool, **options: Any
+) -> None:
     """Runs a benchmark of its own kind."""
     if len(names_) > 1:
         raise BadInput(
@@ -159,10 +167,12 @@ def _apart(names_: Sequence[str], scale: str, out: Path | None, **options: Any) 
     if store is not None:
         store.ready()
     done = {} if store is None else {row["run"]: row for row in store.rows()}
-    print(" " * 100 + "".join(f"{head:>12}" for head in module.HEADS), flush=True)
-    with Stop() as stop:
+    if not json_:
+        print(" " * 100 + "".join(f"{head:>12}" for head in module.HEADS), flush=True)
+    with _kept(out), contextlib.nullcontext() if store is None else store.locked(), Stop() as stop:
         for row in module.rows(scale, done, **options):
-            print(shown(module.line(row)), flush=True)
+            text = json.dumps(schema.finite(row)) if json_ else shown(module.line(row))
+            print(text, flush=True)
             if store is not None and done.get(row["run"]) is not row:
                 store.append([row])
             stop.check()

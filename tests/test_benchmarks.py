@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from planted import row
 
 from bdjax import mesh
 from bdjax.cli import main
@@ -211,3 +212,26 @@ def test_a_command_can_be_killed(tmp_path):
     assert found.code == -9 and 2 <= found.seconds < 30
     stops = [sys.executable, "-c", "print(1); raise SystemExit(4)"]
     assert study.ended(stops, tmp_path, {})[2:] == (4, "1")
+
+
+@pytest.mark.parametrize("out", [None, "kept"])
+def test_a_benchmark_of_its_own_kind_takes_its_flags_and_tells_what_is_kept(
+    out, tmp_path, monkeypatch, capsys
+):
+    """As the others: JSON a line, and rows that an interruption tells of."""
+
+    def stopped(scale, done):
+        yield row("abc")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pod, "rows", stopped)
+    folder = None if out is None else tmp_path / out
+    with pytest.raises(KeyboardInterrupt) as caught:
+        bench(("pod",), scale="smoke", json_=True, out=folder)
+    said = "nothing is kept without --out" if out is None else f"kept in {folder}"
+    assert said in caught.value.__notes__[0]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["run"] == "abc"
+    assert folder is None or (folder / "results.jsonl").read_text().count("\n") == 1
+    with pytest.raises(BadInput, match="--devices is not for accelerator, peers, pod"):
+        bench(("pod",), scale="smoke", devices=2)
