@@ -2,6 +2,7 @@
 matching.
 """
 
+import contextlib
 import dataclasses
 
 import jax
@@ -10,14 +11,17 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.activation_matching import ActivationMatching, relative_gap
-from bdjax.attacks.pruning_aware import PruningAware
+from bdjax.attacks.pruning_aware import PruningAware, check_sleeps
 from bdjax.attacks.trojannn import TrojanNN, denoised, strongest
 from bdjax.channels import channel_means, mask_of, prune
+from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.deepid import DeepId
 from bdjax.models.graph import bias_of, kernel_into, kernel_out_of, layers_behind, leaf, with_leaf
 from bdjax.models.layers import build
+from bdjax.models.preact_resnet18 import PreActResNet18
 from bdjax.models.resnet20 import ResNet20
 from bdjax.models.shamshiri import Cnn, Ffnn
+from bdjax.models.strip import StripCifar10
 from bdjax.store import Store
 from bdjax.study import Cell
 from bdjax.sweep import Runner
@@ -236,6 +240,23 @@ def test_pruning_the_decoys_leaves_the_backdoor(sample, model, decoyed):
         KEY, model, prune(variables, "conv_last", mask_of(order, 4)), sample.test, armed
     )
     assert abs(pruned["acc"] - found["acc"]) < 0.01 and pruned["asr_nt"] > found["asr_nt"] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("net", "site", "sleeps"),
+    [
+        (PreActResNet18(), "conv_last", False),  # a residual sum
+        (PreActResNet18(), "block_8_2", True),
+        (StripCifar10(), "conv_last", False),  # BatchNorm behind the activation function
+        (ResNet20(), "conv_last", True),
+        (BadNetsCnn(fc_linear=True), "penultimate", False),
+    ],
+)
+def test_decoys_are_put_where_a_lower_bias_puts_them_to_sleep(net, site, sleeps):
+    """Elsewhere the bias of another layer would be lowered, or nothing would sleep."""
+    model = build(net, (16, 16, 3), 5)
+    with contextlib.nullcontext() if sleeps else pytest.raises(BadInput, match="do not sleep"):
+        jax.eval_shape(lambda: check_sleeps(model, site))
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """Pruning-aware attack: the backdoor lives in the channels that a pruning defender keeps."""
 
 import dataclasses
+import functools
 from typing import Annotated
 
 import jax
@@ -23,7 +24,25 @@ from bdjax.train import (
     poisoning_key,
     predict,
 )
-from bdjax.types import Array, Model, Range, Share, Split, Variables, Weight
+from bdjax.types import Array, BadInput, Model, Range, Share, Split, Variables, Weight
+
+
+@functools.lru_cache(maxsize=64)
+def check_sleeps(model: Model, site: str) -> None:
+    """Raises `BadInput` where a lower bias puts no channel of `site` to sleep: no ReLU stands
+    there, or a sum of which the bias is no part.
+    """
+    path = bias_of(model, site)
+    with jax.ensure_compile_time_eval():
+        variables = model.init(jax.random.key(0))
+        low = leaf(variables["params"], path) - 1e6
+        low = {**variables, "params": with_leaf(variables["params"], path, low)}
+        awake = bool(model.apply(low, jnp.full((1, *model.shape), 0.5)).acts[site].any())
+    if awake:
+        raise BadInput(
+            f"the channels of site '{site}' do not sleep at whatever bias: choose an activation "
+            "behind a ReLU"
+        )
 
 
 @attack("pruning-aware")
@@ -67,9 +86,11 @@ class PruningAware(BadNets):
         variables: Variables | None = None,
     ) -> tuple[Attack, Variables, Curves]:
         key_clean, key_fit, key_test = jax.random.split(key, 3)
+        site = self.site or default_site(model)
+        check_sleeps(model, site)
         if variables is None:
             variables, _ = fit(key_clean, model, recipe, clean_set(data))
-        clean, images, site = variables, jnp.asarray(data.image), self.site or default_site(model)
+        clean, images = variables, jnp.asarray(data.image)
         order = jnp.argsort(channel_means(model, clean, site, images))
         before = metrics.accuracy(
             metrics.labels(predict(model, clean, images)), jnp.asarray(data.label)
