@@ -8,7 +8,10 @@ import pytest
 from bdjax.attacks.badnets import BadNets
 from bdjax.defenses.train.lpsf import Graph, Lpsf, degrees, exponent, graph_of, grow
 from bdjax.models.layers import Net, build, conv, dense, max_pool
+from bdjax.models.nin import Nin
+from bdjax.models.resnet import ResNet
 from bdjax.models.shamshiri import Ffnn
+from bdjax.models.vgg_bn import VggBn
 from bdjax.registry import pytree
 from bdjax.train import Recipe, evaluate, poisoned_set, predict, unit
 from bdjax.types import BadInput, Split
@@ -32,8 +35,7 @@ class Tiny(Net):
     ],
 )
 def test_the_graph_of_a_net(links, second, last):
-    params = build(Ffnn(hidden=(3, 2), links=links), (2, 2, 1), 2).init(KEY)["params"]
-    graph = graph_of(dict(sorted(params.items(), reverse=True)))
+    graph = graph_of(build(Ffnn(hidden=(3, 2), links=links), (2, 2, 1), 2))
     assert (
         graph.names == ("dense_1", "dense_2", "logits")
         and graph.widths == (3, 2, 2)
@@ -44,7 +46,7 @@ def test_the_graph_of_a_net(links, second, last):
 
 
 def test_a_unit_draws_exactly_its_links_from_living_earlier_nodes():
-    graph = graph_of(build(Ffnn(hidden=(6, 5), links="all"), (3, 3, 1), 4).init(KEY)["params"])
+    graph = graph_of(build(Ffnn(hidden=(6, 5), links="all"), (3, 3, 1), 4))
     alive = jnp.ones(24, bool).at[jnp.asarray([0, 4, 8])].set(False)
     drawn = jax.jit(lambda k: grow(k, graph, alive, jnp.asarray([3, 10, 40])))(KEY)
     assert drawn.shape == (15, 24) and not drawn[:, ~alive].any()
@@ -167,7 +169,7 @@ def test_a_sweep_over_tau_and_links_is_one_program(run):
 
 def test_variants_have_the_links_they_say(run, sample):
     model, _ = run
-    graph = graph_of(jax.eval_shape(model.init, KEY)["params"])
+    graph = graph_of(model)
     alive = jnp.ones(graph.nodes, bool).at[:100].set(False)
 
     def count(**fields):
@@ -220,3 +222,12 @@ def test_bad_input(sample):
         with pytest.raises(BadInput, match=message):
             Lpsf(**fields).check(model, sample.clean)
     Lpsf().check(model, sample.clean)
+    maps = build(Nin(standardise="none"), sample.shape, 10)
+    with pytest.raises(BadInput, match=r"a dense last layer, 'logits\.kernel' is none"):
+        Lpsf().check(maps, sample.clean)
+
+
+@pytest.mark.parametrize(("net", "last"), [(ResNet(), "fc"), (VggBn(hidden=8), "classifier.6")])
+def test_the_last_layer_is_found_by_whatever_name(net, last):
+    graph = graph_of(build(net, (32, 32, 3), 10))
+    assert graph.names == (last,) and graph.widths == (10,)

@@ -50,6 +50,15 @@ def kernel_out_of(model: Model, site: str) -> Path:
     )
 
 
+def kernel_of_logits(model: Model) -> Path:
+    """The kernel `[..., K]` that makes the logits."""
+    jaxpr, paths = _trace(model, lambda v, x: model.apply(v, x).logits)
+    for path in (paths[v] for v in _needed(jaxpr) if v in paths):
+        if path[-1] == "kernel" and _shape(model, path)[-1] == model.classes:
+            return path
+    raise BadInput("no layer of the net has a kernel for its logits")
+
+
 def leaf(params: Any, path: Path) -> jax.Array:
     """The array at `path`."""
     return flatten_dict(params)[path]  # type: ignore[return-value]

@@ -9,6 +9,7 @@ import numpy as np
 
 from bdjax.defenses.base import Training
 from bdjax.defenses.parts.view import viewed
+from bdjax.models.graph import kernel_of_logits, leaf
 from bdjax.registry import defense, static
 from bdjax.train import Recipe, TrainSet, fit, unit
 from bdjax.types import INT32, Array, BadInput, Metric, Model, Range, Repaired, Share, Split
@@ -44,18 +45,29 @@ def feed_forward(params: Any) -> bool:
     return all(getattr(layer.get("kernel"), "ndim", None) == 2 for layer in params.values())
 
 
-def graph_of(params: Any) -> Graph:
+def last_dense(model: Model, params: Any) -> str:
+    """The dense layer that makes the logits."""
+    path = kernel_of_logits(model)
+    if len(path) != 2 or leaf(params, path).ndim != 2:
+        raise BadInput(
+            f"lpsf thins a dense last layer, '{'.'.join(path)}' is none: use another net"
+        )
+    return path[0]
+
+
+def graph_of(model: Model) -> Graph:
     """The graph of all layers of a feed-forward net; of any other net, that of its last layer.
 
     The kernels of a feed-forward net read the layer before, or the pixels and the layer before, or
     all earlier layers.
     """
+    params = jax.eval_shape(model.init, jax.random.key(0))["params"]
     # Not the order of the dictionary: jit sorts it.
     order = sorted(
         params,
         key=lambda name: (name == "logits", [int(digits) for digits in re.findall(r"\d+", name)]),
     )
-    names = tuple(order) if feed_forward(params) else ("logits",)
+    names = tuple(order) if feed_forward(params) else (last_dense(model, params),)
     shapes = [params[name]["kernel"].shape for name in names]
     layers, rows = [np.arange(shapes[0][0])], []
     for name, (inputs, width) in zip(names, shapes):
@@ -179,7 +191,7 @@ class Lpsf(Training):
     ) -> Repaired:
         key_init, key_grow, key_fit = jax.random.split(key, 3)
         variables, dormant = model.init(key_init), self.dormant(clean)
-        graph = graph_of(variables["params"])
+        graph = graph_of(model)
         alive = jnp.ones(graph.nodes, bool)
         if feed_forward(variables["params"]):
             alive = alive.at[: dormant.size].set(~dormant.reshape(-1))
@@ -252,4 +264,4 @@ class Lpsf(Training):
 
     def check(self, model: Model, clean: Split) -> None:
         super().check(model, clean)
-        graph_of(jax.eval_shape(model.init, jax.random.key(0))["params"])
+        graph_of(model)
