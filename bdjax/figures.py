@@ -87,8 +87,9 @@ def _defense(title: str, row: Mapping[str, Any], arrays: Mapping[str, Any]) -> I
         yield Figure(f"scores-{name}", f"{title}: scores", "First seed.", picture)
     norms = arrays.get("norms")
     if norms is not None and np.ndim(norms) == 1 and np.isfinite(norms).any():
+        what = {} if "mask" in arrays else {"what": "size of the trigger"}
         picture = plots.norms(
-            norms, arrays.get("index"), arrays.get("flagged"), _target(row), names
+            norms, arrays.get("index"), arrays.get("flagged"), _target(row), names, **what
         )
         yield Figure(f"norms-{name}", f"{title}: norms of the labels", "First seed.", picture)
     mask, pattern = arrays.get("mask"), arrays.get("pattern")

@@ -443,9 +443,10 @@ def norms(
     flagged: Any = None,
     target: int | None = None,
     names: Sequence[str] = (),
+    what: str = "L1 of the mask",
 ) -> Figure:
-    """Neural Cleanse: the L1 norm of each label's reversed mask, the anomaly index above. `l1,
-    index, flagged: [K]`.
+    """Of Neural Cleanse the L1 norm of each label's reversed mask, of another judge `what`; the
+    anomaly index above. `l1, index, flagged: [K]`.
     """
     l1 = np.asarray(l1, np.float64)
     count = len(l1)
@@ -490,7 +491,7 @@ def norms(
                   transform=axes.get_xaxis_transform(), zorder=5)  # fmt: skip
     axes.grid(False, axis="x")
     above = "" if index is None else "(above the bar: anomaly index)"
-    axes.set(xlabel=f"{'' if names else 'label'} {above}".strip(), ylabel="L1 of the mask")
+    axes.set(xlabel=f"{'' if names else 'label'} {above}".strip(), ylabel=what)
     _legend(axes)
     return figure
 

@@ -551,6 +551,8 @@ def test_neural_cleanse_pictures(labels):
     bars = {round(bar.get_x() + bar.get_width() / 2): bar for bar in figure.axes[0].patches}
     assert bars[3].get_hatch() and not bars[4].get_hatch()
     assert "5.0" in [text.get_text() for text in figure.axes[0].texts]
+    assert figure.axes[0].get_ylabel() == "L1 of the mask"
+    assert plots.norms(l1, what="size").axes[0].get_ylabel() == "size"
     drawn(figure)
     mask = np.zeros((labels, 8, 8, 1))
     shown = plots.triggers(mask, np.ones((labels, 8, 8, 3)), l1, marked=flagged)
