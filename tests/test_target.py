@@ -165,6 +165,7 @@ CELLS = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_rehearsal_calls_what_a_run_calls_and_writes_nothing(tmp_path, monkeypatch):
     real, calls = sweep.Runner._call, Counter()
 
