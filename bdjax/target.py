@@ -182,13 +182,19 @@ def find(name: str) -> Target:
                  "TPU_STDERR_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
         for variable, value in about.items():
             os.environ.setdefault(variable, value)
-        made = _topology(name, "tpu", f"{family}:{size}", **device.options)
+        made = _topology(name, "tpu", f"{family}:{size}", **device.options | _small_host(size))
     else:
         count = _count(name, size)
         made = _topology(name, "cuda", "", topology=f"1x1x{count}", **device.options)
     hosts = Counter(place.process_index for place in made)
     first = [place for place in made if place.process_index == min(hosts)]
     return Target(name, device, first, len(hosts))
+
+
+def _small_host(size: str) -> dict[str, Any]:
+    """A slice of fewer chips than a host has, four, is that of a smaller host."""
+    sides = [int(side) if side.isascii() and side.isdigit() else 4 for side in size.split("x")]
+    return {"chips_per_host_bounds": (*sides, 1, 1)[:3]} if 0 < math.prod(sides) < 4 else {}
 
 
 def _count(name: str, size: str) -> int:
