@@ -182,7 +182,8 @@ def find(name: str) -> Target:
                  "TPU_STDERR_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # fmt: skip
         for variable, value in about.items():
             os.environ.setdefault(variable, value)
-        made = _topology(name, "tpu", f"{family}:{size}", **device.options | _small_host(size))
+        options = {**device.options, **_small_host(size)}
+        made = _topology(name, "tpu", f"{family}:{size}", **options)
     else:
         count = _count(name, size)
         made = _topology(name, "cuda", "", topology=f"1x1x{count}", **device.options)
