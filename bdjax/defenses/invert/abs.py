@@ -2,6 +2,7 @@
 shows.
 """
 
+import functools
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
@@ -195,15 +196,7 @@ class Abs(Inversion):
 
     def places(self, model: Model) -> tuple[str, ...]:
         """The sites to stimulate."""
-        if self.sites is not None:
-            return self.sites
-        shapes = shapes_of(model)
-        skipped = {site for site in model.sites if site.endswith("_pre") or site == "input"}
-
-        def hidden(site):  # a hidden layer may be as wide as there are classes
-            return shapes[site][-1] != model.classes or layers_behind(model, site)
-
-        return tuple(site for site in model.sites if site not in skipped and hidden(site))
+        return hidden_sites(model) if self.sites is None else self.sites
 
     def stimulate(
         self, model: Model, variables: Variables, x: jax.Array, label: jax.Array
@@ -436,6 +429,18 @@ class Abs(Inversion):
             raise BadInput(
                 f"spaces {self.spaces}: give one or both of {', '.join(get_args(Space))}"
             )
+
+
+@functools.lru_cache(maxsize=64)
+def hidden_sites(model: Model) -> tuple[str, ...]:
+    """All sites but the pixels, the logits and what stands before an activation function."""
+    shapes = shapes_of(model)
+    skipped = {site for site in model.sites if site.endswith("_pre") or site == "input"}
+
+    def hidden(site):  # a hidden layer may be as wide as there are classes
+        return shapes[site][-1] != model.classes or layers_behind(model, site)
+
+    return tuple(site for site in model.sites if site not in skipped and hidden(site))
 
 
 def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
