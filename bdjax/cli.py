@@ -443,8 +443,7 @@ class Defend:
         from bdjax.train import Recipe
 
         if self.out is not None:
-            own.whole(self.out, "model.json", old_model)
-            own.apart(self.out, self.checkpoint)
+            own.whole(self.out, "model.json", old_model, [self.checkpoint])
         net, model, variables, about = load_model(self.checkpoint)
         if about["dataset"] is None:
             again = "import it with --dataset" if about["origin"] else "save it anew"
@@ -555,8 +554,7 @@ class Import:
         from bdjax.progress import shown
 
         flags: Any = self
-        own.whole(self.out, "model.json", old_model)
-        own.apart(self.out, self.file, self.logits)
+        own.whole(self.out, "model.json", old_model, [self.file, self.logits])
         if (self.file / "model.json").exists():
             raise BadInput(f"{self.file} is a net of bdjax already")
         loaded = load_net(
@@ -650,8 +648,7 @@ class Repair:
         from bdjax.repairs import repair_net
 
         flags: Any = self
-        own.whole(self.out, "model.json", old_model)
-        own.apart(self.out, self.net, self.audit)
+        own.whole(self.out, "model.json", old_model, [self.net, self.audit])
         if self.export is not None:
             check_file(load_net(self.net).about, self.export)
         made = repair_net(

@@ -296,10 +296,11 @@ def discard(path: Path) -> None:
 # --- What can be known at the start ---
 
 
-def whole(path: Path, main: str, old: Old = never) -> Path:
+def whole(path: Path, main: str, old: Old = never, read: Iterable[str | Path | None] = ()) -> Path:
     """Where a folder that bdjax owns whole, with the file `main` in it, is to stand, as an absolute
     path. Raises `BadInput` unless it can be written there and is new, empty or bdjax's own of the
-    same kind: a net is not replaced by what is none. Leaves nothing behind.
+    same kind: a net is not replaced by what is none, nor is or holds it what is `read`. Leaves
+    nothing behind.
     """
     with explained(path):
         if kind(path) == "link":
@@ -312,6 +313,10 @@ def whole(path: Path, main: str, old: Old = never) -> Path:
                     f"'{path}' is the {words} or holds it, and bdjax replaces a folder whole: give "
                     "one of its own"
                 )
+        for given in filter(None, read):
+            source = Path(os.path.realpath(at_home(given)))
+            if place == source or place in source.parents:
+                raise BadInput(f"{given} is read, and {path} would replace it: give another folder")
         refuse(place, True, old)
         if (held := [name for name, _ in noted(place) or ()]) and main not in held:
             raise BadInput(
@@ -329,15 +334,6 @@ def whole(path: Path, main: str, old: Old = never) -> Path:
                     os.rename(trial / "new" / place.name, place)
                     place.rmdir()
         return place
-
-
-def apart(out: Path, *read: str | Path | None) -> None:
-    """Raises `BadInput` where `out`, to be replaced whole, is what is read, or holds it."""
-    place = Path(os.path.realpath(out))
-    for given in filter(None, read):
-        source = Path(os.path.realpath(at_home(given)))
-        if place == source or place in source.parents:
-            raise BadInput(f"{given} is read, and {out} would replace it: give another folder")
 
 
 def beside(folder: Path, files: Iterable[str] = (), folders: Iterable[str] = (), old: Old = never):

@@ -69,10 +69,9 @@ def write_poisoned(
     Raises `BadInput` where there is no poisoned set before a net is trained, and where `out` holds
     anything that bdjax did not write.
     """
-    out = own.whole(Path(out), "poison.json")
-    writers = {"npz": _npz, "folder": _folder, "parquet": _parquet}
     dataset = source(dataset) if isinstance(dataset, str) else dataset
-    own.apart(out, *dataset.watched())
+    out = own.whole(Path(out), "poison.json", read=dataset.watched())
+    writers = {"npz": _npz, "folder": _folder, "parquet": _parquet}
     data, key = dataset.load(), jax.random.key(whole("seed", seed, 0, 2**32 - 1))
     if format not in writers:
         raise BadInput(f"format '{shown(format)}' is not one of {', '.join(writers)}")
