@@ -598,7 +598,6 @@ def audit(
     model, variables = loaded.model, loaded.variables
     data = sized(source, model.shape).load()
     called = "net" if isinstance(net, Loaded) else Path(net).name
-    sweep.takes(model, data)
     sweep.keep_compiled()
     images = images_of(model, variables, data)
     key = _identity(variables, images)
