@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from notebooks import CACHE
-from results import MATRIX, ZOO, committed, setting, table_of
+from results import MATRIX, ZOO, cell_of, committed, runs, setting, table_of
 
 from bdjax import datasets, experiment, latex, plots, registry, report
 from bdjax.defenses import base
@@ -301,11 +301,14 @@ def _defense_rows(entry: Entry) -> list[str]:
         if table in before
     ]  # fmt: skip
     judge = issubclass(entry.cls, base.Judge)
-    said = "✓ infected, ✗ not, and the index" if judge else "ACC / ASR_nt in % with the defense on"
+    said = "ACC / ASR_nt in % with the defense on"
+    if judge:
+        said = "✓ infected, ? seeds that disagree, ✗ else, and the index"
+    mine = [row for row in rows if row["table"] in tables]
     return [
         table_of(["victim", "no defense", *here], lines, 1),
         "",
-        f"{said}; without a defense ACC / ASR_nt. {setting(rows[0])} One run each, from the "
+        f"{said}; without a defense ACC / ASR_nt. {setting(mine)} {runs(mine)} From the "
         "[matrix of defenses and attacks](../../results/defenses.md); *no attack* shows false "
         "alarms and what the defense costs.",
     ]
@@ -314,17 +317,20 @@ def _defense_rows(entry: Entry) -> list[str]:
 def _attack_rows(entry: Entry) -> list[str]:
     rows = Rows(committed(ZOO)).done
     mine = [row for row in rows if row["attack"] == entry.name]
+    names = ("acc_test", "asr_all", "asr_nt")
     lines = [
-        [row["row"], row["table"], f"`{row['model']}`"]
-        + [f"{100 * row['metrics'][m]:.1f}" for m in ("acc_test", "asr_all", "asr_nt")]
-        for row in mine
+        [line["row"], table["name"], f"`{line['model']}`", str(line["n"])]
+        + [cell_of(name, line) for name in names]
+        for table in report.aggregate(mine)
+        for line in table["rows"]
     ]
     if not lines:
         return []
-    heads = ["as", "data", "net", "ACC test %", "ASR all %", "ASR nt %"]
+    heads = ["as", "data", "net", "n", *map(report.label_of, names)]
     return [
         table_of(heads, lines, 3),
         "",
-        f"{setting(mine[0])} One seed each, from [every attack](../../results/attacks.md). What "
+        f"Mean ± s.d. over n runs; *p* = the paper's number. {setting(mine)} From [every "
+        "attack](../../results/attacks.md). What "
         "defenses do to it: [the matrix](../../results/defenses.md).",
     ]

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for the benchmarks, which are not installed
 
 from bdjax import experiment, report
-from bdjax.rows import Rows
+from bdjax.rows import Row, Rows
 from benchmarks.__main__ import exponents, flat
 from benchmarks.peers import briefly
 
@@ -36,15 +36,28 @@ def table_of(heads: list[str], lines: list[list[str]], words: int = 1) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, align, *lines))
 
 
-def setting(row: dict) -> str:
+def setting(rows: Sequence[Row]) -> str:
     """On what a table was made."""
-    return f"Scale `{row['scale']}`, {row['device']}, jax {row['jax']}."
+    made = [dict.fromkeys(row[name] for row in rows) for name in ("scale", "device", "jax")]
+    scale, device, jax = map(" and ".join, made)
+    return f"Scale `{scale}`, {device}, jax {jax}."
 
 
-def source(row: dict) -> str:
+def source(rows: Sequence[Row]) -> str:
     """How a table was made."""
-    runs = f"Mean ± s.d. over n runs; *p* = the paper's number. {setting(row)}"
-    return f"{runs} Made by `bdjax run {row['experiment']} --scale {row['scale']}`."
+    runs = f"Mean ± s.d. over n runs; *p* = the paper's number. {setting(rows)}"
+    return f"{runs} Made by `bdjax run {rows[0]['experiment']} --scale {rows[0]['scale']}`."
+
+
+def runs(rows: Iterable[Row]) -> str:
+    """Over how many seeds the cells of a matrix are means, by table."""
+    seeds: dict[str, set[int]] = {}
+    for row in rows:
+        seeds.setdefault(row["table"], set()).add(row["seed"])
+    several = [f"of {table} {len(of)}" for table, of in seeds.items() if len(of) > 1]
+    if not several:
+        return "One run each."
+    return f"Means over runs: {'; '.join(several)}; one of the others."
 
 
 def cell_of(name: str, line: dict) -> str:
@@ -91,7 +104,7 @@ def results(argument: str) -> str:
             for line in table["rows"]
         ]
         parts.append(f"**{table['name']}**\n\n{table_of(heads, lines)}")
-    return "\n\n".join([*parts, source(rows[0])])
+    return "\n\n".join([*parts, source(rows)])
 
 
 def _row(line: dict) -> str:
@@ -116,7 +129,7 @@ def pivot(argument: str) -> str:
         for name, means, spread in zip(table.y, table.mean, table.sd, strict=True)
     ]
     heads = [f"{report.label_of(metric)}, {x} =", *(f"{value:g}" for value in table.x)]
-    spread = f"Mean ± s.d. over {int(table.n.max())} runs. {setting(rows[0])}"
+    spread = f"Mean ± s.d. over {int(table.n.max())} runs. {setting(rows)}"
     return f"{table_of(heads, lines)}\n\n{spread}"
 
 
@@ -215,7 +228,7 @@ def peers(file: str) -> str:
     return "\n\n".join(
         [
             table_of(heads, lines, 2),
-            f"Python {first['python']}, {libraries}. {setting(first)}",
+            f"Python {first['python']}, {libraries}. {setting(rows)}",
             "## What they find",
             table_of(["job", "ours", "theirs", "there"], texts, 4),
         ]
@@ -237,7 +250,7 @@ def pods(file: str) -> str:
     heads = ["sweep, hosts", "dealt", "hours", "tail h", "efficiency %", "lost %"]
     return (
         f"{table_of(heads, lines, 2)}\n\nThe model against two workers of one machine: "
-        f"{'; '.join(held)}. {setting(rows[0])}"
+        f"{'; '.join(held)}. {setting(rows)}"
     )
 
 
@@ -276,7 +289,7 @@ def attacks(file: str) -> str:
     reasons = experiment.load(rows[0]["experiment"]).REASONS
     told = "\n".join(f"- {row}: {reason}." for row, reason in reasons.items())
     why = "Below 90 %, or more than 3 points of accuracy lost, and what we take to be the reason:"
-    return f"{table_of(heads, lines, 3)}\n\n{source(rows[0])}\n\n{why}\n\n{told}"
+    return f"{table_of(heads, lines, 3)}\n\n{source(rows)}\n\n{why}\n\n{told}"
 
 
 def defenses(file: str) -> str:
@@ -294,10 +307,8 @@ def defenses(file: str) -> str:
             if set(here) & set(line)
         ]
         text.append(table_of([data, *(module.VICTIMS[table][1] for table in here)], lines))
-    seeds = {table: len({row["seed"] for row in rows if row["table"] == table}) for table in tables}
-    several = [f"of {table} {n}" for table, n in seeds.items() if n > 1]
-    runs = f"Means over runs: {'; '.join(several)}; one of the others." if several else ""
-    return "\n\n".join([*text, f"{runs or 'One run each.'} {setting(rows[0])}"])
+    mine = [row for row in rows if row["table"] in tables]
+    return "\n\n".join([*text, f"{runs(mine)} {setting(rows)}"])
 
 
 def short(_: str) -> str:
