@@ -2,6 +2,7 @@
 its judges say of clean ones is their null, what they say of planted ones their power.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ TOOK = 0.8
 """Share of the held-out images that a planted trigger moves, for it to count as a backdoor."""
 RATE = 0.1
 """Poison rate of the planted ones."""
+SAID = 30.0
+"""Seconds between what is said of the time that is left, at least."""
 
 
 class Calibration(NamedTuple):
@@ -217,33 +220,44 @@ def calibrate(
     """Trains `n` clean and `n` planted references and shows them to the judges that have seen the
     net, as steps of the audit `work`; says first how long that takes.
     """
-    nets = _trained(work, n, net, data, stop)
+    todo = sorted(judges, key=lambda name: work.steps[f"{name}-0"]["seconds"])
+    todo = [name for name in todo if "searched" not in work.steps[f"{name}-0"]]
+    steps = {f"{name}-ref-{i}": (name, i) for name in todo for i in range(2 * n)}
+
+    def needed() -> str:
+        """How long the judges will take, who compile once."""
+        missing = [name for step, (name, _) in steps.items() if step not in work.steps]
+        took = {name: float(work.steps[f"{name}-0"]["seconds"]) for name in todo}
+        each = {name: min(took[name], work.needs_of(judges[name])) for name in todo}
+        return f"judges on {2 * n} references: about {duration(sum(each[k] for k in missing))}"
+
+    nets = _trained(work, n, net, data, stop, f", then {needed()}")
     about = work.steps.get("references-0")
     if nets is None or about is None:
         return
     if (why := short(about["accuracy"], float(about["wanted"]))) is not None:
         sweep.say(why, work.quiet)
         return
-    todo = sorted(judges, key=lambda name: work.steps[f"{name}-0"]["seconds"])
-    todo = [name for name in todo if "searched" not in work.steps[f"{name}-0"]]
-    total = sum(2 * n * float(work.steps[f"{name}-0"]["seconds"]) for name in todo)
-    sweep.say(f"judges on {2 * n} references: about {duration(total)}", work.quiet)
     kept = ("norms", "qualified", "index", "flagged", "infected", "p_value", "label", "valid",
             "moved")  # fmt: skip
-    for name in todo:
-        for i in range(2 * n):
-            step = f"{name}-ref-{i}"
-            if stop.asked is not None:
-                return
-            if step not in work.steps:
-                start = time.monotonic()
-                found = work.shown(judges[name], sweep.take(nets, i))
-                small = {key: value for key, value in found.items() if key in kept}
-                work.keep(step, small | {"seconds": time.monotonic() - start})
+    said = -math.inf
+    for step, (name, i) in steps.items():
+        if stop.asked is not None:
+            return
+        if step not in work.steps:
+            start = time.monotonic()
+            if start > said + SAID:
+                sweep.say(f"{needed()} left", work.quiet)
+                said = start
+            found = work.shown(judges[name], sweep.take(nets, i))
+            small = {key: value for key, value in found.items() if key in kept}
+            work.keep(step, small | {"seconds": time.monotonic() - start})
 
 
-def _trained(work: Any, n: int, net: Any, data: Dataset, stop: Any) -> Variables | None:
-    """The references, stacked, from the last epoch that was kept on; None where it was stopped."""
+def _trained(work: Any, n: int, net: Any, data: Dataset, stop: Any, then: str) -> Variables | None:
+    """The references, stacked, from the last epoch that was kept on; None where it was stopped.
+    `then`: what is said to come after.
+    """
     model, images = work.model, work.images
     # all that the user has but what triggers are measured by
     pool = together(data.train, data.clean)
@@ -272,8 +286,8 @@ def _trained(work: Any, n: int, net: Any, data: Dataset, stop: Any) -> Variables
         took = time.monotonic() - start
         if epoch - first < 2:  # the first one was compiled, too
             left = duration((took - before) * (epochs - epoch - 1))
-            line = f"references: {2 * n} nets, {epochs} epochs of {many} images: about {left} left"
-            sweep.say(line, work.quiet)
+            what = f"references: {2 * n} nets, {epochs} epochs of {many} images"
+            sweep.say(f"{what}: about {left} left{then}", work.quiet)
             before = took
         if place is not None and (stop.asked is not None or epoch % 5 == 4 or epoch + 1 == epochs):
             checkpoints.save_tree(place, states)

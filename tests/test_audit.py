@@ -423,7 +423,7 @@ def test_bad_input_is_one_line(planted, tmp_path, capsys, monkeypatch, name):
     assert not (tmp_path / "results").exists()
 
 
-def test_references_give_null_and_power(tmp_path, monkeypatch):
+def test_references_give_null_and_power(tmp_path, monkeypatch, capsys):
     from bdjax.models.shamshiri import Ffnn
 
     monkeypatch.setattr(references, "DRAWS", 6000)
@@ -442,7 +442,10 @@ def test_references_give_null_and_power(tmp_path, monkeypatch):
     recipe = Recipe(lr=3e-3, epochs=20, batch=20)
     variables, _ = jax.jit(lambda: fit(jax.random.key(0), model, recipe, clean_set(split)))()
     given = Loaded(net, model, variables, {"origin": None}), tmp_path / "images.npz"
-    found = run(given, tmp_path / "out", reference=3)
+    found = run(given, tmp_path / "out", reference=3, quiet=False)
+    said = [line for line in capsys.readouterr().err.splitlines() if "references" in line]
+    assert "left, then judges on 6 references: about" in said[0]  # all of it, before it is done
+    assert said[-1].startswith("judges on 6 references: about") and said[-1].endswith("left")
     about = found.about
     assert about["null"] == "references" and about["references"]["each"] == 3
     assert about["references"]["accuracy"] > 0.9
