@@ -41,6 +41,8 @@ ROOM = {"table": 48, "table*": 100}
 """Characters that stand side by side in a column and on a page."""
 LINES = 48
 """Lines of tables that stand above one another on a page."""
+LONG = 44
+"""Characters of a name from which on it is broken into lines."""
 FONTS: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "bdjax"}
 HEAD = "% Needs booktabs, figures graphicx."
 FLOATS = 40
@@ -159,8 +161,8 @@ def _table(table: Mapping[str, Any], facts: Mapping[str, str], keys: Mapping[str
             left = ROOM[environment] - wide[0]
         parts[-1].append(block)
         left -= size
-    tabulars = [_tabular(first, parts[0]), *(_more(first, part) for part in parts[1:])]
-    together = max(1, LINES // (len(lines) + 3))
+    tabulars = [_tabular(*page) for page in _pages(first, parts[0])]
+    tabulars += [_tabular(*page) for part in parts[1:] for page in _pages(*_more(first, part))]
     about = [*filter(None, [report._caption(table)]), *(f"{k} {v}" for k, v in facts.items())]
     said = [_tex(f"{table['name'].rstrip('.')}. {' · '.join(about)}.")]
     if any(s["sd"] is not None for line in lines for s in line["metrics"].values()):
@@ -174,11 +176,10 @@ def _table(table: Mapping[str, Any], facts: Mapping[str, str], keys: Mapping[str
         named = (rf"{_tex(name)}~\cite{{{key}}}" for name, key in keys.items())
         said.append(f"Sources: {', '.join(named)}.")
     floats, captions = [], [" ".join(said), f"{_tex(table['name'])}, continued."]
-    for i in range(0, len(tabulars), together):
+    for i, text in enumerate(_together(tabulars)):
         floats += [rf"\begin{{{environment}}}", r"  \centering\small"]
-        floats += [rf"  \caption{{{captions[i > 0]}}}", r"  \smallskip"]
-        floats += tabulars[i : i + together]
-        floats += [rf"  \par\footnotesize {note}" for note in notes]
+        floats += [rf"  \caption{{{captions[i > 0]}}}", r"  \smallskip", text]
+        floats += [rf"  \par\footnotesize {n}" for n in notes if n.partition("}")[0] + "}" in text]
         floats += [rf"\end{{{environment}}}", ""]
     return "\n".join(floats)
 
@@ -191,6 +192,31 @@ class _Block(NamedTuple):
     over: str
     cells: list[list[str]]
     best: set[int]
+
+
+def _pages(
+    first: Sequence[Sequence[str]], blocks: Sequence[_Block]
+) -> Iterator[tuple[list[Sequence[str]], list[_Block]]]:
+    """A tabular as several that are no longer than a page, each with the headings."""
+    head, room = 1 + any(len(block.cells[0]) > 1 for block in blocks), len(first) - 1
+    size = -(-room // max(1, -(-room // (LINES - 1 - head))))
+    for i in range(1, len(first), size):
+        at = [0, *range(i, min(i + size, len(first)))]
+        yield (
+            [first[k] for k in at],
+            [block._replace(cells=[block.cells[k] for k in at]) for block in blocks],
+        )
+
+
+def _together(tabulars: Sequence[str]) -> Iterator[str]:
+    """The tabulars, as many above one another as a page holds."""
+    some: list[str] = []
+    for one in tabulars:
+        if some and sum(text.count(r"\\") + 2 for text in [*some, one]) > LINES + 2:
+            yield "\n".join(some)
+            some = []
+        some.append(one)
+    yield "\n".join(some)
 
 
 def _block(metric: str, lines: Sequence[Mapping[str, Any]]) -> _Block:
@@ -258,7 +284,7 @@ def _letters(i: int) -> str:
 
 def _tabular(first: Sequence[Sequence[str]], blocks: Sequence[_Block]) -> str:
     sides = [column[1:] for column in zip(*first, strict=True)]
-    align = "".join("r" if i and _numbers(side) else "l" for i, side in enumerate(sides))
+    align = "".join("r" if i and _numbers(side) else _left(side) for i, side in enumerate(sides))
     align += "".join("r" * len(block.cells[0]) for block in blocks)
     heads, rules, at = [""] * len(first[0]), [], len(first[0]) + 1
     for block in blocks:
@@ -276,15 +302,22 @@ def _tabular(first: Sequence[Sequence[str]], blocks: Sequence[_Block]) -> str:
     return "\n".join(f"  {one}" for one in [*text, r"\bottomrule", r"\end{tabular}\par\medskip"])
 
 
-def _more(first: Sequence[Sequence[str]], blocks: Sequence[_Block]) -> str:
-    """As `_tabular`, of the lines that have something there, by their names alone."""
+def _left(cells: Sequence[str]) -> str:
+    """How a column of words is set; 5 points a character in the table's size."""
+    return "l" if max(map(_letters_of, cells)) <= LONG else f"p{{{5 * LONG}pt}}"
+
+
+def _more(
+    first: Sequence[Sequence[str]], blocks: Sequence[_Block]
+) -> tuple[list[Sequence[str]], list[_Block]]:
+    """The lines that have something there, by their names alone."""
     at = [
         i
         for i in range(len(first))
         if any(set(block.cells[i]) - {"--"} for block in blocks)  # headings have, too
     ]
     some = [block._replace(cells=[block.cells[i] for i in at]) for block in blocks]
-    return _tabular([first[i][:1] for i in at], some)
+    return [first[i][:1] for i in at], some
 
 
 def _numbers(cells: Iterable[str]) -> bool:
@@ -293,10 +326,17 @@ def _numbers(cells: Iterable[str]) -> bool:
 
 def _width(cells: Sequence[Sequence[str]], column: int) -> int:
     """Characters that a column takes, with what stands between it and the next."""
-    plain = [re.sub(r"\\[a-z]+|[${}\\]", "", row[column]) for row in cells]
-    return max(map(len, plain)) + 2
+    return min(max(_letters_of(row[column]) for row in cells), LONG) + 2
 
 
+def _letters_of(cell: str) -> int:
+    return len(re.sub(r"\\[a-z]+|[${}\\]", "", cell))
+
+
+GREEK = (
+    r"\zeta \eta \theta \iota \kappa \nu \xi \pi \rho \varsigma \upsilon \phi \chi \psi \omega "
+    r"\Gamma \Theta \Lambda \Xi \Pi \Sigma \Upsilon \Phi \Psi \Omega"
+)
 SIGNS = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}", **{sign: f"\\{sign}" for sign in "&%$#_"},
@@ -306,7 +346,11 @@ SIGNS = {
     "γ": r"$\gamma$", "δ": r"$\delta$", "Δ": r"$\Delta$", "ε": r"$\varepsilon$",
     "λ": r"$\lambda$", "μ": r"$\mu$", "µ": r"$\mu$", "σ": r"$\sigma$", "τ": r"$\tau$",
     "‖": r"$\|$", "²": r"$^2$", "‡": r"\ddag{}", "†": r"\dag{}", "’": "'", "“": "``", "”": "''",
-    "₀": "$_0$", "₁": "$_1$", "₂": "$_2$", "✓": "yes", "✗": "no",
+    "✓": "yes", "✗": "no", "′": "$'$", "⁄": "/", "‘": "`", "„": ",,", "⊙": r"$\odot$",
+    "⊕": r"$\oplus$", "√": r"$\surd$", "≠": r"$\neq$", "∼": r"$\sim$", "∝": r"$\propto$",
+    "∈": r"$\in$", "←": r"$\gets$", "°": r"$^\circ$", "Đ": "D", "đ": "d", "Ð": "D", "ð": "d",
+    "Þ": "Th", "þ": "th", "\u0328": "",  # a hook below, which needs fonts of its own
+    **dict(zip("ζηθικνξπρςυφχψωΓΘΛΞΠΣΥΦΨΩ", map("${}$".format, GREEK.split()), strict=True)),
 }  # fmt: skip
 """Characters that every LaTeX can set, whatever its engine and fonts."""
 
@@ -320,11 +364,20 @@ def _tex(value: Any, none: str = "") -> str:
 def _sign(character: str) -> str:
     if character in SIGNS or character.isascii():
         return SIGNS.get(character, character)
-    if "LATIN" in unicodedata.name(character, "") and ord(character) < 0x180:
-        return character
     plain = unicodedata.normalize("NFKD", character)  # a wide % is one
+    if "LATIN" in unicodedata.name(character, "") and ord(character) < 0x180:
+        accented = unicodedata.normalize("NFD", character) == plain != character
+        if (accented and "\u0328" not in plain) or character in "æÆœŒøØłŁßı":
+            return character
     known = "".join(SIGNS.get(sign, sign) for sign in plain)
-    return known if plain.isascii() else f"{{[U+{ord(character):04X}]}}"
+    if not known.isascii():
+        return f"{{[U+{ord(character):04X}]}}"
+    form, bare = unicodedata.decomposition(character).partition(" ")[0], known.replace("$", "")
+    if form in ("<super>", "<sub>"):  # 10² is not 102
+        return f"${'^' if form == '<super>' else '_'}{{{bare}}}$"
+    if form == "<fraction>":
+        return r"$\frac{{{}}}{{{}}}$".format(*bare.split("/"))
+    return known
 
 
 # --- Figures ---

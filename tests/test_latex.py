@@ -1,13 +1,16 @@
 """Tables in LaTeX, vector figures and BibTeX, from rows whose numbers are known."""
 
+import ast
+import inspect
 import re
 import shutil
 import subprocess
 
 import pytest
 
-from bdjax import cli, latex, registry, report
+from bdjax import cli, figures, latex, registry, report, shipped
 from bdjax.attacks.badnets import BadNets
+from bdjax.rows import read_rows
 from bdjax.store import Store
 from bdjax.types import BadInput
 
@@ -199,3 +202,45 @@ def test_many_floats_have_room():
     many = [report.Section("mine", [{**row("r"), "table": f"T{i}"} for i in range(41)])]
     assert r"\extrafloats" not in latex.latex(few)
     assert latex.latex(many).splitlines()[1] == r"\extrafloats{41}"
+
+
+def test_our_own_rows_and_captions_have_no_letter_that_latex_cannot_set():
+    for name in shipped.names():
+        for path in shipped.results(name):
+            for one in read_rows([path]):
+                text = latex._tex(f"{one['table']} {one['row']} {one.get('substitute')}")
+                assert "[U+" not in text, text
+    for module in (figures, report):
+        words = [w.value for w in ast.walk(ast.parse(inspect.getsource(module)))
+                 if isinstance(w, ast.Constant) and isinstance(w.value, str)]  # fmt: skip
+        odd = {w for w in words if "[U+" in latex._tex(w)}
+        assert odd <= {*report.MARKS.values()}, odd
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("10⁻³ xⁿ x₁ x²", "10$^{-}$$^{3}$ x$^{n}$ x$_{1}$ x$^2$"),
+        ("1½", r"1$\frac{1}{2}$"),
+        ("θ φ Σ Ω", r"$\theta$ $\phi$ $\Sigma$ $\Omega$"),
+        ("Mądry, Đỗ, Łoś, Erdős", "Madry, D{[U+1ED7]}, Łoś, Erdős"),  # no hook in the plain fonts
+        ("f′ ⊙ ŋ", r"f$'$ $\odot$ {[U+014B]}"),
+    ],
+)
+def test_what_letters_become(text, wanted):
+    assert latex._tex(text) == wanted
+
+
+def test_a_table_of_hundreds_of_lines_goes_over_pages_and_a_long_name_over_lines():
+    some = {"labels": {"flagged": ["7"], "target": ["3"]}}
+    lines = [row(f"row {i:03}", **(some if i == 200 else {})) for i in range(300)]
+    text = latex.latex([report.Section("mine", lines)])
+    floats = text.split(r"\begin{table}")[1:]
+    assert all(one.count(r"\\") <= latex.LINES for one in floats) and len(floats) == 7
+    assert all(one.count(r"\toprule") == 1 and "ASR nt" in one for one in floats)
+    assert sorted(re.findall(r"row \d{3}", text)) == [f"row {i:03}" for i in range(300)]
+    assert [i for i, one in enumerate(floats) if r"\textsuperscript{b}" in one] == [4]
+    assert ["flags 7" in one for one in floats] == [i == 4 for i in range(7)]
+    name = "a very long name " * 12
+    text = latex.latex([report.Section("mine", [row(name), row("short")])])
+    assert rf"\begin{{tabular}}{{p{{{5 * latex.LONG}pt}}" in text
