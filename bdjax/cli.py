@@ -59,7 +59,7 @@ def run(
     scale: str = "cpu",
     out: Path | None = None,
     seeds: int | None = None,
-    lanes: int | None = None,
+    lanes: str | None = None,
     settings: Settings = (),
     only: str | None = None,
     quiet: bool = False,
@@ -75,7 +75,7 @@ def run(
         scale: smoke, cpu or paper.
         out: Results folder; results/NAME-SCALE if not given.
         seeds: How many seeds; the scale's own number if not given.
-        lanes: Runs side by side on a device; if not given 1 on a CPU and all on an accelerator.
+        lanes: Runs side by side on a device, or auto; 1 on a CPU if not given, else all.
         only: Only the tables or rows whose name this pattern fits, such as "MNIST*".
         quiet: No progress.
         stale: Rows and victims that other code made: keep them, or redo them and nothing else; a

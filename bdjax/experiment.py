@@ -38,7 +38,7 @@ from bdjax.registry import check_given, digest, door, name_of
 from bdjax.rows import Rows
 from bdjax.store import Store, read_rows, result_files
 from bdjax.study import SEEDS, Cell
-from bdjax.sweep import Clock, Runner, at_once, footprint, groups, say
+from bdjax.sweep import Clock, Runner, at_once, footprint, groups, lanes_of, say
 from bdjax.trackers import tracker
 from bdjax.types import BadInput, whole
 
@@ -115,7 +115,7 @@ def run(
     pattern of a shell fits; `stale`: what to do with rows and victims that other code made, see
     `Runner`; `log`: where else finished rows go, see `bdjax.trackers`.
     """
-    width = lanes if lanes in (None, "auto") else whole("lanes", lanes, 1)
+    width = lanes_of(lanes)
     if target is not None and not dry_run:
         raise BadInput("--target is of devices that are not at hand: give --dry-run, too")
     part = None if shard is None else part_of(shard)
@@ -169,6 +169,11 @@ def run(
     if settings:
         made = changed(made, settings)
     cells = list({(cell.run_id, cell.table, cell.row): cell for cell in made}.values())
+    # Two files of one name have one folder, and so have a file and what it was before.
+    others = {row["run"] for row in earlier} - {cell.run_id for cell in cells}
+    if others and only is None:
+        say(f"{len(others)} rows in {folder} are of no cell of {path}: they stay, its page leaves "
+            "them out; --out keeps experiments apart", quiet)  # fmt: skip
     if dry_run:
         with contextlib.nullcontext() if aim is None else mesh.aiming(aim.platform):
             done = plan(cells, earlier, places, width, part, stale)

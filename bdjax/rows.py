@@ -33,6 +33,12 @@ class Rows(Sequence[Row]):
 
     def __init__(self, rows: Iterable[Row] = (), folder: Path | None = None) -> None:
         self._rows, self.folder = list(rows), folder
+        self._whole = self._rows  # of which these are a part
+
+    def _part(self, rows: Iterable[Row]) -> "Rows":
+        made = Rows(rows, self.folder)
+        made._whole = self._whole
+        return made
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -42,7 +48,7 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, index: Any) -> Any:
         found = self._rows[index]
-        return Rows(found, self.folder) if isinstance(index, slice) else found
+        return self._part(found) if isinstance(index, slice) else found
 
     def where(self, **asked: Any) -> "Rows":
         """The rows that have all these values: `where(net="CNN", defense=None, attack__rate=0.1)`.
@@ -63,7 +69,7 @@ class Rows(Sequence[Row]):
                 for row in rows
                 if _same(lookup(row, path), value) or (absent and row.get(path) is None)
             ]
-        return Rows(rows, self.folder)
+        return self._part(rows)
 
     def by(self, *keys: str) -> dict[Any, "Rows"]:
         """The rows by their value of a key, or of several as a tuple, as these first appear;
@@ -73,16 +79,24 @@ class Rows(Sequence[Row]):
         for row in self._rows:
             values = tuple(_word(lookup(row, key)) for key in keys)
             found.setdefault(values[0] if len(keys) == 1 else values, []).append(row)
-        return {value: Rows(rows, self.folder) for value, rows in found.items()}
+        return {value: self._part(rows) for value, rows in found.items()}
 
     @property
     def done(self) -> "Rows":
         """Without the rows that failed."""
-        return Rows((row for row in self._rows if not row.get("error")), self.folder)
+        return self._part(row for row in self._rows if not row.get("error"))
 
     def values(self, metric: str) -> list[float]:
-        """A metric of each row that has it; it may be infinite."""
+        """A metric of each row that has it; it may be infinite. `BadInput` names the nearest one
+        where neither these rows nor those that they are a part of have it, and nobody declares it.
+        """
         found = [row["metrics"].get(metric) for row in self._rows if not row.get("error")]
+        known = dict.fromkeys(name for row in self._whole for name in row["metrics"])
+        if known and metric not in known:
+            from bdjax.registry import declared  # which needs jax
+
+            if declared(metric) is None:
+                raise BadInput(f"no row has the metric '{metric}'{near(metric, known)}")
         return [float(value) for value in found if measured(value)]
 
     def mean(self, metric: str) -> float:

@@ -162,6 +162,16 @@ def _judging(cell: Cell) -> Any:
     return compile_key(cell.defense, cell.probe)
 
 
+def lanes_of(given: Any) -> Any:
+    """Lanes as they are given: None, "auto" or a number, in digits too; `BadInput` for all else."""
+    if given is None or (isinstance(given, str) and given == "auto"):
+        return given
+    try:
+        return whole("lanes", given, 1)
+    except BadInput as error:
+        raise BadInput(f"{error}, nor auto") from None
+
+
 def at_once(devices: Sequence[Any], lanes: int | str | None = None) -> int:
     """The most runs that are held on the devices at a time."""
     return len(devices) * max(
@@ -262,8 +272,7 @@ class Runner:
     def __post_init__(self) -> None:
         keep_compiled()
         self.device = device_name()
-        if not (self.lanes is None or (isinstance(self.lanes, str) and self.lanes == "auto")):
-            self.lanes = whole("lanes", self.lanes, 1)
+        self.lanes = lanes_of(self.lanes)
         known = {name: hint for name, hint in registry.hints(Runner).items() if name != "lanes"}
         registry.check_given("a runner", known, {name: getattr(self, name) for name in known})
         self.places = list(self.devices or jax.local_devices()[:1])

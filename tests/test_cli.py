@@ -173,8 +173,9 @@ def test_train_then_defend_then_the_saved_model_is_the_repaired_one(capsys, tmp_
         (["sweep", "experiments/sweep_defenses.py", "--shard", "one"], "not of the form i/n"),
         (
             ["sweep", "experiments/sweep_defenses.py", "--lanes", "many"],
-            "lanes 'many' is not a whole number",
+            "lanes 'many' is not a whole number from 1 to \\d+, nor auto",
         ),
+        (["run", "experiments/shamshiri2023.py", "--lanes", "foo"], "number .*, nor auto"),
         (
             ["sweep", "experiments/sweep_defenses.py", "--devices", "99"],
             "devices 99: this process has",

@@ -126,3 +126,34 @@ def test_a_file_that_is_no_python(tmp_path):
     (tmp_path / "odd.txt").write_text("hello")
     with pytest.raises(BadInput, match="does not end in"):
         experiment.run(tmp_path / "odd.txt", "smoke", tmp_path / "out")
+
+
+CELL = """
+from bdjax import Cell
+from bdjax.datasets.sample import Sample
+from bdjax.models.shamshiri import Ffnn
+from bdjax.train import Recipe
+
+TITLE, SCALES = "Mine", ("smoke",)
+
+
+def cells(scale, seeds):
+    data = Sample(train_size=100, test_size=50)
+    yield Cell("T", "row", data, Ffnn(hidden=(4,)), Recipe(epochs=EPOCHS, batch=32))
+"""
+
+
+def test_a_folder_that_two_files_of_one_name_share_says_so(tmp_path, capsys):
+    files = [tmp_path / name / "mine.py" for name in "ab"]
+    for epochs, file in enumerate(files, 1):
+        file.parent.mkdir()
+        file.write_text(CELL.replace("EPOCHS", str(epochs)))
+    (cell,) = experiment.load(files[0]).cells("smoke", None)
+    row = {"run": cell.run_id, "seed": 0, "metrics": {}, "seconds": {"compile": 0.0, "run": 0.0}}
+    row |= {"experiment": "mine", "scale": "smoke", **cell.place}
+    row |= dict.fromkeys(("dataset", "model", "attack", "defense"), None)
+    Store(tmp_path / "out").append([row])
+    for file in files:
+        experiment.run(file, "smoke", tmp_path / "out", dry_run=True)
+        said = capsys.readouterr().err
+        assert (f"are of no cell of {file}: they stay" in said) == (file == files[1]), said

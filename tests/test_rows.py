@@ -124,6 +124,16 @@ def test_an_undeclared_metric_is_a_plain_number_of_which_nothing_is_best():
     assert report.label_of("loss_of_mine") == "loss" and Mine.measures[0].better == "low"
 
 
+def test_a_metric_that_no_row_has_is_a_mistake_and_one_that_others_have_is_nan():
+    rows = Rows([row("a", mine=1.0, asr_nt=0.5), row("b", acc_test=0.5)])
+    assert math.isnan(rows.where(row="b").mean("mine"))  # of the rest
+    assert math.isnan(rows.by("row")["a"].done[:1].std("far"))  # declared: it might be there
+    for ask in (rows.mean, rows.std, rows.values, rows.where(row="b").mean):
+        with pytest.raises(BadInput, match=r"the metric 'asr'; the nearest .* 'asr_nt'"):
+            ask("asr")
+    assert math.isnan(Rows([row("a")]).mean("asr")) and math.isnan(Rows().mean("asr"))
+
+
 def test_a_metric_means_one_thing():
     for other in (Metric("asr_nt", "share", "high"), Metric("far", better="low")):
         with pytest.raises(BadInput, match=f"'{other.name}' of .*Other.* is declared otherwise"):
