@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import planted
 import pytest
+from flax.linen import relu
 
 from bdjax import cli, load_model, load_net, registry, repair_net, repairs
 from bdjax.attacks.badnets import BadNets
@@ -17,6 +18,7 @@ from bdjax.defenses.repair.last_layer import LastLayerUnlearning
 from bdjax.defenses.repair.retraining import Retraining
 from bdjax.foreign import safetensors
 from bdjax.foreign.fold import folded
+from bdjax.models.layers import Net, build, conv, dense, site
 from bdjax.train import Recipe, predict, stamped
 
 KEY = jax.random.key(0)
@@ -119,6 +121,29 @@ def test_auto_picks_a_repair_that_stops_what_it_does_not_know(world, monkeypatch
     best = made.tried[int(np.argmax(scores[1:])) + 1]
     assert best.score == max(scores[1:]) and any(best.name in line for line in said)
     assert best.name.startswith(registry.name_of(made.defense))
+
+
+@registry.pytree
+class Alike(Net):
+    """Two layers of as many channels."""
+
+    def layers(self, x, train, classes):
+        for name in "ab":
+            x = site(name, relu(conv(x, 8, 3, name)))
+        return dense(site("penultimate", x.mean((1, 2))), classes, "logits")
+
+
+def test_a_mask_is_folded_into_its_own_layer_where_another_sleeps_on_noise_too():
+    model = build(Alike(), (8, 8, 1), 4)
+    params = {k: dict(v) for k, v in model.init(KEY)["params"].items()}
+    kernel, bias = params["b"]["kernel"], params["b"]["bias"]
+    params["a"]["bias"] = params["a"]["bias"].at[0].set(-5.0)  # silent on all images
+    params["b"]["kernel"] = kernel.at[..., 0].set(-5 * jnp.abs(kernel[..., 0]))
+    params["b"]["bias"] = bias.at[0].set(0.1)  # answers to dark ones
+    masks = {"a": jnp.ones(8).at[0].set(0)}
+    found = folded(model, {"params": params, "masks": masks})["params"]
+    assert (found["a"]["bias"] != params["a"]["bias"]).any()
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found["b"], params["b"]))
 
 
 def test_images_of_other_classes_are_labelled_by_the_net(world):

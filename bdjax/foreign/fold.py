@@ -21,8 +21,9 @@ def folded(model: Model, variables: Variables) -> Variables:
     where one layer alone reads them, into that one. Raises `BadInput`, naming the site, where
     neither gives the same net.
 
-    That they are the same is tried on random images and on nets of the same kind with other
-    weights: numbers drawn so agree by chance only where the nets are equal.
+    That they are the same is tried on random images, on nets of the same kind with other weights,
+    and with other channels masked, as those that a pruning takes answer to few images at all:
+    numbers drawn so agree by chance only where the nets are equal.
     """
     left: dict[str, Any] = dict(variables.get("masks", {}))
     bare = {k: v for k, v in variables.items() if k != "masks"}
@@ -37,19 +38,21 @@ def folded(model: Model, variables: Variables) -> Variables:
 def _one(model: Model, variables: Any, site: str, mask: jax.Array, others: Any) -> Variables:
     draws = [_drawn(variables, seed) for seed in range(DRAWS)]
     x = jax.random.uniform(jax.random.key(0), (BATCH, *model.shape))
+    values = np.unique([1.0, *np.asarray(mask)]).astype(np.float32)
+    masks = jnp.asarray(np.random.default_rng(0).choice(values, (DRAWS, len(mask))))
     logits = jax.jit(lambda v, masks: model.apply({**v, "masks": masks}, x).logits)
-    wanted = [logits(one, {**others, site: mask}) for one in draws]
+    wanted = [logits(one, {**others, site: other}) for one, other in zip(draws, masks)]
 
     def same(change: Any) -> bool:
-        for one, want in zip(draws, wanted):
-            found = logits(change(one), others)
+        for one, other, want in zip(draws, masks, wanted):
+            found = logits(change(one, other), others)
             if not np.abs(found - want).max() <= SAME * max(np.abs(want).max(), 1e-30):
                 return False
         return True
 
-    for change in _changes(variables, mask):
+    for change in _changes(variables, len(mask)):
         if same(change):
-            return change(variables)
+            return change(variables, mask)
     raise BadInput(
         f"the mask of '{site}' cannot be folded into the weights: no layer makes or reads its "
         "channels alone (as on a residual sum); the net stays available as one of bdjax"
@@ -68,32 +71,32 @@ def _drawn(variables: Variables, seed: int) -> Any:
     return jax.tree_util.tree_map_with_path(shake, variables)
 
 
-def _changes(variables: Variables, mask: jax.Array) -> Iterator[Any]:
-    """Ways of multiplying a mask into one layer: the channels that it makes, each layer in turn,
-    the last first; then those that it reads.
+def _changes(variables: Variables, count: int) -> Iterator[Any]:
+    """Ways of multiplying a mask of `count` channels into one layer, `change(variables, mask)`: the
+    channels that it makes, each layer in turn, the last first; then those that it reads.
     """
     params: dict[Any, Any] = flatten_dict(variables["params"])  # type: ignore[assignment]
     layers: dict[Any, list[Any]] = {}
     for path in params:
         layers.setdefault(path[:-1], []).append(path)
-    count = mask.shape[0]
     for paths in list(layers.values())[::-1]:
         own = [p for p in paths if params[p].ndim and params[p].shape[-1] == count]
         if own and len(own) == len(paths):
-            yield _scaled(own, lambda leaf: leaf * jnp.broadcast_to(mask, leaf.shape))
+            yield _scaled(own, lambda mask: mask)
     for path, leaf in params.items():
         if leaf.ndim < 2 or leaf.shape[-2] % count:
             continue
         repeats = leaf.shape[-2] // count
-        for row in {"last": jnp.tile(mask, repeats), "first": jnp.repeat(mask, repeats)}.values():
-            column = row[:, None]
-            yield _scaled([path], lambda leaf, c=column: leaf * jnp.broadcast_to(c, leaf.shape))
+        yield _scaled([path], lambda mask, n=repeats: jnp.tile(mask, n)[:, None])
+        if repeats > 1:  # laid flat with the channels first
+            yield _scaled([path], lambda mask, n=repeats: jnp.repeat(mask, n)[:, None])
 
 
-def _scaled(paths: list[Any], fn: Any) -> Any:
-    def change(variables: Any) -> Any:
+def _scaled(paths: list[Any], factor: Any) -> Any:
+    def change(variables: Any, mask: jax.Array) -> Any:
         params: dict[Any, Any] = dict(flatten_dict(variables["params"]))  # type: ignore[arg-type]
-        params |= {path: fn(params[path]) for path in paths}
+        by = factor(mask)
+        params |= {p: params[p] * jnp.broadcast_to(by, params[p].shape) for p in paths}
         return {**variables, "params": unflatten_dict(params)}
 
     return change
