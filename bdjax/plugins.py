@@ -6,6 +6,7 @@ packages that have an entry point of the group `bdjax.plugins`.
 Nothing is imported because a file of results or a checkpoint names it.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -17,7 +18,7 @@ import shlex
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType, ModuleType, NoneType, UnionType
@@ -30,7 +31,7 @@ from jax.core import Tracer
 from bdjax import own, registry
 from bdjax.own import explained
 from bdjax.registry import Entry, all_or_nothing, near
-from bdjax.types import BadInput, Repaired, Scores, Suspects, Verdict
+from bdjax.types import BadInput, Repaired, Scores, Suspects, Verdict, shown
 
 GROUP, VARIABLE = "bdjax.plugins", "BDJAX_PLUGINS"
 _MODULE = re.compile(r"\w+(\.\w+)*")
@@ -212,6 +213,8 @@ NEEDED = {
 NAMED = {"model", "recipe", "data", "clean", "y", "classes"}
 """What the bases check by its name, of the calls `BY_NAME`."""
 BY_NAME = {"__call__", "prepare", "train", "plan"}
+MEASURED = {"acc_test", "acc_train", "asr_all", "asr_nt"}
+"""What bdjax measures of each net that a defense leaves."""
 
 
 def hold(cls: type, kind: str, name: str) -> None:
@@ -226,6 +229,8 @@ def hold(cls: type, kind: str, name: str) -> None:
         for hook, promise in base.items()
         if isinstance(promise, FunctionType) and (hook == "__call__" or hook[0] != "_")
     }
+    own_kind = [base for base in house if base.get("__module__") == "bdjax.defenses.base"]
+    taken = {metric.name for base in own_kind for metric in base.get("measures", ())} | MEASURED
     needed = [hook for hook in NEEDED.get(kind, ()) if hook in promised]
     if needed and all(getattr(cls, hook) is promised[hook] for hook in needed):
         call = called(needed[0], promised[needed[0]])
@@ -234,10 +239,29 @@ def hold(cls: type, kind: str, name: str) -> None:
         owner = next(base for base in cls.__mro__ if hook in vars(base))
         mine = vars(owner)[hook]
         known = registry.plugin_of(owner) is None or (owner is not cls and owner in registry._names)
-        if not known and isinstance(mine, FunctionType):
+        if not known:
+            mine = _method(f"{what}: {hook}", mine)
             _alike(what, hook, mine, promise)
             whose = f"{what} of {Path(registry._source(cls)).name}"
-            setattr(cls, hook, _held(whose, kind, hook, mine, promise))
+            setattr(cls, hook, _held(whose, kind, hook, mine, promise, taken))
+
+
+def _method(what: str, mine: Any) -> Callable:
+    """A method as a function of `self` and the rest: of what is under `jax.jit`, say, or static."""
+    if isinstance(mine, FunctionType):
+        return mine
+    if not callable(mine) or not isinstance(inner := inspect.unwrap(mine), FunctionType):
+        raise BadInput(f"{what} is to be a method, not {shown(type(mine).__name__)}")
+
+    @functools.wraps(inner)
+    def method(self, *args, **kwargs):
+        return mine.__get__(self, type(self))(*args, **kwargs)
+
+    if isinstance(mine, staticmethod):
+        own = inspect.signature(inner)
+        me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        method.__signature__ = own.replace(parameters=[me, *own.parameters.values()])  # type: ignore[attr-defined]
+    return method
 
 
 def called(hook: str, method: Callable) -> str:
@@ -261,8 +285,12 @@ def _alike(what: str, hook: str, mine: Callable, promise: Callable) -> None:
         raise BadInput(f"{what}: {called(hook, mine)} is to be {called(hook, promise)}")
 
 
-def _held(what: str, kind: str, hook: str, mine: Callable, promise: Callable) -> Callable:
-    """A method of a plugin behind the check of what it returns, and of what its code raises."""
+def _held(
+    what: str, kind: str, hook: str, mine: Callable, promise: Callable, taken: Container[str]
+) -> Callable:
+    """A method of a plugin behind the check of what it returns, and of what its code raises; a
+    defense reports none of the metrics that are `taken`.
+    """
     place, names = inspect.unwrap(mine).__code__.co_filename, inspect.signature(promise)
 
     @functools.wraps(mine)
@@ -271,10 +299,11 @@ def _held(what: str, kind: str, hook: str, mine: Callable, promise: Callable) ->
             result = mine(*args, **kwargs)
         except (BadInput, jax.errors.JaxRuntimeError):  # a device's memory is no mistake
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an exit code would be taken for a verdict
             frames = traceback.extract_tb(error.__traceback__)
             lines = [frame.lineno for frame in frames if frame.filename == place]
-            if kind == "model" or not lines:  # building a net says what is wrong with it
+            said = kind == "model" and isinstance(error, Exception)  # by what builds the net
+            if said or not lines:
                 raise
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise BadInput(f"{what}, line {lines[-1]}: {why}") from error
@@ -282,7 +311,10 @@ def _held(what: str, kind: str, hook: str, mine: Callable, promise: Callable) ->
         if hint is NoneType:
             return result
         try:
-            result = _arrays(result) if kind == "defense" else result
+            if kind == "defense":
+                info = result if hook == "report" else getattr(result, "info", None)
+                _named(info, taken if hook in ("__call__", "once", "report") else ())
+                result = _arrays(result)
             fault = _fault(hint, result)
             given = names.bind(*args, **kwargs).arguments
             fault = fault or _shape_fault(hook, result, given)
@@ -300,6 +332,16 @@ def _returned(promise: Callable) -> Any:
     return typing.get_type_hints(promise, include_extras=True).get("return", Any)
 
 
+def _named(info: Any, taken: Container[str]) -> None:
+    """Raises `TypeError` where a part of what is reported has no name, or one that is `taken`."""
+    for name, value in info.items() if isinstance(info, dict) else ():
+        if not isinstance(name, str):
+            raise TypeError(f"it reports {registry._word(value)} under {name!r}, which is no name")
+        if name in taken:
+            raise TypeError(f"it reports '{name}', which bdjax measures itself: name it otherwise")
+        _named(value, ())
+
+
 def _arrays(result: Any) -> Any:
     """What a defense reports, as arrays: a number may stand for one. Raises `TypeError` where a
     part is neither.
@@ -308,11 +350,13 @@ def _arrays(result: Any) -> Any:
         return result
 
     def one(path: Any, leaf: Any) -> jax.Array:
-        try:
-            return jax.numpy.asarray(leaf)
-        except (TypeError, ValueError, OverflowError):
-            name = jax.tree_util.keystr(path).lstrip(".")
-            raise TypeError(f"{name} {registry._word(leaf)} is not a number or an array") from None
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            made = jax.numpy.asarray(leaf)
+            real = (np.integer, np.floating, np.bool_)
+            if any(jax.numpy.issubdtype(made.dtype, kind) for kind in real):
+                return made
+        name = jax.tree_util.keystr(path).lstrip(".")
+        raise TypeError(f"{name} {registry._word(leaf)} is not a number or an array")
 
     return jax.tree_util.tree_map_with_path(one, result)
 
@@ -339,8 +383,12 @@ def _fault(hint: Any, value: Any) -> str | None:
     return next((f".{name}{fault}" for name, fault in faults if fault), None)
 
 
+MASKS = {"flagged", "removed", "infected"}
+
+
 def _shape_fault(hook: str, result: Any, given: Mapping[str, Any]) -> str | None:
     """What is wrong with the shapes of a result, whose letters `bdjax.types` says."""
+    whole: Any = result
     wanted: dict[str, Any] = {}
     if isinstance(result, Scores):
         several = np.shape(given["x"])[:1]
@@ -355,8 +403,12 @@ def _shape_fault(hook: str, result: Any, given: Mapping[str, Any]) -> str | None
     elif hook == "layers":
         wanted = {"": (np.shape(given["x"])[0], given["classes"])}
     for name, shape in wanted.items():
-        whole: Any = result
         has = np.shape(getattr(whole, name) if name else whole)
         if has != shape:
             return f"{name or 'it'} has shape {list(has)}, not {list(shape)}"
+    for name in MASKS & wanted.keys():
+        if not np.issubdtype(kind := getattr(whole, name).dtype, np.bool_):
+            return f"{name} is {kind}, not bool"
+    if hook in ("trigger", "stamp") and not jax.numpy.issubdtype(whole.dtype, np.floating):
+        return f"it is {whole.dtype}: give floating-point pixels from 0 to 1"
     return None

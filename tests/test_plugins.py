@@ -426,7 +426,7 @@ KIND = {"Attack": "attack", "Net": "model", "Source": "dataset"}
 def one_of(base: str, body: str) -> type:
     """A stranger's class of a base of bdjax's, registered as 'odd'."""
     kind = KIND.get(base, "defense")
-    space = {"bdjax": bdjax, "jnp": jnp, "np": np, "__name__": "odd"}
+    space = {"bdjax": bdjax, "jax": jax, "jnp": jnp, "np": np, "__name__": "odd"}
     body = body or "pass"
     exec(
         compile(f"@bdjax.{kind}('odd')\nclass Odd(bdjax.{base}):\n    {body}\n", "odd.py", "exec"),
@@ -455,7 +455,9 @@ CALLS = {
     "Inversion": "def once(self, key, model, variables, clean): {}",
 }
 WRONG = {
-    "Attack": ["return x[:2]", "return x.sum()", "return 'x'"],
+    "Attack": [
+        "return x[:2]", "return x.sum()", "return 'x'", "return (255 * x).astype('uint8')",
+    ],
     "Net": ["return x"],
     "Source": [
         "return 1, None, ()", "return bdjax.Split([1], [1]), None, ()",
@@ -468,16 +470,33 @@ WRONG = {
         "return variables", "return bdjax.Repaired(variables, None)",
         "return bdjax.Repaired(variables, {'note': 'text'})",
         "return bdjax.Repaired(variables, {'more': {'note': 'text'}})",
+        "return bdjax.Repaired(variables, {'asr_nt': 0.0})",
+        "return bdjax.Repaired(variables, {3: 1})",
+        "return bdjax.Repaired(variables, {'a': 1, 'b': {3: 1}})",
     ],
-    "InputFilter": ["return bdjax.Scores(x, 0.5, x > 0, {})", "return x.mean((1, 2, 3))"],
-    "SampleFilter": ["return bdjax.Suspects(jnp.zeros(3), jnp.zeros(3, bool), {})"],
+    "InputFilter": [
+        "return bdjax.Scores(x, 0.5, x > 0, {})", "return x.mean((1, 2, 3))",
+        "s = x.mean((1, 2, 3)); return bdjax.Scores(s, 0.5, s, {})",
+        "s = x.mean((1, 2, 3)); return bdjax.Scores(s, 0.5, s > 0, {'far': 0.0})",
+        "s = x.mean((1, 2, 3)); return bdjax.Scores(s * 1j, 0.5, s > 0, {})",
+    ],
+    "SampleFilter": [
+        "return bdjax.Suspects(jnp.zeros(3), jnp.zeros(3, bool), {})",
+        "s = jnp.zeros(data.plan.label.shape); return bdjax.Suspects(s, s, {})",
+    ],
     "Judge": [
         "return bdjax.Verdict(1.0, True, jnp.zeros(3, bool), {})",
         "return bdjax.Verdict(None, True, jnp.zeros(model.classes, bool), {})",
+        "return bdjax.Verdict(1.0, True, jnp.zeros(model.classes, int), {})",
+        "return bdjax.Verdict(1.0, 1.0, jnp.zeros(model.classes, bool), {})",
+        "return bdjax.Verdict(1.0, True, jnp.zeros(model.classes, bool), {'key': key})",
     ],
     "Inversion": ["return True"],
 }  # fmt: skip
-WAYS = ["return 3", "return None", "return jnp.zeros(3)", "return nowhere", "return {}['a']"]
+WAYS = [
+    "return 3", "return None", "return jnp.zeros(3)", "return nowhere", "return {}['a']",
+    "raise SystemExit(3)",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("base", CALLS)
@@ -503,6 +522,26 @@ def test_what_a_method_does_wrong_is_one_line_that_names_it(own_names, base):
             with pytest.raises(bdjax.BadInput, match=r"odd|Odd") as error:
                 call(made)
             assert "\n" not in str(error.value), way
+
+
+@pytest.mark.parametrize("way", ["raise ValueError(1)", "return x[:2]", "return x"])
+@pytest.mark.parametrize(
+    "form", ["@jax.jit\n    def trigger(self", "@staticmethod\n    def trigger("]
+)
+def test_a_method_that_is_compiled_or_static_is_held_to_the_same(own_names, form, way):
+    made = one_of("Attack", f"{form}, x, key): {way}".replace("(, ", "("))()
+    call = lambda: made.trigger(jnp.ones((8, 8, 1)), jax.random.key(0))  # noqa: E731
+    if way == "return x":
+        assert call().shape == (8, 8, 1)
+        return
+    with pytest.raises(bdjax.BadInput, match=r"attack .odd. of odd"):
+        call()
+
+
+@pytest.mark.parametrize("body", ["trigger = 3", "trigger = property(lambda self: 1 / 0)"])
+def test_a_method_that_is_none_is_refused(own_names, body):
+    with pytest.raises(bdjax.BadInput, match="attack 'odd': trigger is to be a method, not "):
+        one_of("Attack", body)
 
 
 # --- The public face ---
