@@ -382,11 +382,10 @@ class Driver(Runner):
 
     def _setup(self) -> Setup:
         files = tuple((path.name, text) for path, text in plugins._files.items())
-        modules = tuple(word for word in plugins._words if plugins._MODULE.fullmatch(word))
         file = None if self.file is None else (self.file.name, self.file.read_bytes())
         return Setup(
             os.urandom(8).hex(), self.experiment, self.scale, self.lanes, self.stale, self.share,
-            jax.__version__, os.environ.get("XLA_FLAGS"), file, files, modules,
+            jax.__version__, os.environ.get("XLA_FLAGS"), file, files, plugins.modules(),
         )  # fmt: skip
 
     def _hear(self, mail: Any, number: int, task: Task, what: str, more: Sequence[Any]) -> None:
@@ -775,11 +774,14 @@ def worker(setup: Setup, base: Path) -> Worker:
         )
     os.environ.pop(plugins.VARIABLE, None)  # the driver sends those too
     folder = Path(tempfile.mkdtemp(dir=base, prefix="files-"))
-    for name, text in (*setup.plugins, *([setup.file] if setup.file else [])):
-        (folder / name).write_bytes(text)
-    plugins.load_plugins(*(folder / name for name, _ in setup.plugins), *setup.modules)
+    # Apart: an experiment and a plugin may have one name.
+    (place := folder / "plugins").mkdir()
+    for name, text in setup.plugins:
+        (place / name).write_bytes(text)
+    plugins.load_plugins(*(place / name for name, _ in setup.plugins), *setup.modules)
     if setup.file is not None:
         path = folder / setup.file[0]
+        path.write_bytes(setup.file[1])
         plugins.executed(path, f"experiment_{path.stem}", "experiment")
     return Worker(
         Store(folder), setup.experiment, setup.scale, setup.lanes, devices, quiet=True,

@@ -47,13 +47,20 @@ def load_plugins(*plugins: str | Path) -> list[Entry]:
     """
     found = []
     for word in map(str, plugins):
-        file = word.endswith(".py") or os.path.basename(word) != word
-        path = own.at_home(word)
         with all_or_nothing():
-            here = _file(path) if file else _module(word)
+            here = _file(own.at_home(word)) if _is_file(word) else _module(word)
         found += here
         _words.extend([word] if word not in _words else [])
     return found
+
+
+def _is_file(word: str) -> bool:
+    return word.endswith(".py") or os.path.basename(word) != word
+
+
+def modules() -> tuple[str, ...]:
+    """Of what was loaded here, the modules by name."""
+    return tuple(word for word in _words if not _is_file(word))
 
 
 def flags() -> str:

@@ -228,10 +228,10 @@ class Sweep:
 
     def start(self, out, *args):
         command = [sys.executable, "-m", "bdjax", "sweep", str(self.file), "--scale", "smoke"]
-        command += ["--quiet", "--plugin", str(self.folder / "clip.py"), "--out", str(out)]
+        command += ["--quiet", "--plugin", "clip.py", "--out", str(out)]
         words = [*command, *map(str, args)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.started.append(subprocess.Popen(words, text=True, **pipes))
+        self.started.append(subprocess.Popen(words, text=True, cwd=self.folder, **pipes))
         return self.started[-1]
 
     @contextlib.contextmanager

@@ -268,6 +268,12 @@ def test_the_environment_and_a_module(here, command, monkeypatch):
         assert code == 2 and err.startswith(f"bdjax: {plugins.VARIABLE}: no plugin file nowhere.py")
 
 
+def test_a_file_in_the_working_folder_is_no_module(here, monkeypatch):
+    """Workers of a cluster get files as they are, and import modules."""
+    monkeypatch.setattr(plugins, "_words", ["mine.py", "a/b.py", "my_package.mine", "mine"])
+    assert plugins.modules() == ("my_package.mine", "mine")
+
+
 def test_an_installed_package_and_a_broken_one(here, command, monkeypatch):
     for name, code in (("good", (here / "toy_net.py").read_text()), ("broken", "import nowhere")):
         (here / f"{name}_pkg.py").write_text(code)
