@@ -68,7 +68,7 @@ def bench(
     scale: Literal["smoke", "cpu", "paper"] = "cpu",
     out: Path | None = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
-    repeats: int = 3,
+    repeats: int | None = None,
     devices: int | None = None,
     compare: Path | None = None,
     backdoorbench: Path | None = None,
@@ -84,7 +84,8 @@ def bench(
         out: Results folder with a page of curves; goes on where it stopped. Nothing is kept if not
             given.
         json_: One JSON object a line: case, ours_s, rival_s, ratio, matmul_share, device, and more.
-        repeats: How often ours, a matmul and the rival alternate; peers are also begun as often.
+        repeats: How often ours, a matmul and the rival alternate, 3 times if not given; peers are
+            also begun as often.
         devices: How many devices `devices` spreads over; a CPU counts as that many (8 if not
             given).
         compare: A folder or results file of an earlier run: prints new / old of every case.
@@ -97,17 +98,17 @@ def bench(
             raise BadInput(
                 f"unknown benchmark '{name}'{near(name, names())}; there are: {', '.join(names())}"
             )
-    whole("repeats", repeats, 1)
+    count = 3 if repeats is None else whole("repeats", repeats, 1)
     options = {"backdoorbench": backdoorbench, "python": python, "only": only}
     options = {name: value for name, value in options.items() if value is not None}
-    if {*names_} == {"peers"}:
-        options |= {"repeats": repeats}
-    elif options:
+    if options and {*names_} != {"peers"}:
         raise BadInput(f"{', '.join(f'--{name}' for name in options)} is for peers alone")
-    if APART & {*names_}:
+    if apart := sorted(APART & {*names_}):
         others = {"compare": compare, "devices": devices}
+        others |= {"repeats": repeats} if "pod" in apart else {}
         if odd := [f"--{name}" for name, value in others.items() if value is not None]:
-            raise BadInput(f"{', '.join(odd)} is not for {', '.join(sorted(APART))}")
+            raise BadInput(f"{', '.join(odd)} is not for {', '.join(apart)}")
+        options |= {} if "pod" in apart else {"repeats": count}
         return _apart(names_, scale, out, json_, **options)
     old = None if compare is None else _rows(compare)
     if out is not None:
@@ -123,7 +124,7 @@ def bench(
         if not json_:
             print(f"{'case':36}" + "".join(f"{head:>10}" for head in HEADS), flush=True)
         for name in names_ or [name for name in names() if name not in APART]:
-            for row in _alone(name, scale, repeats, store, devices, stop):
+            for row in _alone(name, scale, count, store, devices, stop):
                 store.append([row])
                 made.append(row)
                 text = json.dumps(schema.finite(flat(row))) if json_ else shown(line(row))

@@ -8,6 +8,7 @@ PyTorch on the same device. It stops by itself after nine minutes: the same comm
 
 import dataclasses
 import functools
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -140,7 +141,7 @@ def rounded(kind: str, precision: str) -> Make:
 # --- How fast ---
 
 
-def timed(case: measure.Case, rivals: Any, repeats: int = 3) -> Make:
+def timed(case: measure.Case, rivals: Any, repeats: int) -> Make:
     """A case of the other benchmarks, against PyTorch on the same device."""
 
     def make():
@@ -151,16 +152,16 @@ def timed(case: measure.Case, rivals: Any, repeats: int = 3) -> Make:
     return make
 
 
-def lanes(count: int, most: int) -> Make:
+def lanes(count: int, most: int, repeats: int) -> Make:
     """The seconds of training `most` victims, `count` side by side."""
 
     def make():
-        return timed(sweep.case(None, "", most, most, 1, count), None)()
+        return timed(sweep.case(None, "", most, most, 1, count), None, repeats)()
 
     return make
 
 
-def plan(scale: str) -> Iterator[tuple[str, str, Make]]:
+def plan(scale: str, repeats: int) -> Iterator[tuple[str, str, Make]]:
     """Each row: its table, its name, and how it is made."""
     rivals = measure.rivals()
     for entry in registry.entries("model"):
@@ -174,7 +175,7 @@ def plan(scale: str) -> Iterator[tuple[str, str, Make]]:
             yield "Rounded products", f"{kind}, {precision}", rounded(kind, precision)
     for count in LANES[scale]:
         table = f"Lanes, {LANES[scale][-1]} victims"
-        yield table, f"{count} side by side", lanes(count, LANES[scale][-1])
+        yield table, f"{count} side by side", lanes(count, LANES[scale][-1], repeats)
     labels, victims, members, inputs = LONG[scale]
     judge = NeuralCleanse(steps=STEPS[scale], batches=31)
     cases = (
@@ -188,7 +189,7 @@ def plan(scale: str) -> Iterator[tuple[str, str, Make]]:
         f"an ensemble of {members}", f"STRIP, {inputs} inputs × 100",
     )  # fmt: skip
     for name, case in zip(names, cases, strict=True):
-        yield "Long jobs", name, timed(case, rivals)
+        yield "Long jobs", name, timed(case, rivals, repeats)
 
 
 # --- Rows ---
@@ -207,20 +208,22 @@ def line(row: Mapping[str, Any]) -> str:
     return head + "".join(f"{cell:>12}" for cell in cells) + "  " + ", ".join(more)
 
 
-def rows(scale: str, done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def rows(scale: str, done: Mapping[str, Any], repeats: int = 3) -> Iterator[dict[str, Any]]:
     """A row after the other, those of `done` as they are, until `MINUTES` are over."""
     begun = time.monotonic()
-    for table, name, make in plan(scale):
+    for table, name, make in plan(scale, repeats):
         run = registry.digest(table, name, scale, device_name(), jax.__version__)
         if run in done:
             yield done[run]
             continue
         if time.monotonic() - begun > 60 * MINUTES:
-            print(f"{MINUTES:g} minutes are over: the same command goes on from here", flush=True)
+            over = f"{MINUTES:g} minutes are over: with --out the same command goes on from here"
+            print(over, file=sys.stderr, flush=True)
             return
         start = time.monotonic()
         found, seconds = make()
         seconds = {"compile": 0.0, "run": time.monotonic() - start} | seconds
         found = {k: float(v) for k, v in found.items()}
         more = {"run": run, "how": mesh.how()}
-        yield measure.row("accelerator", table, name, scale, found, seconds, {}, **more)
+        about = {"repeats": repeats}
+        yield measure.row("accelerator", table, name, scale, found, seconds, about, **more)

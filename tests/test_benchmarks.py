@@ -16,7 +16,7 @@ from planted import row
 from bdjax import mesh
 from bdjax.cli import main
 from bdjax.types import BadInput, Split
-from benchmarks import measure, peers, pod
+from benchmarks import accelerator, measure, peers, pod
 from benchmarks.__main__ import APART, bench, names
 from benchmarks.sides import anomaly, ours, rates, study
 
@@ -233,5 +233,26 @@ def test_a_benchmark_of_its_own_kind_takes_its_flags_and_tells_what_is_kept(
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["run"] == "abc"
     assert folder is None or (folder / "results.jsonl").read_text().count("\n") == 1
-    with pytest.raises(BadInput, match="--devices is not for accelerator, peers, pod"):
+    with pytest.raises(BadInput, match="--devices is not for pod"):
         bench(("pod",), scale="smoke", devices=2)
+
+
+def test_repeats_are_those_of_the_accelerator_and_none_of_pods(capsys, monkeypatch):
+    asked = []
+
+    def plan(scale, repeats):
+        asked.append(repeats)
+        yield "table", "row", lambda: ({}, {})
+
+    monkeypatch.setattr(accelerator, "plan", plan)
+    for repeats in (None, 7):
+        bench(("accelerator",), scale="smoke", json_=True, repeats=repeats)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert json.loads(line)["config"] == {"repeats": asked[-1]}
+    assert asked == [3, 7]
+    with pytest.raises(BadInput, match="--repeats is not for pod"):
+        bench(("pod",), scale="smoke", repeats=7)
+    monkeypatch.setattr(accelerator, "MINUTES", 0.0)
+    bench(("accelerator",), scale="smoke", json_=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "with --out the same command goes on from here" in err
