@@ -42,7 +42,7 @@ from bdjax.defenses.parts.inversion import Trigger, stamp
 from bdjax.defenses.parts.offers import moves, offered, pixels
 from bdjax.defenses.parts.screen import ROUNDS, screened
 from bdjax.foreign.origin import Origin
-from bdjax.imports import Loaded, load_net
+from bdjax.imports import Loaded, load_net, strange
 from bdjax.progress import Stop, duration, kept
 from bdjax.registry import door
 from bdjax.rule import Seed, combined, decide, or_least, smallest
@@ -600,6 +600,11 @@ def audit(
     called = "net" if isinstance(net, Loaded) else Path(net).name
     sweep.keep_compiled()
     images = images_of(model, variables, data)
+    why = ""
+    if images.accuracy is not None:
+        why = strange(images.accuracy, images.held.label)
+    if why:  # before the minutes are spent
+        sweep.say(f"warning: {why}", False)
     key = _identity(variables, images)
     if folder is not None and _owner(folder) not in (None, key):
         raise BadInput(
@@ -617,7 +622,7 @@ def audit(
         "key": key, "version": __version__, "net": {
             "name": called, "shape": list(model.shape), "classes": model.classes,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {}))),
-            "unverified": origin.unverified or None if isinstance(origin, Origin) else None,
+            "unverified": why or (isinstance(origin, Origin) and origin.unverified) or None,
         },
         "data": {
             "name": images.name, "searched": len(images.search.label),

@@ -366,6 +366,8 @@ def _accuracy(found: _Read, test: Split, wanted: float | None) -> tuple[float, l
     }
     here = _share(found.net, found, few)
     better = [f"{words} {share:.1%}" for words, share in tried.items() if share > here + POINT]
+    if why := strange(reached, test.label):
+        lines[0] = f"warning: {why}"
     if better:
         lines.append(f"with other pixels it does better: {'; '.join(better)}")
     if missed:
@@ -375,6 +377,20 @@ def _accuracy(found: _Read, test: Split, wanted: float | None) -> tuple[float, l
             f"the same net, or takes other pixels (--preprocess){hint}"
         )
     return reached, lines
+
+
+def strange(right: float, label: Any) -> str:
+    """Why images with `label: [N]` seem not to be those of a net that is right on a share `right`
+    of them; "" where nothing says so.
+    """
+    label = np.asarray(label)
+    most = float(np.bincount(label).max() / len(label))
+    if right > metrics.chance(most, len(label)):
+        return ""
+    return (
+        f"the net is right on {right:.1%} of {len(label)} images, which is chance: they have "
+        "other classes than it, or in another order, or it takes other pixels (--preprocess)"
+    )
 
 
 def _with(net: Any, other: Pixels) -> Any:

@@ -23,6 +23,7 @@ from bdjax.defenses.parts.screen import Round, screened
 from bdjax.imports import Loaded
 from bdjax.models.layers import build
 from bdjax.rule import MOVES, Seed, decide
+from bdjax.train import predict, unit
 from bdjax.types import BadInput, Split, Verdict
 
 NC = NeuralCleanse(steps=6, batches=4, batch=8, patience=1, init_cost=0.05)
@@ -336,6 +337,19 @@ def test_what_nobody_verified_is_marked_everywhere(planted, tmp_path):
     assert why in found.about["net"]["unverified"]
     assert why in next(audits.lines(found))
     assert why in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_classes_in_another_order_are_told_before_anything_else(planted, tmp_path, capsys):
+    net, file = planted
+    image = np.load(file)["image"]
+    said = np.asarray(metrics.labels(predict(net.model, net.variables, unit(image))))
+    for shift, wrong in ((0, False), (1, True)):
+        label = np.concatenate([(said + shift) % 40, np.arange(40)])
+        np.savez(file, image=np.concatenate([image, image[:40]]), label=label)
+        found = run((net, file), tmp_path / f"out{shift}", minutes=0.0)
+        assert found.about["data"]["labelled"]
+        assert ("which is chance" in capsys.readouterr().err) is wrong
+        assert ("which is chance" in str(found.about["net"]["unverified"])) is wrong
 
 
 def test_names_of_others_are_text_on_the_page(planted, tmp_path):

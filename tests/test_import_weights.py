@@ -356,6 +356,8 @@ def export_again(folder):
 def test_each_number_of_the_pixels_may_have_an_exponent():
     found = pixels("mean=0.1,1e-3,-2e-2 std=5e-1")
     assert found.mean == (0.1, 1e-3, -2e-2) and pixels(found.words()) == found
+    with pytest.raises(BadInput, match="--preprocess '' is not known"):
+        pixels("")
 
 
 def test_what_is_asked_for_is_one_line_and_exit_code_2(preact, tmp_path, capsys):

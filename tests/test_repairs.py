@@ -155,6 +155,18 @@ def test_images_of_other_classes_are_labelled_by_the_net(world):
     assert made.about["dataset"] == other
 
 
+def test_images_whose_classes_stand_in_another_order_are_told_first(world, tmp_path):
+    folder, source = world
+    arrays = np.load(source.path)
+    np.savez(tmp_path / "other.npz", image=arrays["image"], label=(arrays["label"] + 1) % 4)
+
+    def say(line):
+        raise StopIteration(line)
+
+    with pytest.raises(StopIteration, match=r"which is chance: .* in another order"):
+        repair_net(folder / "net", Npz(path=str(tmp_path / "other.npz")), say=say)
+
+
 def test_what_cannot_be_repaired_is_one_line(world, tmp_path, capsys):
     folder, _ = world
     net = str(folder / "net")

@@ -81,7 +81,7 @@ def _joined(values: Sequence[float]) -> str:
 def pixels(words: str) -> Pixels:
     """What `--preprocess` says; `BadInput` where it cannot be read."""
     scale, mean, std, bgr = 1.0, (), (), False
-    for word in words.split():
+    for word in words.split() or [words]:
         name, _, values = word.partition("=")
         if word in NORMS:
             mean, std = NORMS[word]
