@@ -300,19 +300,33 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM ends Python code as Ctrl-C does, so that it is said what is kept."""
+    """Inside, SIGTERM ends Python code as Ctrl-C does, so that it is said what is kept; and neither
+    is lost where Python drops what is raised: in a callback of the garbage collector, which JAX
+    has, or in `__del__`.
+    """
 
     def ended(*_: Any) -> None:
         raise Terminated
 
+    def dropped(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            return before(unraisable)
+        terminated = issubclass(unraisable.exc_type, Terminated)
+        number = signal.SIGTERM if terminated else signal.SIGINT
+        again = threading.Timer(0.05, os.kill, [os.getpid(), number])  # when that is over
+        again.daemon = True
+        again.start()
+
     mine = threading.current_thread() is threading.main_thread()
-    mine = mine and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if mine:
+    term = mine and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    before, sys.unraisablehook = sys.unraisablehook, dropped if mine else sys.unraisablehook
+    if term:
         signal.signal(signal.SIGTERM, ended)
     try:
         yield
     finally:
-        if mine:
+        sys.unraisablehook = before
+        if term:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

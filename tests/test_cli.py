@@ -1,10 +1,13 @@
 """The commands as a user types them, and one clear line for every mistake."""
 
 import dataclasses
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 from planted import row
 
 from bdjax import cli, registry
-from bdjax.progress import Board
+from bdjax.progress import Board, ended
 
 SMALL = [
     "--dataset", "fashion-mnist-sample", "--dataset.train-size", "1000", "--dataset.test-size",
@@ -239,6 +242,28 @@ def test_signals_have_their_exit_codes(capsys, monkeypatch):
         monkeypatch.setattr(cli, "command", stopped)
         code, _, err = bdjax(capsys, "sweep", "x.py")
         assert code == expected and f"{word}; nothing is kept" in err
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_comes_in_a_callback_is_not_lost(number, code, capsys):
+    """Python drops what a callback of the garbage collector raises; JAX has one."""
+
+    def hit(*_):
+        gc.callbacks.remove(hit)
+        os.kill(os.getpid(), number)
+        for _ in range(1000):  # Python answers signals between two instructions
+            pass
+
+    def call():
+        gc.callbacks.append(hit)
+        gc.collect()
+        time.sleep(20)
+        pytest.fail("it was lost")
+
+    with pytest.raises(SystemExit) as stop:
+        ended(call)
+    err = capsys.readouterr().err
+    assert stop.value.code == code and len(err.splitlines()) == 1, err
 
 
 def test_a_folder_that_cannot_be_written(capsys, tmp_path):
