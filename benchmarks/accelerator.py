@@ -107,7 +107,7 @@ KINDS = {
     "train": DbCovidNet(members=4, keep=2),
     "repair": FinePruning(recipe=Recipe(epochs=1, batch=50)),
     "invert": NeuralCleanse(steps=8, batches=8),
-    "inputs": Strip(n=20, inputs=200),
+    "inputs": Strip(n=20, inputs=100),
     "samples": ActivationClustering(),
 }
 SHOWN = ("acc_test", "asr_nt", "anomaly_index", "tpr", "fpr")

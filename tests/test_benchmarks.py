@@ -1,6 +1,7 @@
 """The benchmarks: what they count, print and keep. Nothing here asserts how fast anything is."""
 
 import ast
+import dataclasses
 import inspect
 import json
 import math
@@ -15,6 +16,7 @@ from planted import row
 
 from bdjax import mesh
 from bdjax.cli import main
+from bdjax.sweep import check
 from bdjax.types import BadInput, Split
 from benchmarks import accelerator, measure, peers, pod
 from benchmarks.__main__ import APART, bench, names
@@ -256,3 +258,8 @@ def test_repeats_are_those_of_the_accelerator_and_none_of_pods(capsys, monkeypat
     bench(("accelerator",), scale="smoke", json_=True)
     out, err = capsys.readouterr()
     assert out == "" and "with --out the same command goes on from here" in err
+
+
+@pytest.mark.parametrize("kind", accelerator.KINDS)
+def test_what_an_accelerator_is_shown_can_be_run(kind):
+    check(dataclasses.replace(accelerator.BASE, defense=accelerator.KINDS[kind]))
