@@ -594,7 +594,7 @@ def audit(
     if folder is not None:
         own.beside(folder, ("audit.json", "index.html"), PARTS)
     loaded = net if isinstance(net, Loaded) else _loaded(net)
-    source = dataset if isinstance(dataset, Source) else datasets.source(str(dataset))
+    source = datasets.source(dataset)
     model, variables = loaded.model, loaded.variables
     data = sized(source, model.shape).load()
     called = "net" if isinstance(net, Loaded) else Path(net).name

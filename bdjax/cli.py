@@ -709,11 +709,11 @@ class Scan:
         more["say"] = lambda line: print(shown(line), flush=True)
         if self.clean is None:
             made = {"model": flags.model, "recipe": flags.recipe} if self.net is None else {}
-            found = scan_set(datasets.source(self.images), self.net, **made, **more)
+            found = scan_set(self.images, self.net, **made, **more)
         elif self.net is None:
             raise BadInput("the filters of inputs judge them by a net: give it, --net")
         else:
-            found = scan_images(self.images, self.net, datasets.source(self.clean), **more)
+            found = scan_images(self.images, self.net, self.clean, **more)
         print(f"verdict: {found.word}; {shown(found.reason)}")
         print(f"{found.suspects.sum()} suspects of {len(found.suspects)} images")
         print(f"page: {shown(out / 'index.html')}")

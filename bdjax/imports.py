@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import checkpoints, metrics, own, schema
+from bdjax import checkpoints, datasets, metrics, own, schema
 from bdjax.datasets.base import Source
 from bdjax.datasets.files import sized
 from bdjax.foreign import backdoorbench, files, native, runtime
@@ -72,7 +72,7 @@ def load_net(
     arch: str | Net | None = None,
     preprocess: str | None = None,
     size: Sequence[int] | None = None,
-    dataset: Source | None = None,
+    dataset: str | Path | Source | None = None,
     logits: str | Path | None = None,
     accuracy: Share | None = None,
 ) -> Loaded:
@@ -88,6 +88,7 @@ def load_net(
     path = own.at_home(file)
     if (path / "model.json").exists():
         return Loaded(*checkpoints.load_model(path))
+    dataset = None if dataset is None else datasets.source(dataset)
     if accuracy is not None and dataset is None:
         raise BadInput("an accuracy is that on labelled images: give them, --dataset")
     given = None if preprocess is None else pixels(preprocess)
@@ -385,7 +386,7 @@ def strange(right: float, label: Any) -> str:
     """
     label = np.asarray(label)
     most = float(np.bincount(label).max() / len(label))
-    if right > metrics.chance(most, len(label)):
+    if right == 1 or right > metrics.chance(most, len(label)):
         return ""
     return (
         f"the net is right on {right:.1%} of {len(label)} images, which is chance: they have "

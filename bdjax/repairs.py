@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import imports, registry
+from bdjax import datasets, imports, registry
 from bdjax.audits import triggers
 from bdjax.datasets.base import Source, divide, together
 from bdjax.datasets.files import sized
@@ -101,7 +101,7 @@ class _Given(NamedTuple):
 @registry.door
 def repair_net(
     net: str | Path,
-    dataset: Source | None = None,
+    dataset: str | Path | Source | None = None,
     *,
     defense: Defense | None = None,
     audit: str | Path | None = None,
@@ -130,7 +130,7 @@ def repair_net(
     source: Any = about["dataset"] if dataset is None else dataset
     if source is None:
         raise BadInput(f"{net} names no data set: give clean images of its kind, --dataset")
-    source = sized(source, model.shape)
+    source = sized(datasets.source(source), model.shape)
     data = source.load()
     takes(model, data)
     if not (own := data.classes == model.classes):
@@ -145,6 +145,8 @@ def repair_net(
         say(f"warning: {why}; a repair learns wrong labels of them")
     if defense is not None:  # before the search, which takes minutes
         registry.admit(defense, model, seen)
+    if attack is not None:
+        registry.admit(attack, model.shape, model.classes)
     key_find, key_proof, key_mend, key_table = jax.random.split(jax.random.key(seed), 4)
     found = search(key_find, model, variables, seen) if told is None else told
     found.check(model.shape, model.classes)

@@ -73,7 +73,7 @@ UNPROVEN = "judges of rows rank them, they do not convict a set"
 
 @registry.door
 def scan_set(
-    dataset: Source,
+    dataset: str | Path | Source,
     net: str | Path | None = None,
     *,
     out: str | Path | None = None,
@@ -98,6 +98,7 @@ def scan_set(
     """
     folder = _ready(out)
     loaded = None if net is None else imports.load_net(net)
+    dataset = datasets.source(dataset)
     if loaded is not None:
         dataset = sized(dataset, loaded.model.shape)
     train, _, names = dataset.read()
@@ -147,7 +148,7 @@ def scan_set(
 def scan_images(
     images: str | Path,
     net: str | Path,
-    clean: Source,
+    clean: str | Path | Source,
     *,
     out: str | Path | None = None,
     alpha: Alpha = 0.05,
@@ -165,7 +166,7 @@ def scan_images(
     folder = _ready(out)
     loaded = imports.load_net(net)
     model, variables = loaded.model, loaded.variables
-    clean = sized(clean, model.shape)
+    clean = sized(datasets.source(clean), model.shape)
     data = clean.load()
     takes(model, data)
     if data.classes != model.classes:

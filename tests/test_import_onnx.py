@@ -502,7 +502,7 @@ def test_a_folder_is_read_at_the_size_of_the_net_and_other_sizes_are_told(file, 
     for i, one in enumerate(image):
         (tmp_path / "set" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(one).save(tmp_path / "set" / str(i % 2) / f"{i}.png")
-    loaded = load_net(path, dataset=datasets.source(str(tmp_path / "set")))
+    loaded = load_net(path, dataset=tmp_path / "set")
     assert loaded.model.shape == (side, side, 3) and loaded.about["dataset"].size == side
     np.savez(tmp_path / "set.npz", image=image, label=np.arange(4) % 2)
     with pytest.raises(BadInput, match=f"takes images of {side}×{side}×3, those of npz are 9×9×3"):

@@ -150,7 +150,7 @@ def test_images_of_other_classes_are_labelled_by_the_net(world):
     folder, _ = world
     other = Npz(path=str(folder / "two.npz"))
     defense = LastLayerUnlearning()
-    made = repair_net(folder / "net", other, defense=defense, say=lambda line: None)
+    made = repair_net(folder / "net", other.path, defense=defense, say=lambda line: None)
     assert made.table[0].what == "agreement with the net as it was" and made.table[0].before == 1
     assert made.about["dataset"] == other
 
@@ -178,6 +178,8 @@ def test_what_cannot_be_repaired_is_one_line(world, tmp_path, capsys):
         (["--export", str(tmp_path / "mine.safetensors")], "was not written by bdjax"),
         (["--audit", str(tmp_path)], "is no folder of an audit"),
         (["--minutes", "-1"], "--minutes"),
+        (["--attack", "badnets", "--attack.size", "40"], "does not fit into 8 pixels"),
+        (["--attack", "badnets", "--attack.target", "4"], "target"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["repair", net, "--out", str(tmp_path / "out"), *more])

@@ -20,11 +20,14 @@ def load(name: str = "fashion-mnist-sample", **fields) -> Dataset:
 
 
 @registry.door
-def source(word: str, **fields) -> Source:
+def source(word: str | Path | Source, **fields) -> Source:
     """The data set that `word` names, as every command takes it: NAME or NAME:PRESET of a
     registered one, a path, whose kind is known by its content, `tfds:NAME`, or the name of any set
-    that TFDS has prepared in the data folder. `fields` are those of its source.
+    that TFDS has prepared in the data folder. `fields` are those of its source. A source is itself.
     """
+    if isinstance(word, Source):
+        return word
+    word = str(word)
     name, colon, rest = word.partition(":")
     if name == "tfds" and colon:
         return registry.make("dataset", "tfds", **{"path": rest} | fields)
