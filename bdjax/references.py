@@ -127,7 +127,9 @@ def nulls_of(
     planted = [i for i in range(n, 2 * n) if about["moved"][i - n] >= TOOK]
     right = [word(i, every) == ("infected", int(about["target"][i - n])) for i in planted]
     counts |= {"planted": len(planted), "found": sum(right)}
-    return every._replace(counts=counts, trained=trained)
+    few = f"{n} clean nets are too few for a rank among them to accuse: give more, --reference"
+    why = None if every.norms or every.index else few
+    return every._replace(counts=counts, trained=trained, why=why)
 
 
 def short(accuracy: np.ndarray, wanted: float) -> str | None:
@@ -279,16 +281,17 @@ def _trained(work: Any, n: int, net: Any, data: Dataset, stop: Any, then: str) -
     place = None if work.folder is None else work.folder / "references" / f"nets-{n}"
     if place is not None and place.exists():
         states = checkpoints.load_tree(place, states)
-    first, start, before = int(states.epoch[0]), time.monotonic(), 0.0
+    first, start = int(states.epoch[0]), time.monotonic()
     run = jax.jit(_epoch, static_argnums=0, donate_argnums=3)
+    if first < epochs:  # apart, as it takes as long as many epochs
+        run = run.lower(model, keys, attacks, states, pool, recipe).compile()
     for epoch in range(first, epochs):
-        states = jax.block_until_ready(run(model, keys, attacks, states, pool, recipe))
-        took = time.monotonic() - start
-        if epoch - first < 2:  # the first one was compiled, too
-            left = duration((took - before) * (epochs - epoch - 1))
+        began = time.monotonic()
+        states = jax.block_until_ready(run(keys, attacks, states, pool, recipe))
+        if epoch == first:
+            left = duration((time.monotonic() - began) * (epochs - epoch - 1))
             what = f"references: {2 * n} nets, {epochs} epochs of {many} images"
             sweep.say(f"{what}: about {left} left{then}", work.quiet)
-            before = took
         if place is not None and (stop.asked is not None or epoch % 5 == 4 or epoch + 1 == epochs):
             checkpoints.save_tree(place, states)
         if stop.asked is not None:

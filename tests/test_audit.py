@@ -471,6 +471,11 @@ def test_references_give_null_and_power(tmp_path, monkeypatch, capsys):
     steps["references-0"] = steps["references-0"] | {"accuracy": np.full(3, 0.5)}
     other = references.nulls_of(steps, ["neural-cleanse"], 0.05)
     assert not other.norms and "not used" in other.about()["references"]["why"]
+    # of judges without norms few references say nothing, which is not that there were none
+    bare = {name: {k: v for k, v in step.items() if k != "norms"} for name, step in steps.items()}
+    bare["references-0"] = found.steps["references-0"]
+    other = references.nulls_of(bare, ["neural-cleanse"], 0.05).about()
+    assert other["null"] == "parametric" and "too few" in audits.null_words(other)
 
 
 def test_a_graph_is_drawn_anew_with_each_tensors_own_mean_and_spread():
