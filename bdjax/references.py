@@ -4,7 +4,7 @@ its judges say of clean ones is their null, what they say of planted ones their 
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -233,7 +233,7 @@ def calibrate(
         each = {name: min(took[name], work.needs_of(judges[name])) for name in todo}
         return f"judges on {2 * n} references: about {duration(sum(each[k] for k in missing))}"
 
-    nets = _trained(work, n, net, data, stop, f", then {needed()}")
+    nets = _trained(work, n, net, data, stop, needed)
     about = work.steps.get("references-0")
     if nets is None or about is None:
         return
@@ -256,9 +256,11 @@ def calibrate(
             work.keep(step, small | {"seconds": time.monotonic() - start})
 
 
-def _trained(work: Any, n: int, net: Any, data: Dataset, stop: Any, then: str) -> Variables | None:
+def _trained(
+    work: Any, n: int, net: Any, data: Dataset, stop: Any, then: Callable[[], str]
+) -> Variables | None:
     """The references, stacked, from the last epoch that was kept on; None where it was stopped.
-    `then`: what is said to come after.
+    `then`: says what comes after.
     """
     model, images = work.model, work.images
     # all that the user has but what triggers are measured by
@@ -291,7 +293,7 @@ def _trained(work: Any, n: int, net: Any, data: Dataset, stop: Any, then: str) -
         if epoch == first:
             left = duration((time.monotonic() - began) * (epochs - epoch - 1))
             what = f"references: {2 * n} nets, {epochs} epochs of {many} images"
-            sweep.say(f"{what}: about {left} left{then}", work.quiet)
+            sweep.say(f"{what}: about {left} left, then {then()}", work.quiet)
         if place is not None and (stop.asked is not None or epoch % 5 == 4 or epoch + 1 == epochs):
             checkpoints.save_tree(place, states)
         if stop.asked is not None:

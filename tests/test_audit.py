@@ -466,6 +466,8 @@ def test_references_give_null_and_power(tmp_path, monkeypatch, capsys):
     assert about["power"]["n"] == about["references"]["took"] == 3
     assert about["false_alarms"]["n"] == 3
     assert "clean nets" in (tmp_path / "out" / "index.html").read_text()
+    run(given, tmp_path / "out", reference=3, quiet=False)
+    assert "references" not in capsys.readouterr().err  # nothing of them is left to do
     # references that do worse than the net are not used, and that is said
     steps = {**found.steps}
     steps["references-0"] = steps["references-0"] | {"accuracy": np.full(3, 0.5)}
