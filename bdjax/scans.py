@@ -15,7 +15,7 @@ import numpy as np
 
 from bdjax import datasets, imports, own, registry
 from bdjax.datasets.base import Source, divide, together
-from bdjax.datasets.files import is_image, sized
+from bdjax.datasets.files import Folder, is_image, sized
 from bdjax.datasets.pictures import picture, stacked
 from bdjax.defenses.base import Defense, InputFilter, SampleFilter
 from bdjax.defenses.parts import nulls
@@ -94,7 +94,8 @@ def scan_set(
     this p-value was .02 for a clean sample of Fashion-MNIST, and .6 for one with 4 % of poison. The
     order of the suspects is what there is to look at.
 
-    `out`: a folder for the page, `suspects.csv`, and the set without the suspects, `cleaned.npz`.
+    `out`: a folder for the page, `suspects.csv`, which names the file of each image or, where the
+    set is no folder, its row, and the set without the suspects, `cleaned.npz`.
     """
     folder = _ready(out)
     loaded = None if net is None else imports.load_net(net)
@@ -133,6 +134,7 @@ def scan_set(
     found = said._replace(word="undecided", reason=f"{UNPROVEN}; {said.reason}")
     if folder is not None:
         labels = [class_name(int(k), names) for k in split.label]
+        files = dataset.files() if isinstance(dataset, Folder) else None
         kept = ~found.suspects if found.suspects.any() else None
         null = (
             "Nothing is decided: of real sets neither false alarms nor power are as they should be "
@@ -140,7 +142,7 @@ def scan_set(
         )
         more = {"names": np.array(names)} if names else {}
         cleaned = None if kept is None else {"image": image[kept], "label": label[kept], **more}
-        _write(folder, found, image, labels, "training set", null, cleaned)
+        _write(folder, found, image, labels, "training set", null, cleaned, files)
     return found
 
 
@@ -325,7 +327,7 @@ def _ready(out: str | Path | None) -> Path | None:
 
 def _write(
     folder: Path, found: Scan, image: np.ndarray, words: Sequence[str], title: str, null: str,
-    cleaned: dict[str, np.ndarray] | None,
+    cleaned: dict[str, np.ndarray] | None, places: Sequence[str] | None = None,
 ) -> None:  # fmt: skip
     able = [one for one in found.judges if not one.fault]
     text = io.StringIO()
@@ -333,7 +335,7 @@ def _write(
     table.writerow(["image", "what", "suspect", *(one.name for one in able)])
     for i in found.order.tolist():
         scores = (f"{one.score[i]:.6g}" for one in able)
-        table.writerow([i, words[i], int(found.suspects[i]), *scores])
+        table.writerow([places[i] if places else i, words[i], int(found.suspects[i]), *scores])
     files = {
         "index.html": _page(found, image, words, title, null).encode(),
         "suspects.csv": text.getvalue().encode(),

@@ -178,7 +178,11 @@ def test_pixels_and_what_is_wrong(victims):
     )
     wanted = module.apply(variables, x * 255, False)
     assert np.allclose(loud.model.apply(variables, x).logits, wanted, atol=1e-3)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, variables)
     for words, call in {
+        "are not finite": lambda: bdjax.net(
+            module, broken, shape=(16, 16, 3), train={"train": True}
+        ),
         "needs its variables": lambda: bdjax.net(module, shape=(16, 16, 3)),
         "holds its own variables": lambda: bdjax.net(own, variables, shape=(16, 16, 3)),
         "is no module of Flax": lambda: bdjax.net(len, variables, shape=(16, 16, 3)),

@@ -96,6 +96,19 @@ def test_folders_are_read_at_the_size_of_the_net(world, tmp_path, capsys):
     assert audit(net, clean, minutes=0, quiet=True).about["data"]["searched"]
 
 
+def test_suspects_of_a_folder_are_named_by_their_files(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(scans, "COMPARED", 2)
+    for i, (one, k) in enumerate(zip(*planted.pictures(120))):
+        folder = tmp_path / "set" / "train" / str(k)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(one[..., 0]).save(folder / f"{i:03}.png")
+    found = scan_set(tmp_path / "set", str(world / "net"), out=tmp_path / "out", say=len)
+    rows = list(csv.DictReader((tmp_path / "out" / "suspects.csv").open()))
+    files = [tmp_path / "set" / row["image"] for row in rows]
+    assert len(set(files)) == len(found.order) and all(file.is_file() for file in files)
+    assert all(file.parent.name == row["what"] for file, row in zip(files, rows))
+
+
 def test_a_set_may_have_some_of_the_classes_of_its_net(world, tmp_path, monkeypatch):
     """Its net judges it, though a class has no image; nothing of an earlier scan stays behind."""
     monkeypatch.setattr(scans, "COMPARED", 2)

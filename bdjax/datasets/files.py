@@ -130,6 +130,20 @@ class Folder(Source):
         return [self.found(path) for path in (self.path, self.test) if path]
 
     def read(self):
+        train, test, classes = self._listed()
+        both = train + test
+        images = stacked(self.path, (picture(path) for path, _ in both), len(both), self.size)
+        split = checked(self.path, images, np.array([number for _, number in both]))
+        cut = len(train)
+        return split[:cut], split[cut:] if test else None, tuple(classes)
+
+    def files(self) -> list[str]:
+        """The file of each training row, within the folder."""
+        root = self.found(self.path)
+        return [path.relative_to(root).as_posix() for path, _ in self._listed()[0]]
+
+    def _listed(self) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]], list[str]]:
+        """The files of both sets with their labels, and the names of the classes."""
         root = self.found(self.path)
         if not root.is_dir():
             raise BadInput(f"{self.path}: no such folder")
@@ -154,11 +168,7 @@ class Folder(Source):
             test = [(path, classes.index(name)) for name, paths in found.items() for path in paths]
             if not test:
                 raise BadInput(f"{other}: has no image")
-        both = train + test
-        images = stacked(self.path, (picture(path) for path, _ in both), len(both), self.size)
-        split = checked(self.path, images, np.array([number for _, number in both]))
-        cut = len(train)
-        return split[:cut], split[cut:] if test else None, tuple(classes)
+        return train, test, classes
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -86,6 +86,9 @@ def _victim(run: Any, variables: Variables, init: Any, shape: tuple[int, int, in
         raise BadInput(f"the module cannot take images of shape {shape}: {why}") from error
     if getattr(out, "ndim", 0) != 2 or out.shape[0] != 2:
         raise BadInput(f"the module gives {shown(getattr(out, 'shape', out))}, not logits [B, K]")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not jnp.isfinite(leaf).all():
+            raise BadInput(f"the weights '{shown(jax.tree_util.keystr(path))}' are not finite")
     names = _named(seen, out.shape[1])
 
     def apply(
