@@ -47,8 +47,9 @@ def load_plugins(*plugins: str | Path) -> list[Entry]:
     """
     found = []
     for word in map(str, plugins):
+        path = own.at_home(word)  # which refuses what no system can name, a module neither
         with all_or_nothing():
-            here = _file(own.at_home(word)) if _is_file(word) else _module(word)
+            here = _file(path) if _is_file(word) else _module(word)
         found += here
         _words.extend([word] if word not in _words else [])
     return found
