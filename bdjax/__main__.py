@@ -3,7 +3,9 @@ imported for the other commands alone.
 """
 
 import ast
+import contextlib
 import functools
+import os
 import shutil
 import sys
 import textwrap
@@ -53,5 +55,20 @@ def main(args: Sequence[str] | None = None) -> None:
         cli.main(args)
 
 
+def process() -> None:
+    """`main` as a process. What was interrupted ends it: at an orderly exit JAX would wait for the
+    program that runs, which may take hours. With Ray, whose cluster would stay behind, nothing runs
+    in this process.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code in (130, 143) and "ray" not in sys.modules:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(end.code)
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    process()

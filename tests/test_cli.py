@@ -270,6 +270,24 @@ def test_a_signal_that_comes_in_a_callback_is_not_lost(number, code, capsys):
     assert stop.value.code == code and len(err.splitlines()) == 1, err
 
 
+def test_an_interrupted_process_does_not_wait_for_the_program_that_runs():
+    code = """
+import jax, bdjax.__main__ as entry
+from bdjax import cli
+def command(_):
+    grow = lambda i, x: jax.numpy.sin(x @ x)
+    jax.jit(lambda x: jax.lax.fori_loop(0, 2**31 - 1, grow, x))(jax.numpy.ones((9, 9)))
+    raise KeyboardInterrupt
+cli.command = command
+entry.sys.argv[1:] = ["train"]
+entry.process()
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100
+    )
+    assert found.returncode == 130 and "interrupted" in found.stderr
+
+
 def test_a_folder_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     code, _, err = bdjax(capsys, "train", *SMALL, "--out", str(tmp_path / "file" / "model"))
