@@ -719,6 +719,7 @@ def placed(folders: Sequence[str | Path], out: str | Path | None) -> tuple[list[
     and where it goes to.
     """
     found: list[str | Path] = []
+    fixed = False  # whether a page would stand beside rows that are not the user's, or in a file
     for one in folders:
         own = (
             []
@@ -726,7 +727,8 @@ def placed(folders: Sequence[str | Path], out: str | Path | None) -> tuple[list[
             else shipped.results(str(one))
         )
         found += own or [one]
-    if out is None and any(Path(one).suffix == ".jsonl" for one in found):
+        fixed = fixed or bool(own) or Path(one).suffix == ".jsonl"
+    if out is None and fixed:
         raise BadInput(f"{folders[0]} is no results folder to write into: give --out")
     return found, Path(("report" if len(found) > 1 else found[0]) if out is None else out)
 

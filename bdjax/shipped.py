@@ -35,5 +35,8 @@ def file(experiment: str | Path) -> Path:
 
 
 def results(experiment: str) -> list[Path]:
-    """The files of rows that an experiment of bdjax gave, one a scale."""
-    return sorted((folder() / "results").glob(f"{experiment}-*.jsonl"))
+    """The rows that an experiment of bdjax gave, one a scale: a results file or, where they are
+    many, a results folder.
+    """
+    there = sorted((folder() / "results").glob(f"{experiment}-*"))
+    return [path for path in there if path.suffix == ".jsonl" or path.is_dir()]

@@ -172,7 +172,7 @@ def simulate(
 def committed() -> list[Group]:
     """A group for each victim of the committed experiments: its training, then its defenses."""
     kinds: dict[str, dict[str, list[float]]] = {}
-    for file in sorted((Path(__file__).parents[1] / "experiments" / "results").glob("*.jsonl")):
+    for file in sorted((Path(__file__).parents[1] / "experiments" / "results").rglob("*.jsonl")):
         for row in {row["run"]: row for row in read_rows([file])}.values():
             if "error" not in row and (config := row.get("config")):
                 parts = ("dataset", "model", "recipe", "attack")

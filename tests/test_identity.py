@@ -26,7 +26,7 @@ from bdjax.sweep import Runner
 from bdjax.train import Recipe
 from bdjax.types import BadInput
 
-RESULTS = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("*.jsonl"))
+RESULTS = sorted((Path(__file__).parents[1] / "experiments" / "results").rglob("*.jsonl"))
 DATA = registry.make("dataset", "fashion-mnist-sample", train_size=60, test_size=20)
 CELL = Cell("T", "a", DATA, Ffnn(hidden=(4,)), Recipe(epochs=1, batch=32), BadNets(rate=0.5))
 

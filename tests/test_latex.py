@@ -10,7 +10,7 @@ import pytest
 
 from bdjax import cli, figures, latex, registry, report, shipped
 from bdjax.attacks.badnets import BadNets
-from bdjax.rows import read_rows
+from bdjax.rows import read_rows, result_files
 from bdjax.store import Store
 from bdjax.types import BadInput
 
@@ -207,7 +207,7 @@ def test_many_floats_have_room():
 def test_our_own_rows_and_captions_have_no_letter_that_latex_cannot_set():
     for name in shipped.names():
         for path in shipped.results(name):
-            for one in read_rows([path]):
+            for one in read_rows(result_files(path)):
                 text = latex._tex(f"{one['table']} {one['row']} {one.get('substitute')}")
                 assert "[U+" not in text, text
     for module in (figures, report):

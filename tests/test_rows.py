@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from bdjax import experiment, registry, report
+from bdjax import experiment, registry, report, shipped
 from bdjax.attacks.trigger_combination import TriggerCombination
 from bdjax.defenses.base import Judge, Repair, judge
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
 from bdjax.registry import pytree
-from bdjax.rows import Rows, lookup
+from bdjax.rows import Rows, lookup, result_files
 from bdjax.train import Recipe
 from bdjax.types import BadInput, Metric, Splits, Victim
 
@@ -195,7 +195,8 @@ def test_every_metric_of_a_defense_is_declared(entry, sample):
 @pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.py")), ids=lambda f: f.stem)
 def test_every_metric_of_an_experiment_is_declared(file):
     experiment.load(file)
-    for path in file.parent.glob(f"results/{file.stem}-*.jsonl"):
+    files = [path for one in shipped.results(file.stem) for path in result_files(one)]
+    for path in files:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         found = {name: None for line in lines for name in {**line["metrics"], **line["reported"]}}
         assert [name for name in found if registry.declared(name) is None] == []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bdjax import experiment, identity, shipped
+from bdjax.rows import result_files
 
 ROOT = Path(__file__).parents[1]
 SAME = """
@@ -48,7 +49,11 @@ def test_a_wheel_carries_the_experiments_and_their_rows(installed):
     names = set(zipfile.ZipFile(installed.wheel).namelist())
     lost = {p.name for p in (ROOT / "experiments").glob("*.py")} - {Path(n).name for n in names}
     assert not lost
-    assert {f"bdjax/_experiments/results/{p.name}" for p in shipped.results("*")} <= names
+    rows = [path for one in shipped.results("*") for path in result_files(one)]
+    assert rows
+    assert {
+        f"bdjax/_experiments/{p.relative_to(shipped.folder()).as_posix()}" for p in rows
+    } <= names
     assert installed.wheel.stat().st_size < 10 << 20
     said = installed("-m", "bdjax", "run", "--list")
     assert all(name in said for name in shipped.names())

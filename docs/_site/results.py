@@ -16,18 +16,19 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for the benchmarks, which are not installed
 
-from bdjax import experiment, report
-from bdjax.rows import Row, Rows
+from bdjax import experiment, report, shipped
+from bdjax.rows import Row, Rows, result_files
 from benchmarks.__main__ import exponents, flat
 from benchmarks.peers import briefly
 
 ROWS = "experiments/results"
-MATRIX, ZOO = f"{ROWS}/defense_zoo-cpu.jsonl", f"{ROWS}/attack_zoo-cpu.jsonl"
+MATRIX, ZOO = f"{ROWS}/defense_zoo-cpu", f"{ROWS}/attack_zoo-cpu.jsonl"
 
 
 def committed(file: str | Path) -> list[dict]:
-    """The rows of a committed results file."""
-    return [json.loads(line) for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    """The rows of a committed results file or folder."""
+    texts = (path.read_text(encoding="utf-8") for path in result_files(ROOT / file))
+    return [json.loads(line) for text in texts for line in text.splitlines()]
 
 
 def table_of(heads: list[str], lines: list[list[str]], words: int = 1) -> str:
@@ -71,8 +72,8 @@ def cell_of(name: str, line: dict) -> str:
 
 
 def files() -> Iterator[tuple[str, str, Path]]:
-    """The committed results: experiment, scale, file."""
-    for path in sorted((ROOT / ROWS).glob("*.jsonl")):
+    """The committed results: experiment, scale, file or folder."""
+    for path in shipped.results("*"):
         name, _, scale = path.stem.rpartition("-")
         yield name, scale, path
 
