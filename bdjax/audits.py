@@ -600,9 +600,7 @@ def audit(
     called = "net" if isinstance(net, Loaded) else Path(net).name
     sweep.keep_compiled()
     images = images_of(model, variables, data)
-    why = ""
-    if images.accuracy is not None:
-        why = strange(images.accuracy, images.held.label)
+    why = "" if images.accuracy is None else strange(images.accuracy, images.held.label)
     if why:  # before the minutes are spent
         sweep.say(f"warning: {why}", False)
     key = _identity(variables, images)

@@ -6,7 +6,6 @@ packages that have an entry point of the group `bdjax.plugins`.
 Nothing is imported because a file of results or a checkpoint names it.
 """
 
-import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -19,7 +18,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FunctionType, ModuleType, NoneType, UnionType
 from typing import Any
@@ -358,7 +357,7 @@ def _arrays(result: Any) -> Any:
         return result
 
     def one(path: Any, leaf: Any) -> jax.Array:
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
+        with suppress(TypeError, ValueError, OverflowError):
             made = jax.numpy.asarray(leaf)
             real = (np.integer, np.floating, np.bool_)
             if any(jax.numpy.issubdtype(made.dtype, kind) for kind in real):

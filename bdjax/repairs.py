@@ -140,8 +140,7 @@ def repair_net(
     if min(len(seen.label), len(held.label)) < 2:
         raise BadInput(f"{len(joined.label)} clean images are too few: give a few hundred")
     given = _Given(model, variables, seen, held, data.test)
-    right = _right(model, variables, data.test)
-    if own and (why := imports.strange(right, data.test.label)):
+    if own and (why := imports.strange(_right(model, variables, data.test), data.test.label)):
         say(f"warning: {why}; a repair learns wrong labels of them")
     if defense is not None:  # before the search, which takes minutes
         registry.admit(defense, model, seen)

@@ -91,12 +91,13 @@ class Rows(Sequence[Row]):
         where neither these rows nor those that they are a part of have it, and nobody declares it.
         """
         found = [row["metrics"].get(metric) for row in self._rows if not row.get("error")]
-        known = dict.fromkeys(name for row in self._whole for name in row["metrics"])
-        if known and metric not in known:
-            from bdjax.registry import declared  # which needs jax
+        if not any(value is not None for value in found):
+            known = dict.fromkeys(name for row in self._whole for name in row["metrics"])
+            if known and metric not in known:
+                from bdjax.registry import declared  # which needs jax
 
-            if declared(metric) is None:
-                raise BadInput(f"no row has the metric '{metric}'{near(metric, known)}")
+                if declared(metric) is None:
+                    raise BadInput(f"no row has the metric '{metric}'{near(metric, known)}")
         return [float(value) for value in found if measured(value)]
 
     def mean(self, metric: str) -> float:

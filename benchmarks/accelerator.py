@@ -208,7 +208,7 @@ def line(row: Mapping[str, Any]) -> str:
     return head + "".join(f"{cell:>12}" for cell in cells) + "  " + ", ".join(more)
 
 
-def rows(scale: str, done: Mapping[str, Any], repeats: int = 3) -> Iterator[dict[str, Any]]:
+def rows(scale: str, done: Mapping[str, Any], repeats: int) -> Iterator[dict[str, Any]]:
     """A row after the other, those of `done` as they are, until `MINUTES` are over."""
     begun = time.monotonic()
     for table, name, make in plan(scale, repeats):
@@ -225,5 +225,5 @@ def rows(scale: str, done: Mapping[str, Any], repeats: int = 3) -> Iterator[dict
         seconds = {"compile": 0.0, "run": time.monotonic() - start} | seconds
         found = {k: float(v) for k, v in found.items()}
         more = {"run": run, "how": mesh.how()}
-        about = {"repeats": repeats}
-        yield measure.row("accelerator", table, name, scale, found, seconds, about, **more)
+        config = {"repeats": repeats}
+        yield measure.row("accelerator", table, name, scale, found, seconds, config, **more)

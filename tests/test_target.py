@@ -317,8 +317,8 @@ def _compiles_and_sends_nothing(one, four):
     assert len(rows) == len(found) and any("device-hours" in note for note in notes)
 
     def held(aim):
-        found = target.rehearse(cells[:4], aim).programs
-        return next(p.held for p in found if p.what == "epoch, badnets, strip-mnist")
+        """Of a net that is larger than the images, which every device holds."""
+        found = target.rehearse(cells[4:8], aim).programs
+        return next(p.held for p in found if p.what == "epoch, badnets, strip-cifar10")
 
-    net = 4 * 31_000  # bytes of its parameters: a device holds one of the four, and the images
-    assert held(four) < held(one) - 3 * net
+    assert held(four) < held(one) / 2
