@@ -100,12 +100,29 @@ def conv_general_dilated(
         extent = [(k - 1) * d + 1 for k, d in zip(size, dilation, strict=True)]
         padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
     window = _Window(size, tuple(window_strides), tuple(tuple(p) for p in padding), dilation)  # type: ignore[arg-type]
+    rhs, window = _trimmed(lhs.shape, rhs, window)
     if groups == 1:
         return _fast_conv(lhs, rhs, window, precision)
     if rhs.shape[2] == 1:  # depthwise: each channel with kernels of its own
         return _depthwise(jnp.repeat(lhs, rhs.shape[3] // groups, -1), rhs, window)
     parts = zip(jnp.split(lhs, groups, -1), jnp.split(rhs, groups, -1), strict=True)
     return jnp.concatenate([_fast_conv(x, kernel, window, precision) for x, kernel in parts], -1)
+
+
+def _trimmed(shape: Sequence[int], kernel: jax.Array, window: _Window):
+    """A kernel without the rows and columns that see nothing but padding, as most do of an image of
+    one pixel, and how it walks.
+    """
+    kept, padding = [], []
+    for n, k, stride, (low, high), step in zip(shape[1:3], *window):
+        starts = np.arange((n + low + high - (k - 1) * step - 1) // stride + 1) * stride - low
+        places = starts[:, None] + np.arange(k) * step
+        seen = np.flatnonzero(((places >= 0) & (places < n)).any(0))
+        first, last = (seen[0], seen[-1]) if len(seen) else (0, k - 1)
+        kept.append(slice(int(first), int(last) + 1))
+        padding.append((int(low - first * step), int(high - (k - 1 - last) * step)))
+    part = kernel[*kept]
+    return part, window._replace(size=part.shape[:2], padding=tuple(padding))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -159,6 +176,10 @@ def _holes(strides: Pair) -> list[tuple[int, int, int]]:
 
 def _plain(x, kernel, window: _Window, precision, spread: Pair = (1, 1)) -> jax.Array:
     """The convolution itself; `spread` dilates the input."""
+    # For a kernel larger than the image XLA has no library: its own loops have 4 to 30 GFLOP/s.
+    if any(k > n for k, n in zip(window.size, x.shape[1:3], strict=True)):
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *_holes(spread), (0, 0, 0)])
+        return _patches_product(x, kernel, window, precision)
     if spread == (1, 1) and _by_patches(kernel.shape, window.strides):
         return _patches_product(x, kernel, window, precision)
     how = window.strides, window.padding, spread, window.dilation
