@@ -96,6 +96,12 @@ TITLE = "Ye et al. (2021): Fine-Pruning, STRIP and goodnets on backdoored face n
 RAW, RIGHT = 255.0, 1.0
 READ = {RAW: "pixels 255 times too large", RIGHT: "pixels right"}
 SLUGS = {RAW: "raw", RIGHT: "right"}
+REPAIRS = {
+    **dict.fromkeys(("k", "B0", "B′"), "Fine-Pruning"),
+    "weight": "forgetting in the last layer",
+    "fine-tuned": "unlearning by fine-tuning",
+}
+"""What repairs the published net, by how the names of the nets that it leaves begin."""
 STRIPPED, GRID = "Figure 1a", "Figure 1b, c; Table I"
 LAB3, MORE = "Published net", "Beyond the paper"
 NETS = "B", "B0", "B′", "G", "G′"
@@ -607,6 +613,38 @@ def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
         picture = plots.triggers(nc["mask"], nc["pattern"], nc["norms"], marked=nc["flagged"])
         title = "Neural Cleanse, the published net: reversed triggers"
         yield "triggers-published", title, caption, picture
+    if repaired := agreements(rows.where(table=LAB3).by("row")):
+        caption = (
+            "How often the sunglasses still work, over how often the repaired net answers as it "
+            "did; means over runs. In the last layer: a point for each weight of the trigger found."
+        )
+        title = "Beyond the paper: repairs of the published net"
+        yield "repairs-published", title, caption, repair_curve(repaired)
+
+
+def agreements(rows: dict[str, Rows]) -> dict[str, list[tuple[float, float]]]:
+    """By kind of repair of the published net, each one's agreement with the net as it was, and how
+    often its trigger still works.
+    """
+    nets, forgotten = rows.get("Goodnets", Rows()), rows.get("Forgetting in the last layer", Rows())
+    found: dict[str, list[tuple[float, float]]] = {}
+    for some in (nets, forgotten):
+        for metric in {m: None for row in some for m in row["metrics"] if m.endswith(".acc")}:
+            net = metric.removesuffix(".acc")
+            for start, kind in REPAIRS.items():
+                if net.startswith(start):
+                    pair = some.mean(metric), some.mean(f"{net}.asr_sunglasses")
+                    found.setdefault(kind, []).append(pair)
+    return {kind: sorted(pairs) for kind, pairs in found.items()}
+
+
+def repair_curve(repaired: dict[str, list[tuple[float, float]]]) -> Any:
+    """Each kind's points: trigger success over agreement."""
+    x = sorted({acc for pairs in repaired.values() for acc, _ in pairs})
+    lines = {kind: [dict(pairs).get(acc, np.nan) for acc in x] for kind, pairs in repaired.items()}
+    return plots.curves(
+        x, lines, xlabel="agreement with the net as it was", ylabel="ASR", percent=True
+    )
 
 
 def triggers(s: Scale, names: list[str]) -> tuple:
@@ -739,3 +777,8 @@ def on_the_published_net(rows: dict[str, Rows]) -> Iterator[tuple[str, str, str]
     numbers = f"target flagged in {percent(found)} of runs, index {index:.2f}"
     says = verdict(found > 0.99, found > 0)
     yield "Ours: Neural Cleanse finds the published net's target", says, numbers
+    for kind, pairs in agreements(rows).items():
+        good = [asr < 0.1 and acc >= 0.9 for acc, asr in pairs]
+        numbers = ", ".join(f"{percent(acc)} / {percent(asr)}" for acc, asr in pairs)
+        text = f"Ours: {kind} leaves the published net an ASR below 10 % at 90 % agreement"
+        yield text, verdict(all(good), any(good)), f"agreement / ASR {numbers}"

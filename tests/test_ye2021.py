@@ -103,3 +103,20 @@ def test_the_paper_s_numbers_stand_beside_our_columns(ye):
     assert set(ye.says("multi", probe)) >= {
         f"G.asr_{t}" for t in ("sunglasses", "lipstick", "eyebrows")
     }
+
+
+def test_repairs_of_the_published_net_by_kind(ye):
+    def row(name, **nets):
+        found = {f"{net}.{m}": v for net, pair in nets.items()
+                 for m, v in zip(("acc", "asr_sunglasses"), pair)}  # fmt: skip
+        return {"table": ye.LAB3, "row": name, "metrics": found | {"acc": 1.0}}
+
+    some = {"B": (1, 1), "B0": (0.5, 1), "G′": (0.4, 1), "k1": (0.7, 0.9)}
+    others = {"undefended": (1, 1), "weight 0.1": (0.95, 0.05), "fine-tuned": (0.4, 1)}
+    rows = Rows([row("Goodnets", **some), row("Forgetting in the last layer", **others)])
+    assert ye.agreements(rows.by("row")) == {
+        "Fine-Pruning": [(0.5, 1), (0.7, 0.9)],
+        "forgetting in the last layer": [(0.95, 0.05)],
+        "unlearning by fine-tuning": [(0.4, 1)],
+    }
+    assert ye.agreements({}) == {}

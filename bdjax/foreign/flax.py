@@ -17,6 +17,7 @@ from flax.core.tracers import current_trace
 from bdjax import schema
 from bdjax.foreign.pixels import Pixels, pixels
 from bdjax.foreign.sites import free
+from bdjax.models.conv import conv_general_dilated
 from bdjax.models.layers import FOREIGN
 from bdjax.progress import silent
 from bdjax.registry import door
@@ -193,6 +194,14 @@ def _flags(train: Mapping[str, Any], now: bool) -> dict[str, Any]:
     return {k: (v if now else not v) if isinstance(v, bool) else v for k, v in train.items()}
 
 
+def _quickened(conv: nn.Conv | nnx.Conv) -> None:
+    """Gives a convolution for this pass, unless it has one of its own, gradients that are fast in
+    loops on a CPU.
+    """
+    if conv.conv_general_dilated in (None, jax.lax.conv_general_dilated):
+        object.__setattr__(conv, "conv_general_dilated", conv_general_dilated)
+
+
 # --- Linen ---
 
 
@@ -203,6 +212,8 @@ def _linen(
         home = current_trace()
 
         def look(call, args, kwargs, context):
+            if context.method_name == "__call__" and isinstance(context.module, nn.Conv):
+                _quickened(context.module)
             if context.method_name != "__call__" or not context.module.path:
                 return call(*args, **kwargs)
             name, kind = ".".join(context.module.path), type(context.module).__name__
@@ -306,6 +317,8 @@ def _watched(module: nnx.Module, watch: Any) -> None:
     """Lets every sub-module of a module, which is ours alone, tell what enters and leaves it."""
     home = current_trace()
     for path, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.Conv):
+            _quickened(part)
         if path and callable(part):
             part.__class__ = _telling(type(part), ".".join(map(str, path)), watch, home)
 

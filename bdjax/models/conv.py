@@ -93,7 +93,8 @@ def conv_general_dilated(
     typed = (
         preferred_element_type not in (None, lhs.dtype) or not lhs.dtype == rhs.dtype == jnp.float32
     )
-    if layout != _NHWC or spread or grouped or typed or others or 0 in lhs.shape + rhs.shape:
+    asked = any(value is not None for value in others.values())
+    if layout != _NHWC or spread or grouped or typed or asked or 0 in lhs.shape + rhs.shape:
         return native()
     size, dilation = rhs.shape[:2], tuple(rhs_dilation or (1, 1))
     if isinstance(padding, str):
