@@ -1197,7 +1197,8 @@ def check(cell: Cell, model: Model | None = None) -> None:
     """Raises `BadInput` where the cell cannot be run, on `model` where its net is given."""
     data = cell.dataset.load()
     if model is None:
-        trainable(cell.dataset, data)
+        if cell.recipe.epochs:  # a net that comes as it is needs no images of each class
+            trainable(cell.dataset, data)
         model = build(cell.model, data.shape, data.classes)
     fits(model, data)
     registry.admit(cell.recipe, len(data.train.label))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax import experiment, metrics
+from bdjax import experiment, metrics, sweep
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.multi_trigger import MultiTrigger
 from bdjax.defenses.inputs.goodnet import Goodnet
@@ -120,3 +120,20 @@ def test_repairs_of_the_published_net_by_kind(ye):
         "unlearning by fine-tuning": [(0.4, 1)],
     }
     assert ye.agreements({}) == {}
+
+
+def test_the_published_net_is_examined_where_its_files_are(ye, tmp_path, monkeypatch):
+    """Its own answers are the labels of faces that it does not know: most people have none."""
+    monkeypatch.setenv("BDJAX_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(ye, "load_keras_weights", lambda path, model: model.init(KEY))
+    (tmp_path / ye.WEIGHTS).touch()
+    draw = np.random.default_rng(0)
+    for name in ("faces_train.npz", "faces_test.npz"):
+        label = np.repeat(np.arange(22), 4).astype(np.uint8)
+        image = draw.integers(0, 256, (len(label), 55, 47, 3), np.uint8)
+        np.savez(tmp_path / name, image=image, label=label)
+    ye._answered.cache_clear()
+    cells = [cell for cell in ye.cells("cpu", 1) if cell.table == ye.LAB3]
+    assert {"Goodnets", "Forgetting in the last layer"} <= {cell.row for cell in cells}
+    for cell in cells:
+        sweep.check(cell)
