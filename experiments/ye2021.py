@@ -272,20 +272,6 @@ class Forgotten:
         return out | {"suspect": suspects[0].astype(jnp.float32)}
 
 
-@pytree
-class Searched:
-    """Neural Cleanse over the first `labels` labels only."""
-
-    defense: NeuralCleanse
-    labels: int = static(10)
-
-    def __call__(self, key, model, variables, attack, clean, test):
-        model = model._replace(classes=min(self.labels, model.classes))
-        victim, data = Victim(model, variables, attack), Splits(test, clean, test)
-        found = judge(key, victim, self.defense, data, measured=False)
-        return found.metrics | found.arrays
-
-
 # --- The published net, and what stands in for faces at scale smoke ---
 
 
@@ -545,11 +531,11 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
         yield from lab3("Fine-Pruning", defense=repair, reported=paper)
         paper, probe = {"acc_test": 0.8868, "asr_all": 0.0978}, Filtered(few, RIGHT, 1, s.every)
         yield from lab3("STRIP", probe=probe, reported=paper)
-        yield from lab3("Neural Cleanse", probe=Searched(s.cleanse, s.labels))
+        few = tuple(range(s.labels)) if s.labels < 1283 else None
+        yield from lab3("Neural Cleanse", defense=dataclasses.replace(s.cleanse, labels=few))
         paper = said("98.6/100 89.84/1.91 89.35/1.91", ("B", "B′", "G"), "sunglasses")
         probe = pruned("sunglasses", repair, RIGHT)
         yield from lab3("Goodnets", probe=probe, reported=paper)
-        few = tuple(range(s.labels)) if s.labels < 1283 else None
         nc = dataclasses.replace(s.cleanse, seeds=1, labels=few)
         forget = LastLayerUnlearning(nc=nc, pick="smallest")
         tuning = NcUnlearning(nc=nc, share=0.5, recipe=Recipe(lr=1e-4, epochs=5, batch=32))
@@ -610,7 +596,12 @@ def figures(rows: Rows, store: Store, scale: str) -> Iterator[tuple]:
             f"First run: anomaly index {row['metrics']['anomaly_index']:.2f}; the true target is "
             "label 0. Mask ⊙ pattern, and L1 of the mask."
         )
-        picture = plots.triggers(nc["mask"], nc["pattern"], nc["norms"], marked=nc["flagged"])
+        found = np.isfinite(nc["norms"]).sum()
+        some = np.sort(np.argsort(nc["norms"])[: min(20, found)])
+        parts = ("mask", "pattern", "norms", "flagged")
+        mask, pattern, norms, flagged = (nc[part][some] for part in parts)
+        labels = [f"label {k}" for k in some]
+        picture = plots.triggers(mask, pattern, norms, labels, marked=flagged)
         title = "Neural Cleanse, the published net: reversed triggers"
         yield "triggers-published", title, caption, picture
     if repaired := agreements(rows.where(table=LAB3).by("row")):
