@@ -262,7 +262,7 @@ def curves(
     elif (
         len(at) > 2
         and at.min() > 0
-        and np.ptp(at) > 0
+        and at.max() >= 3 * at.min()
         and np.diff(at).max() >= 5 * np.diff(at).min() > 0
     ):
         _log_x(axes, at)  # grown by factors, not by steps
