@@ -254,6 +254,15 @@ def test_bytes_are_whole_pixels(tmp_path):
     assert load_net(path).about["origin"].error < 1e-5
 
 
+def test_logits_that_are_the_same_for_all_images_prove_nothing(tmp_path):
+    path = written(tmp_path / "net.onnx", head("x", "w"), [("w", np.zeros((192, 4), np.float32))],
+                   ir_version=9)  # fmt: skip
+    found = load_net(path)
+    assert not found.about["origin"].by and "same logits" in " ".join(found.lines)
+    told = written(tmp_path / "told.onnx", head("x", "w"), [WEIGHTS], ir_version=9)
+    assert load_net(told).about["origin"].by
+
+
 def test_a_net_in_16_bits_is_held_to_what_they_can(tmp_path):
     nodes = [
         helper.make_node("Cast", ["x"], ["a"], to=TensorProto.FLOAT16),
