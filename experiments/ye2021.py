@@ -5,7 +5,9 @@ Neural Networks" (2021).
                                                      # minutes on 2 cores
     bdjax run experiments/ye2021.py --scale smoke    # clothes instead of faces, one net: no result
     bdjax run experiments/ye2021.py --scale paper    # all people, full grids: a minute on an H100
-                                                    # at least, hours on 2 cores
+                                                    # at least, 3 hours on 2 cores; there the
+                                                    # published net's rows without a search, 12
+                                                    # minutes (--only "Published net: STRIP" …)
 
 Faces are the user's own: put faces_train.npz and faces_test.npz (`image` [N, 55, 47, 3], `label`)
 into the data folder (`BDJAX_DATA_DIR`); with lab3_bd_weights.h5 of CSAW-HackML-2020 beside them the
