@@ -635,6 +635,7 @@ class Worker(Runner):
         self.sources: dict[int, Source] = {}
         self.clean: list[list[Cell]] = []
         self.done: set[str] = set()
+        self.outlived: list[Path] = []
         self.link: Link
 
     def compute(self, link: Link, about: Mapping[str, Any], folder: Path) -> dict[str, Any] | None:
@@ -660,7 +661,7 @@ class Worker(Runner):
             )
         self.twins = {cell.victim_id for group in self.clean for cell in group}
         self.counts = {name: count for name, count in about["counts"].items() if count is not None}
-        self.done, self.unfit = about["done"], []
+        self.done, self.unfit, self.outlived = about["done"], [], []
         self.members, self.made, self.written = None, {}, set()
         before = dict(self.clock.seconds)
         self._fits(cells)
@@ -686,6 +687,12 @@ class Worker(Runner):
         finally:
             new = {path.name: packed(path) for path in self._folders(part) - before}
             self.link.ask("made", part, (*names,), ray().put(new))
+            while self.outlived:
+                super()._trained_out(self.outlived.pop())
+
+    def _trained_out(self, checkpoint: Path) -> None:
+        """Its checkpoint goes when the driver has the victims: this process may die before."""
+        self.outlived.append(checkpoint)
 
     def _folders(self, part: str) -> set[Path]:
         return {

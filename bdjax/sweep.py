@@ -672,7 +672,7 @@ class Runner:
                 temporary.mkdir()
                 write_tree(temporary / "arrays", (trained, losses))
                 (temporary / "members.json").write_text(schema.dump(about, "members"))
-            own.remove(self._partial(missing), old_checkpoint)
+            self._trained_out(self._partial(missing))
             self._kept(path)
 
         if missing := [owner[name] for name in names if self._usable(owner[name]) is None]:
@@ -705,6 +705,10 @@ class Runner:
         group = self._planned(cells[0]) or cells
         count = len({cell.victim_id for cell in group if cell.stage != "train"})
         return count if self._side_by_side(count) > len(self.places) else 0
+
+    def _trained_out(self, checkpoint: Path) -> None:
+        """A training's victims are kept: it needs its checkpoint no more."""
+        own.remove(checkpoint, old_checkpoint)
 
     def _partial(self, cells: Sequence[Cell]) -> Path:
         names = [cell.victim_id for cell in cells]
@@ -1037,7 +1041,7 @@ class Runner:
         if missing := [cell for name, cell in others.items() if name not in self.others]:
             with self._sized(0):
                 (attack, variables), losses = self._trained(missing, model, shared)
-            own.remove(self._partial(missing), old_checkpoint)
+            self._trained_out(self._partial(missing))
             for i, cell in enumerate(missing):
                 net = Trained(attack, take(variables, i), float(losses[i]))
                 self.others[cell.victim_id] = net
