@@ -529,7 +529,8 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
     if at_hand(strangers):
         base = strangers, DeepId(scale=1.0), Recipe(epochs=0)
         note = "LFW faces, labelled by the undefended net"
-        lab3 = functools.partial(rows, LAB3, base=base, attack=Published(), substitute=note)
+        given = functools.partial(rows, base=base, attack=Published(), substitute=note)
+        lab3, small = functools.partial(given, LAB3), functools.partial(given, LAB3_SMALL)
         repair, few_replicas = s.repair(channels=4), strip(s.strip.n * 2, s.strip.inputs or 2)
         yield from lab3("Undefended", reported={"asr_all": 1.0})
         paper = {"acc_test": 0.8984, "asr_all": 0.0191}
@@ -545,9 +546,8 @@ def cells(scale: str, seeds: int | None = None) -> Iterator[Cell]:
         forget = LastLayerUnlearning(nc=nc, pick="smallest")
         tuning = NcUnlearning(nc=nc, share=0.5, recipe=Recipe(lr=1e-4, epochs=5, batch=32))
         yield from lab3("Forgetting in the last layer", probe=Forgotten(forget, tuning))
-        wrong = functools.partial(rows, LAB3_SMALL, base=base, attack=Published(), substitute=note)
-        yield from wrong("STRIP", probe=Filtered(few_replicas, SMALL, 1, s.every))
-        yield from wrong("Goodnets", probe=pruned("sunglasses", repair, SMALL))
+        yield from small("STRIP", probe=Filtered(few_replicas, SMALL, 1, s.every))
+        yield from small("Goodnets", probe=pruned("sunglasses", repair, SMALL))
 
 
 # --- What comes of them ---

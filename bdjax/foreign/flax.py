@@ -212,9 +212,11 @@ def _linen(
         home = current_trace()
 
         def look(call, args, kwargs, context):
-            if context.method_name == "__call__" and isinstance(context.module, nn.Conv):
+            if context.method_name != "__call__":
+                return call(*args, **kwargs)
+            if isinstance(context.module, nn.Conv):
                 _quickened(context.module)
-            if context.method_name != "__call__" or not context.module.path:
+            if not context.module.path:
                 return call(*args, **kwargs)
             name, kind = ".".join(context.module.path), type(context.module).__name__
             if current_trace() != home:

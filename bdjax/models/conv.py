@@ -110,7 +110,7 @@ def conv_general_dilated(
     return jnp.concatenate([_fast_conv(x, kernel, window, precision) for x, kernel in parts], -1)
 
 
-def _trimmed(shape: Sequence[int], kernel: jax.Array, window: _Window):
+def _trimmed(shape: Sequence[int], kernel: jax.Array, window: _Window) -> tuple[jax.Array, _Window]:
     """A kernel without the rows and columns that see nothing but padding, as most do of an image of
     one pixel, and how it walks.
     """
