@@ -26,7 +26,7 @@ from bdjax.experiment import local_devices
 from bdjax.progress import Stop, kept, shown
 from bdjax.registry import near
 from bdjax.store import Store, read_rows
-from bdjax.sweep import commit, device_name
+from bdjax.sweep import device_name
 from bdjax.types import BadInput, Metric, whole
 from benchmarks import measure
 
@@ -263,15 +263,11 @@ def _measured(
             continue
         found = measure.run(case, repeats)
         spent = {"compile": round(found.pop("compile_s"), 3), "run": found.pop("run_s")}
-        yield {
-            "run": run, "experiment": "bench", "scale": scale, "table": case.series,
-            "row": f"{case.series.partition(', ')[2]} = "
-                   f"{case.size}", "dataset": None, "model": None, "attack": None,
-            "defense": None, "seed": 0, "config": {"repeats": repeats}, "metrics": found,
-            "reported": {}, "seconds": spent, "oracle": False, "substitute": None,
-            "device": device_name(), "jax": jax.__version__,
-            "torch": None if rivals is None else rivals.torch.__version__, "commit": commit(),
-        }  # fmt: skip
+        yield measure.row(
+            "bench", case.series, f"{case.series.partition(', ')[2]} = {case.size}", scale, found,
+            spent, {"repeats": repeats}, run=run,
+            torch=None if rivals is None else rivals.torch.__version__,
+        )  # fmt: skip
 
 
 def _series(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -224,6 +224,5 @@ def rows(scale: str, done: Mapping[str, Any], repeats: int) -> Iterator[dict[str
         found, seconds = make()
         seconds = {"compile": 0.0, "run": time.monotonic() - start} | seconds
         found = {k: float(v) for k, v in found.items()}
-        more = {"run": run, "how": mesh.how()}
         config = {"repeats": repeats}
-        yield measure.row("accelerator", table, name, scale, found, seconds, config, **more)
+        yield measure.row("accelerator", table, name, scale, found, seconds, config, run=run)

@@ -3,7 +3,9 @@ the same run.
 """
 
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -47,14 +49,15 @@ def row(
     experiment: str, table: str, name: str, scale: str, found: Mapping[str, float],
     seconds: Mapping[str, float], config: Mapping[str, Any], **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A row of a benchmark of its own kind, with `run` among `more` where table, name and scale do
-    not say which it is.
+    """A row of a benchmark, with `run` among `more` where table, name and scale do not say which it
+    is.
     """
     return {
         "run": registry.digest(table, name, scale), "experiment": experiment, "scale": scale,
         "table": table, "row": name, "seed": 0, "config": dict(config), "metrics": dict(found),
         "seconds": dict(seconds), "oracle": False, "device": device_name(), "jax": jax.__version__,
-        "commit": commit(), "written": time.time(), **more,
+        "commit": commit(), "written": time.time(), "python": sys.version.split()[0],
+        "load": os.getloadavg()[0], "how": mesh.how(), **more,
     }  # fmt: skip
 
 

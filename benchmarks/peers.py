@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from bdjax import datasets, mesh, registry
+from bdjax import datasets, registry
 from bdjax.attacks.badnets import BadNets
 from bdjax.foreign import native
 from bdjax.train import Recipe, fit, poisoned_set
@@ -449,7 +449,6 @@ def row(
     return measure.row(
         "peers", table, name, scale, metrics, {"compile": 0.0, "run": seconds}, config,
         results=results, cause=re.sub(r" \(/\S+\)", "", cause), versions=dict(versions),
-        load=os.getloadavg()[0], python=sys.version.split()[0], **mesh.how(),
     )  # fmt: skip
 
 
