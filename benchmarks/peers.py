@@ -8,9 +8,9 @@ They have an environment apart, as trojanzoo needs an older matplotlib than bdja
     peers/bin/pip install 'matplotlib<3.9'  # bdjax is not run there
     python -m benchmarks peers --python peers/bin/python --backdoorbench DIR
 
-BackdoorBench needs pyyaml, pandas, opencv-python-headless, kornia, imageio, pytorch_wavelets and
-'setuptools<81' there as well; ART's Neural Cleanse needs tensorflow-cpu. What is not there has a
-row that says so.
+BackdoorBench needs pyyaml, pandas, opencv-python-headless, kornia, imageio, pytorch_wavelets,
+PyWavelets and 'setuptools<81' there as well; ART's Neural Cleanse needs tensorflow-cpu. What is not
+there has a row that says so.
 
 Each library runs in processes of its own, ours and theirs in turn. Cold is the first call in a
 fresh process, imports apart; warm are the calls after it, in processes that stay.

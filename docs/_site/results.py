@@ -211,29 +211,49 @@ def runtime(file: str) -> str:
     return f"{table_of(heads, lines)}\n\n{note}"
 
 
-def peers(file: str) -> str:
-    """What others' libraries take and find beside ours."""
-    rows, lines, texts, versions = committed(file), [], [], {}
-    for row in sorted(rows, key=lambda row: row["table"]):
-        found, place = row["metrics"], [row["table"], row["row"]]
-        cells = [f"{found[k]:.3f}" if k in found else "–" for k in ("warm_s", "warm_theirs_s")]
-        cells += [f"{found[k]:.2f}" if k in found else "–" for k in ("ratio", "cold_ratio")]
-        lines.append([*place, *cells])
-        said = [row["results"].get(side, {}) for side in ("ours", "theirs")]
-        words = [_text(", ".join(f"{k} {briefly(v)}" for k, v in one.items())) for one in said]
-        texts.append([": ".join(place), *words, _text(row["cause"])])
-        versions |= row["versions"]
-    heads = ["library", "job", "ours s", "theirs s", "warm ×", "cold ×"]
-    libraries = ", ".join(f"{name} {value}" for name, value in versions.items())
-    first = rows[0]
-    return "\n\n".join(
-        [
-            table_of(heads, lines, 2),
-            f"Python {first['python']}, {libraries}. {setting(rows)}",
-            "## What they find",
-            table_of(["job", "ours", "theirs", "there"], texts, 4),
+def peers(names: str) -> str:
+    """What others' libraries take beside ours, a table for each file, whole studies, and what both
+    find: that of the first file.
+    """
+    parts, texts, studies = [], [], []
+    for file in names.split():
+        rows, lines, versions = committed(file), [], {}
+        studies += [row for row in rows if "wall_s" in row["metrics"]]
+        for row in sorted(rows, key=lambda row: row["table"]):
+            if row in studies:
+                continue
+            found, place = row["metrics"], [row["table"], row["row"]]
+            cells = [f"{found[k]:.3f}" if k in found else "–" for k in ("warm_s", "warm_theirs_s")]
+            cells += [f"{found[k]:.2f}" if k in found else "–" for k in ("ratio", "cold_ratio")]
+            lines.append([*place, *cells])
+            said = [row["results"].get(side, {}) for side in ("ours", "theirs")]
+            words = [_text(", ".join(f"{k} {briefly(v)}" for k, v in one.items())) for one in said]
+            texts += [[": ".join(place), *words, _text(row["cause"])]] if not parts else []
+            versions |= row["versions"]
+        heads = ["library", "job", "ours s", "theirs s", "warm ×", "cold ×"]
+        libraries = ", ".join(f"{name} {value}" for name, value in versions.items())
+        parts.append(f"## Python {rows[0]['python'].rpartition('.')[0]}, jax {rows[0]['jax']}")
+        parts += [table_of(heads, lines, 2), f"{libraries}. {setting(rows)}"]
+    found = table_of(["job", "ours", "theirs", "there"], texts, 4)
+    parts += [*whole_studies(studies), "## What they find", found]
+    return "\n\n".join(parts)
+
+
+def whole_studies(rows: Sequence[Row]) -> Iterator[str]:
+    """What attacks × defenses × seeds take as a command each, and as one."""
+    lines = []
+    for row in rows:
+        found = row["metrics"]
+        cells = [
+            f"{found[name]:.0f}" if name in found else "–"
+            for name in ("wall_s", "peak_mb", "commands", "results", "kept")
         ]
-    )
+        lines.append([row["row"], *cells, _text(row["cause"])])
+    if lines:
+        heads = ["", "wall s", "peak MB", "commands", "results", "of them kept", "note"]
+        yield "## A whole study"
+        yield table_of(heads, lines)
+        yield f"Python {rows[0]['python']}. {setting(rows)}"
 
 
 def pods(file: str) -> str:
