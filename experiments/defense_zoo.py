@@ -19,9 +19,9 @@ and costs.
   suspects.
 - A defense works where it leaves an ASR_nt of 20 % or less for 5 points of accuracy or less, a
   filter for 5 more than the false rejections that it is set to; a judge of nets, where it calls the
-  attacked net infected on each of three seeds of its search and the clean net of the same images
-  not. It works in part where ASR_nt is halved for that price, where the seeds disagree (?), or
-  where the clean net is called infected too.
+  attacked net of every seed infected, each on three seeds of its search, and no clean net of the
+  same images. It works in part where ASR_nt is halved for that price, where the seeds disagree (?),
+  or where a clean net is called infected too.
 - Rates of 2 and 1 % are for the judges of samples: with 10 % half of the target's images are
   poisoned, and they look for a minority. Spectral signatures are told a bound ε of its share in a
   class: 10 %, to which only a rate of 1 % keeps, or 20 %, to which 2 % keeps as well. The 3×3
@@ -226,9 +226,14 @@ def matrix(rows: Rows) -> tuple[list[str], dict[str, dict[str, Row]]]:
 
 
 def over(seeds: Rows) -> Row:
-    """A row of the means over seeds; a verdict that is not that of each is undecided."""
+    """A row of the means over seeds; a verdict that is not that of each is undecided. `accused`: of
+    how many of the `nets` it says infected.
+    """
     names = dict.fromkeys(name for row in seeds for name in row["metrics"])
     means = {name: seeds.mean(name) for name in names}
+    if "infected" in means:
+        accused = sum(row["metrics"].get("infected") == 1 for row in seeds)
+        means |= {"accused": accused, "nets": len(seeds)}
     said = {word(row["metrics"].get("infected"), row["metrics"].get("undecided")) for row in seeds}
     if len(said) > 1:
         means |= {"infected": 0.0, "undecided": 1.0}
@@ -249,7 +254,7 @@ def short(row: Row) -> str:
 
 
 def works(row: Row, before: Row, alarm: bool) -> tuple[bool, bool]:
-    """Whether a defense works on a victim, and whether it does in part. `alarm`: it calls the clean
+    """Whether a defense works on a victim, and whether it does in part. `alarm`: it calls a clean
     net infected.
     """
     now, was = row["metrics"], before["metrics"]
@@ -301,9 +306,9 @@ def it_works(
 ) -> tuple[str, str, str]:
     """Against how many of the attacks, and with which false alarms."""
     alarms = {
-        VICTIMS[table][0]
-        for table in line
-        if table not in attacked and line[table]["metrics"].get("infected")
+        VICTIMS[table][0]: f"{accused} of {found['nets']:.0f} of {VICTIMS[table][0]}"
+        for table, found in ((table, line[table]["metrics"]) for table in line)
+        if table not in attacked and (accused := found.get("accused"))
     }
     did = {
         table: works(line[table], before[table], VICTIMS[table][0] in alarms)
@@ -314,7 +319,7 @@ def it_works(
     part = [table for table, (_, some) in did.items() if some and table not in good]
     numbers = f"{len(good)} of {len(did)}"
     if alarms:
-        numbers += f", a false alarm on {' and '.join(sorted(alarms))}"
+        numbers += f", clean nets accused: {' and '.join(sorted(alarms.values()))}"
     for what, of in (("", good), ("in part ", part)):
         if of:
             numbers += f"; {what}" + ", ".join(f"{table} ({short(line[table])})" for table in of)

@@ -63,7 +63,10 @@ def test_a_false_alarm_on_the_clean_net_counts_against_all():
         "reproduced",
     ) and numbers == f"1 of 1; {ATTACKED} (✓ 3.0)"
     ((_, verdict, numbers),) = HERE.trends(Rows([*rows, row("judge", CLEAN, **judge)]))
-    assert verdict == "partly" and "a false alarm on MNIST" in numbers
+    assert verdict == "partly" and "clean nets accused: 1 of 1 of MNIST" in numbers
+    seeds = [row("judge", CLEAN, **judge | {"infected": i}) for i in (0.0, 1.0, 0.0)]
+    ((_, verdict, numbers),) = HERE.trends(Rows([*rows, *seeds]))
+    assert verdict == "partly" and "clean nets accused: 1 of 3 of MNIST" in numbers, "one is enough"
     ((_, verdict, _),) = HERE.trends(
         Rows([*rows, row("judge", "GTSRB, ten classes: no attack", **judge)])
     )
