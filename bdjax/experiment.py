@@ -274,12 +274,12 @@ def among(cells: Sequence[Cell], only: str) -> list[Cell]:
 
 def claims(module: ModuleType, rows: Iterable[report.Row]) -> list[report.Trend]:
     """The experiment's claims, by its valid rows alone (`report.valid`); one whose number nobody
-    measured, NaN, is open.
+    measured, NaN or "0 of 0", is open.
     """
     if not hasattr(module, "trends"):
         return []
     found = _made(report.Trend, "trends", module.trends(report.valid(rows)))
-    unknown = re.compile(r"(?i)\bnan\b")
+    unknown = re.compile(r"(?i)\bnan\b|\b0 of 0\b")
     return [t._replace(verdict="open") if unknown.search(t.numbers) else t for t in found]
 
 

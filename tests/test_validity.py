@@ -2,13 +2,14 @@
 
 import csv
 import io
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from bdjax import metrics, report
+from bdjax import experiment, metrics, report, shipped
 from bdjax.attacks.badnets import BadNets
 from bdjax.attacks.clean_label import CleanLabel
 from bdjax.attacks.multi_trigger import MultiTrigger
@@ -235,8 +236,6 @@ def test_no_count_uses_them():
 def test_claims_are_made_of_valid_rows():
     from types import SimpleNamespace
 
-    from bdjax import experiment
-
     def trends(rows):
         for name in ("good", "bad"):
             asr = rows.where(row=name, defense="fp").mean("asr_nt")
@@ -246,3 +245,16 @@ def test_claims_are_made_of_valid_rows():
     assert [trend.verdict for trend in found] == ["reproduced", "open"]
     assert experiment.claims(SimpleNamespace(), ROWS) == []  # type: ignore[arg-type]
     assert report.markdown([report.Section("S", ROWS, trends=found)]).count("**open**") == 1
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_no_part_of_an_experiment_judges_what_it_has_not(name):
+    module = experiment.load(name)
+    for path in shipped.results(name):
+        parts: dict[str, list[report.Row]] = {}
+        for row in report.load(path).rows:
+            parts.setdefault(row["table"], []).append(row)
+        for rows in parts.values():
+            for trend in experiment.claims(module, rows):
+                if re.search(r"(?i)\bnan\b|\b0 of 0\b", trend.numbers):
+                    assert trend.verdict == "open", trend
