@@ -306,9 +306,9 @@ def it_works(
 ) -> tuple[str, str, str]:
     """Against how many of the attacks, and with which false alarms."""
     alarms = {
-        VICTIMS[table][0]: f"{accused} of {found['nets']:.0f} of {VICTIMS[table][0]}"
-        for table, found in ((table, line[table]["metrics"]) for table in line)
-        if table not in attacked and (accused := found.get("accused"))
+        VICTIMS[table][0]: "{accused} of {nets}".format(**row["metrics"])
+        for table, row in line.items()
+        if table not in attacked and row["metrics"].get("accused")
     }
     did = {
         table: works(line[table], before[table], VICTIMS[table][0] in alarms)
@@ -319,7 +319,8 @@ def it_works(
     part = [table for table, (_, some) in did.items() if some and table not in good]
     numbers = f"{len(good)} of {len(did)}"
     if alarms:
-        numbers += f", clean nets accused: {' and '.join(sorted(alarms.values()))}"
+        counts = (f"{count} of {images}" for images, count in sorted(alarms.items()))
+        numbers += f", clean nets accused: {' and '.join(counts)}"
     for what, of in (("", good), ("in part ", part)):
         if of:
             numbers += f"; {what}" + ", ".join(f"{table} ({short(line[table])})" for table in of)

@@ -16,6 +16,7 @@ from bdjax.attacks.multi_trigger import MultiTrigger
 from bdjax.defenses.repair.retraining import Retraining
 from bdjax.models.shamshiri import Ffnn
 from bdjax.registry import make, replace
+from bdjax.rows import Rows
 from bdjax.store import Store
 from bdjax.study import Cell, chain, grid
 from bdjax.sweep import Runner, check
@@ -251,10 +252,7 @@ def test_claims_are_made_of_valid_rows():
 def test_no_part_of_an_experiment_judges_what_it_has_not(name):
     module = experiment.load(name)
     for path in shipped.results(name):
-        parts: dict[str, list[report.Row]] = {}
-        for row in report.load(path).rows:
-            parts.setdefault(row["table"], []).append(row)
-        for rows in parts.values():
+        for rows in Rows(report.load(path).rows).by("table").values():
             for trend in experiment.claims(module, rows):
                 if re.search(r"(?i)\bnan\b|\b0 of 0\b", trend.numbers):
                     assert trend.verdict == "open", trend

@@ -215,28 +215,32 @@ def peers(names: str) -> str:
     """What others' libraries take beside ours, a table for each file, whole studies, and what both
     find: that of the first file.
     """
-    parts, texts, studies = [], [], []
-    for file in names.split():
-        rows, lines, versions = committed(file), [], {}
-        studies += [row for row in rows if "wall_s" in row["metrics"]]
-        for row in sorted(rows, key=lambda row: row["table"]):
-            if row in studies:
-                continue
-            found, place = row["metrics"], [row["table"], row["row"]]
-            cells = [f"{found[k]:.3f}" if k in found else "–" for k in ("warm_s", "warm_theirs_s")]
-            cells += [f"{found[k]:.2f}" if k in found else "–" for k in ("ratio", "cold_ratio")]
-            lines.append([*place, *cells])
-            said = [row["results"].get(side, {}) for side in ("ours", "theirs")]
-            words = [_text(", ".join(f"{k} {briefly(v)}" for k, v in one.items())) for one in said]
-            texts += [[": ".join(place), *words, _text(row["cause"])]] if not parts else []
-            versions |= row["versions"]
-        heads = ["library", "job", "ours s", "theirs s", "warm ×", "cold ×"]
-        libraries = ", ".join(f"{name} {value}" for name, value in versions.items())
-        parts.append(f"## Python {rows[0]['python'].rpartition('.')[0]}, jax {rows[0]['jax']}")
-        parts += [table_of(heads, lines, 2), f"{libraries}. {setting(rows)}"]
+    files = [sorted(committed(file), key=lambda row: row["table"]) for file in names.split()]
+    studies = [row for rows in files for row in rows if "wall_s" in row["metrics"]]
+    jobs = [[row for row in rows if "wall_s" not in row["metrics"]] for rows in files]
+    parts = [part for rows in jobs for part in timed(rows)]
+    texts = []
+    for row in jobs[0]:
+        said = [row["results"].get(side, {}) for side in ("ours", "theirs")]
+        words = [_text(", ".join(f"{k} {briefly(v)}" for k, v in one.items())) for one in said]
+        texts.append([f"{row['table']}: {row['row']}", *words, _text(row["cause"])])
     found = table_of(["job", "ours", "theirs", "there"], texts, 4)
     parts += [*whole_studies(studies), "## What they find", found]
     return "\n\n".join(parts)
+
+
+def timed(rows: Sequence[Row]) -> Iterator[str]:
+    """What jobs take on one Python."""
+    lines, versions = [], {}
+    for row in rows:
+        found = row["metrics"]
+        cells = [f"{found[k]:.3f}" if k in found else "–" for k in ("warm_s", "warm_theirs_s")]
+        cells += [f"{found[k]:.2f}" if k in found else "–" for k in ("ratio", "cold_ratio")]
+        lines.append([row["table"], row["row"], *cells])
+        versions |= row["versions"]
+    yield f"## Python {rows[0]['python'].rpartition('.')[0]}, jax {rows[0]['jax']}"
+    yield table_of(["library", "job", "ours s", "theirs s", "warm ×", "cold ×"], lines, 2)
+    yield f"{', '.join(f'{name} {value}' for name, value in versions.items())}. {setting(rows)}"
 
 
 def whole_studies(rows: Sequence[Row]) -> Iterator[str]:
@@ -248,11 +252,11 @@ def whole_studies(rows: Sequence[Row]) -> Iterator[str]:
             f"{found[name]:.0f}" if name in found else "–"
             for name in ("wall_s", "peak_mb", "commands", "results", "kept")
         ]
-        lines.append([row["row"], *cells, _text(row["cause"])])
+        lines.append([row["row"], _text(row["cause"]), *cells])
     if lines:
-        heads = ["", "wall s", "peak MB", "commands", "results", "of them kept", "note"]
+        heads = ["by", "note", "wall s", "peak MB", "commands", "results", "of them kept"]
         yield "## A whole study"
-        yield table_of(heads, lines)
+        yield table_of(heads, lines, 2)
         yield f"Python {rows[0]['python']}. {setting(rows)}"
 
 
