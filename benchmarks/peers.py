@@ -10,7 +10,8 @@ They have an environment apart, as trojanzoo needs an older matplotlib than bdja
 
 BackdoorBench needs pyyaml, pandas, opencv-python-headless, kornia, imageio, pytorch_wavelets,
 PyWavelets and 'setuptools<81' there as well; ART's Neural Cleanse needs tensorflow-cpu. What is not
-there has a row that says so.
+there has a row that says so. The whole study (`--only "*study*"`) needs BackdoorBench alone, in an
+environment with 'numpy<1.24': its Fine-Pruning and activation clustering stop under a newer one.
 
 Each library runs in processes of its own, ours and theirs in turn. Cold is the first call in a
 fresh process, imports apart; warm are the calls after it, in processes that stay.

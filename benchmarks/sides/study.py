@@ -44,6 +44,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "strip": ("--clean_sample_num", "43"),
 }
 BATCH = 64
+STRIP = {"n": 26, "inputs": 43}
+"""Its boundary is fit on as many images as there; overlays are what is left of the clean ones."""
 LAST = "bdjax, killed after 60 % of its time and given again"
 
 
@@ -159,7 +161,10 @@ def ours(scale: str, out: str) -> list[str]:
     words += ["--seeds", str(seeds), "--out", out, "--quiet"]
     for kind, names in (("attack", attacks), ("defense", defenses)):
         words += [word for name in names for word in (f"--{kind}", OURS[name])]
-    for path, value in (("recipe.epochs", epochs), ("recipe.batch", BATCH)):
+    settings = {"recipe.epochs": epochs, "recipe.batch": BATCH}
+    if "strip" in defenses:
+        settings |= {f"defense.{name}": value for name, value in STRIP.items()}
+    for path, value in settings.items():
         words += ["--set", f"{path}={value}"]
     return words
 
