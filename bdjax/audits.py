@@ -351,10 +351,9 @@ def program(fn: Callable, model: Model, *args: Any) -> Program:
     """
     key = (fn, model, sweep.compile_key(args))
     if (found := _programs.pop(key, None)) is None:
+        sweep.make_room(_programs)
         found = Program(fn, model, args)
     _programs[key] = found  # the last used is the last to go
-    while len(_programs) > sweep.PROGRAMS:
-        del _programs[next(iter(_programs))]
     return found
 
 

@@ -727,10 +727,10 @@ class Worker(Runner):
             return {}, None
         return super()._judged(cells, *args, **kwargs)
 
-    def _recalled(self, name: str) -> dict[str, int]:
+    def _recalled(self, name: str) -> dict[str, Any]:
         return self.link.ask("lanes", name)
 
-    def _remembered(self, name: str, lanes: dict[str, int]) -> dict[str, int]:
+    def _remembered(self, name: str, lanes: dict[str, Any]) -> dict[str, Any]:
         return self.link.ask("lanes", name, lanes)
 
 

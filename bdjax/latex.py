@@ -134,7 +134,7 @@ def _floats(parts: Sequence[str]) -> str:
     return "\n".join([head, *room, *floats])
 
 
-WHERE = ("scale", "device", "jax", "commit", "XLA flags", "products", "lanes")
+WHERE = ("scale", "device", "jax", "commit", "XLA flags", "products", "lanes", "convolutions")
 """The facts of a results folder that a caption names."""
 
 

@@ -24,15 +24,21 @@ from jax.sharding import PartitionSpec as P
 
 from bdjax.types import BadInput
 
-_aim: ContextVar[tuple[str, str | None] | None] = ContextVar("aim", default=None)
+# Contexts of JAX's own: what was traced under another value is not taken.
+_aim = jax.make_user_context()
 """The platform that programs are traced for, and the precision that the user set."""
+patches = jax.make_user_context(False)
+"""Whether GPU and TPU, too, compute convolutions as products of patches and kernel, which become
+batched matrix products where each lane has kernels of its own: the native form is then a grouped
+convolution. Which is faster is measured, under `--lanes auto`.
+"""
 
 
 def platform() -> str:
     """What programs are traced for, "cpu", "gpu" or "tpu": the target of `aiming`, or else what is
     at hand. Whatever depends on it while tracing asks here.
     """
-    return aim[0] if (aim := _aim.get()) else jax.default_backend()
+    return aim[0] if (aim := _aim.value) else jax.default_backend()
 
 
 @contextlib.contextmanager
@@ -40,18 +46,8 @@ def aiming(target: str) -> Iterator[None]:
     """Programs are traced for the platform `target`, whatever is at hand, with products in its
     `precision`.
     """
-    before = platform()
-    token = _aim.set((target, _asked()))
-    # JAX keeps what it has traced, and does not know what for.
-    if before != target:
-        jax.clear_caches()
-    try:
-        with jax.default_matmul_precision(precision()):
-            yield
-    finally:
-        _aim.reset(token)
-        if before != target:
-            jax.clear_caches()
+    with _aim((target, _asked())), jax.default_matmul_precision(precision()):
+        yield
 
 
 FLAGS: dict[tuple[int, ...], tuple[str, ...]] = {
@@ -91,7 +87,7 @@ def precision() -> str | None:
 
 
 def _asked() -> str | None:
-    return aim[1] if (aim := _aim.get()) else jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return aim[1] if (aim := _aim.value) else jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
 
 def how() -> dict[str, Any]:

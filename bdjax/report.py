@@ -932,11 +932,12 @@ def _how(rows: Sequence[Row]) -> list[tuple[str, str]]:
     products = dict.fromkeys(how["precision"] for how in made)
     vectors = dict.fromkeys(how["vectors"] for how in made if "vectors" in how)
     lanes = sorted({n for how in made for n in how.get("lanes", {}).values()})
+    convolutions = dict.fromkeys("patches" if how.get("patches") else "native" for how in made)
     found = {
         "XLA flags": [*flags], "products": [*products], "vectors": [*vectors],
-        "lanes": [f"{n}" for n in lanes],
+        "lanes": [f"{n}" for n in lanes], "convolutions": [*convolutions],
     }  # fmt: skip
-    usual = {"none", "float32", "1"}
+    usual = {"none", "float32", "1", "native"}
     return [(name, ", ".join(some)) for name, some in found.items() if not usual.issuperset(some)]
 
 

@@ -97,9 +97,12 @@ PLACE = {
 """Where a row is shown: `bdjax.identity.PLACE`."""
 
 
-HOW = {"flags": [str], "precision": str, "vectors?": str, "lanes?": {...: Number(1, 2**31, True)}}
-"""By what, besides the code, the digits of a number may differ: `mesh.how`, and the lanes of the
-programs of each stage.
+HOW = {
+    "flags": [str], "precision": str, "vectors?": str, "lanes?": {...: Number(1, 2**31, True)},
+    "patches?": [str],
+}  # fmt: skip
+"""By what, besides the code, the digits of a number may differ: `mesh.how`, the lanes of the
+programs of each stage, and the stages whose convolutions were products of patches.
 """
 
 
@@ -283,7 +286,9 @@ KINDS = {
         old=lambda value: {"victims": value} if isinstance(value, list) else value,
     ),
     "lanes": Kind(
-        1, {...: {"lanes": Number(1, 2**31, True), "tried": Number(1, 2**31, True)}}, "delete it"
+        1,
+        {...: {"lanes": Number(1, 2**31, True), "tried": Number(1, 2**31, True), "patches?": bool}},
+        "delete it",
     ),
     # Arrays: the names that a file must hold.
     "leaves": Kind(1, (), "delete it"),

@@ -90,10 +90,7 @@ NAMED = 16
 RANKED = 100
 """Labels from which on a first ranking is printed before a long search for triggers."""
 PROGRAMS = 64
-"""Compiled programs kept. Each has hundreds of memory maps,
-of which Linux allows a process 65,530.
-"""
-
+"""Compiled programs kept; fewer where they are `crowded`."""
 ARCHITECTURES = 2
 """Architectures whose programs are kept: a process that works through many does not grow with each.
 """
@@ -288,10 +285,12 @@ class Runner:
         self.others: dict[str, Trained] = {}
         self.said: set[str] = set()
         self.last: tuple[Any, Any] = (None, None)
-        self.laid: dict[str, int] = {}  # the lanes of the last program of each stage
+        # The last program of each stage: its lanes, and whether it was under `mesh.patches`.
+        self.laid: dict[str, tuple[int, bool]] = {}
         self.planned: list[list[Cell]] = []
         self.size = 0  # how many runs side by side the plan has, done ones among them
         self.narrowed: set[Any] = set()
+        self.patched: set[Any] = set()
         self.loops = Loops(self.stop)
         self.halved = False
         # The loss by epoch of the victims that were trained here, by name: NaN before a checkpoint.
@@ -561,6 +560,7 @@ class Runner:
                 for key in [key for key in kept if key[-1] is old]:
                     del kept[key]
             self.narrowed &= self.widths.keys()
+            self.patched &= self.widths.keys()
             jax.clear_caches()
             _trim()
 
@@ -684,7 +684,9 @@ class Runner:
         for path in dict.fromkeys(path for path, _, _ in places.values()):
             about = _held(path / "members.json")
             self.halved |= about.get("halved", False)
-            self.laid |= (about.get("how") or {}).get("lanes", {})
+            how = about.get("how") or {}
+            patched = how.get("patches", ())
+            self.laid |= {k: (n, k in patched) for k, n in how.get("lanes", {}).items()}
             held = about["victims"]
             some = [len(held)]
             like = jax.tree.map(
@@ -813,14 +815,14 @@ class Runner:
         try:
             program = self.programs.pop(key, None)
             if program is None:
+                make_room(self.programs)
                 lanes = self.widths.get(key) or self._lanes(key, each, fn, model, shared, items)
                 start = time.monotonic()
-                program = compiled(fn, model, shared, items, lanes, self.places, donate)
+                with mesh.patches(key in self.patched):
+                    program = compiled(fn, model, shared, items, lanes, self.places, donate)
                 self.clock.add("compile", start)
             self.programs[key] = program  # the last used is the last to go
             self.halved |= key in self.narrowed
-            while len(self.programs) > PROGRAMS:
-                del self.programs[next(iter(self.programs))]
             start = time.monotonic()
             out = jax.block_until_ready(program(shared, *items))
             if self.loops.stopped:
@@ -829,7 +831,7 @@ class Runner:
         except jax.errors.JaxRuntimeError as error:
             self._narrow(key, each, fn, error)
         self.clock.add(stage, start)
-        self.laid[stage] = self._width(key, each)
+        self.laid[stage] = self._width(key, each), key in self.patched
         return out
 
     def _width(self, key: Any, each: int) -> int:
@@ -856,8 +858,8 @@ class Runner:
     def _lanes(
         self, key: Any, each: int, fn: Callable, model: Model, shared: Any, items: Any
     ) -> int | None:
-        """The lanes of a program; under "auto" measured once for a device kind, and remembered in
-        the user's cache.
+        """The lanes of a program; under "auto" measured once for a device kind, as is whether
+        `mesh.patches` is faster with them, and remembered in the user's cache.
         """
         if self.lanes != "auto":
             return self.lanes
@@ -893,20 +895,28 @@ class Runner:
                 return bytes_with(lanes, fn, model, shared, items, self.places)
 
             first = mesh.fitting(held, mesh.room(self.places[0]) or 0, each)
-            known = {"lanes": mesh.widest(seconds, each, max(first, 1)), "tried": each}
+            lanes, by_patches = mesh.widest(seconds, each, max(first, 1)), False
+            if lanes > 1:  # one lane's kernels are no grouped convolution
+                native = seconds(lanes)
+                with mesh.patches(True):
+                    by_patches = seconds(lanes) < 0.9 * native
+            known = {"lanes": lanes, "tried": each, "patches": by_patches}
             known = self._remembered(name, known)
             say(
-                f"{fn.__name__.strip('_')}: {known['lanes']} lanes are fastest on {device_name()}",
+                f"{fn.__name__.strip('_')}: {lanes} lanes are fastest on {device_name()}"
+                + (", convolutions as products of patches" if by_patches else ""),
                 self.quiet,
             )
             self.clock.add("probe", start)
+        if known.get("patches"):
+            self.patched.add(key)
         self.widths[key] = min(known["lanes"], each)
         return self.widths[key]
 
-    def _recalled(self, name: str) -> dict[str, int]:
+    def _recalled(self, name: str) -> dict[str, Any]:
         return recall("lanes").get(name, {"lanes": 0, "tried": 0})
 
-    def _remembered(self, name: str, lanes: dict[str, int]) -> dict[str, int]:
+    def _remembered(self, name: str, lanes: dict[str, Any]) -> dict[str, Any]:
         remember("lanes", name, lanes)
         return lanes
 
@@ -1113,7 +1123,9 @@ class Runner:
 
     def _how(self) -> dict[str, Any]:
         """By what the digits of what was computed last may differ."""
-        return {**mesh.how(), "lanes": dict(self.laid)}
+        lanes = {stage: lanes for stage, (lanes, _) in self.laid.items()}
+        patches = [stage for stage, (_, patched) in self.laid.items() if patched]
+        return {**mesh.how(), "lanes": lanes, **({"patches": patches} if patches else {})}
 
     def _made(self, cell: Cell) -> dict[str, Any]:
         """By which code a cell's victim was made: None where it does not say."""
@@ -1190,6 +1202,26 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(data_dir() / "compiled"))
     # What cannot be kept (jaxlib 0.12 fails on some large ones) is compiled again: nothing is lost.
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
+
+
+def make_room(programs: dict[Any, Any]) -> None:
+    """Drops the programs that were used longest ago until one more can be compiled."""
+    while len(programs) >= PROGRAMS or (programs and crowded()):
+        del programs[next(iter(programs))]
+    if crowded():
+        jax.clear_caches()
+
+
+def crowded() -> bool:
+    """Whether this process has more than half of the memory maps that Linux allows it. A program of
+    a residual net has up to 2,000 of some 65,530; where none is left, the compiler crashes.
+    """
+    try:
+        most = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with open("/proc/self/maps", "rb") as maps:
+            return sum(1 for _ in maps) > most // 2
+    except OSError:  # another system
+        return False
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -2,12 +2,14 @@
 jax and torch.
 
 First whether it computes what a CPU computes, for every registered net and attack and a defense of
-each kind; then what rounded products change; then how many lanes are best; then long jobs against
-PyTorch on the same device. It stops by itself after nine minutes: the same command goes on.
+each kind; then what rounded products change; then how many lanes are best, and how convolutions of
+several kernels side by side are; then long jobs against PyTorch on the same device. It stops by
+itself after nine minutes: the same command goes on.
 """
 
 import dataclasses
 import functools
+import itertools
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.defenses.samples.activation_clustering import ActivationClustering
 from bdjax.defenses.train.db_covidnet import DbCovidNet
+from bdjax.models.conv import conv_general_dilated
 from bdjax.models.layers import build
 from bdjax.models.shamshiri import Cnn
 from bdjax.models.strip import StripMnist
@@ -42,6 +45,9 @@ MINUTES = 9.0
 HEADS = ("compile s", "ours s", "torch s", "ratio", "difference")
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16")
 LANES = {"smoke": (1, 2), "cpu": (1, 2, 4, 8), "paper": (1, 2, 4, 8, 16, 32, 64)}
+SIDE_BY_SIDE = {"smoke": 2, "cpu": 4, "paper": 8}
+SHAPES = ((1, 32, 5, 28), (32, 64, 5, 14), (3, 32, 3, 32), (64, 64, 3, 16), (512, 512, 3, 4))
+"""Channels, features, kernel and image side of convolutions that several members have."""
 LONG = {
     "smoke": (10, 2, 2, 5),
     "cpu": (43, 8, 4, 100),
@@ -161,6 +167,30 @@ def lanes(count: int, most: int, repeats: int) -> Make:
     return make
 
 
+def written(patches: bool, make: Make) -> Make:
+    """The same row, of programs whose convolutions are products of patches, or native."""
+
+    def make_so():
+        with mesh.patches(patches):
+            return make()
+
+    return make_so
+
+
+def side_by_side(kernels: int, channels: int, features: int, size: int, side: int) -> measure.Case:
+    """A convolution and its two gradients for so many kernels, each with 32 images of its own."""
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (kernels, 32, side, side, channels))
+    w = jax.random.normal(keys[1], (kernels, size, size, channels, features))
+
+    def loss(x, w):
+        names = ("NHWC", "HWIO", "NHWC")
+        return (conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=names) ** 2).sum()
+
+    work = 3.0 * 2 * kernels * 32 * side**2 * size**2 * channels * features
+    return measure.Case("", kernels, jax.vmap(jax.grad(loss, (0, 1))), (x, w), None, work)
+
+
 def plan(scale: str, repeats: int) -> Iterator[tuple[str, str, Make]]:
     """Each row: its table, its name, and how it is made."""
     rivals = measure.rivals()
@@ -176,6 +206,15 @@ def plan(scale: str, repeats: int) -> Iterator[tuple[str, str, Make]]:
     for count in LANES[scale]:
         table = f"Lanes, {LANES[scale][-1]} victims"
         yield table, f"{count} side by side", lanes(count, LANES[scale][-1], repeats)
+    kernels = SIDE_BY_SIDE[scale]
+    forms = [
+        (f"{c} → {o}, {k}×{k}, {n}×{n}", side_by_side(kernels, c, o, k, n)) for c, o, k, n in SHAPES
+    ]
+    forms.append((f"{kernels} victims", sweep.case(None, "", kernels, kernels, 1, kernels)))
+    for (name, case), patches in itertools.product(forms, (False, True)):
+        table = f"Convolutions of {kernels} nets side by side"
+        form = "products of patches" if patches else "native"
+        yield table, f"{name}, {form}", written(patches, timed(case, None, repeats))
     labels, victims, members, inputs = LONG[scale]
     judge = NeuralCleanse(steps=STEPS[scale], batches=31)
     cases = (

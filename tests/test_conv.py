@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from bdjax import mesh
 from bdjax.models import conv
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -85,16 +86,22 @@ def close(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(params=["product", "native"])
+@pytest.fixture(params=["product", "native", "an accelerator's patches"])
 def form(request, monkeypatch):
-    """Both forms of the forward pass, whichever this version of JAX picks; patches of a few images
-    at a time.
+    """Both forms of the forward pass, whichever this version of JAX picks, with patches of a few
+    images at a time; and the one that accelerators have beside their own.
     """
+    if request.param == "an accelerator's patches":
+        monkeypatch.setattr(mesh, "platform", lambda: "gpu")
+        with mesh.patches(True):
+            yield
+        return
     product = request.param == "product"
     monkeypatch.setattr(conv, "_OLD", product)
     monkeypatch.setattr(conv, "_by_patches", lambda kernel, strides: product)
     monkeypatch.setattr(conv, "_CACHE", 60_000)
     jax.clear_caches()
+    yield
 
 
 @pytest.mark.parametrize("case", GRID, ids=str)

@@ -129,6 +129,25 @@ def test_what_is_traced_asks_the_target_and_not_the_host():
     assert mesh.platform() == "cpu" and text() == here
 
 
+def test_kernels_side_by_side_are_a_grouped_convolution_or_batched_products():
+    x, w = jnp.ones((8, 4, 9, 9, 3)), jnp.ones((8, 3, 3, 3, 5))
+
+    def loss(x, w):
+        return (conv_general_dilated(x, w, (1, 1), "SAME", **NHWC) ** 2).sum()
+
+    graded = jax.jit(jax.vmap(jax.grad(loss, (0, 1))))
+
+    def counts():
+        text = graded.lower(x, w).as_text()
+        return [text.count(f"stablehlo.{name}") for name in ("convolution", "dot_general")]
+
+    with mesh.aiming("gpu"):
+        assert counts() == [3, 0]
+        with mesh.patches(True):
+            assert counts() == [0, 3]
+        assert counts() == [3, 0]
+
+
 def training(net, data, classes):
     model = build(net, data.image.shape[1:], classes)
 

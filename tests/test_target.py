@@ -303,6 +303,25 @@ def test_every_kind_of_program_compiles_and_sends_nothing(kind):
         _compiles_and_sends_nothing(one, four)
 
 
+@pytest.mark.target
+def test_on_a_gpu_eight_nets_side_by_side_are_grouped_convolutions_or_batched_products():
+    try:
+        gpu = target.find("gpu:h100")
+    except BadInput as error:
+        if "needs its compiler" not in str(error):
+            raise
+        pytest.skip(str(error))
+    found = {}
+    for patches in (False, True):
+        with mesh.patches(patches):
+            programs = target.rehearse(list(grid(VICTIM, seed=range(8))), gpu).programs
+        (epoch,) = [p for p in programs if p.what.startswith("epoch")]
+        assert epoch.lanes == 8 and not epoch.fault
+        found[patches] = epoch.text
+    assert "cudnn$conv" in found[False] and "feature_group_count=8" in found[False]
+    assert "cudnn$conv" not in found[True] and "feature_group_count" not in found[True]
+
+
 def _compiles_and_sends_nothing(one, four):
     cells = [VICTIM, NORMED, *(dataclasses.replace(VICTIM, row=k, defense=d)
                                for k, d in KINDS.items())]  # fmt: skip

@@ -75,16 +75,16 @@ def conv_general_dilated(
     that are fast on a CPU.
 
     Whatever is not a plain 2-D NHWC/HWIO convolution in float32 takes the native path, and so do
-    GPU and TPU, where the compiler places convolutions well. `mesh.platform()` decides while
-    tracing: `lax.platform_dependent` would put the native path under the same `custom_vjp`, and
-    GPUs would lose forward-mode derivatives for nothing.
+    GPU and TPU, where the compiler places convolutions well, but under `mesh.patches`.
+    `mesh.platform()` decides while tracing: `lax.platform_dependent` would put the native path
+    under the same `custom_vjp`, and GPUs would lose forward-mode derivatives for nothing.
     """
     native = functools.partial(
         lax.conv_general_dilated, lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation,
         dimension_numbers, feature_group_count, batch_group_count, precision,
         preferred_element_type, **others,
     )  # fmt: skip
-    if mesh.platform() != "cpu" or lhs.ndim != 4:
+    if lhs.ndim != 4 or not (mesh.platform() == "cpu" or mesh.patches.value):
         return native()
     layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     spread = any(d != 1 for d in lhs_dilation or ())
@@ -178,7 +178,8 @@ def _holes(strides: Pair) -> list[tuple[int, int, int]]:
 def _plain(x, kernel, window: _Window, precision, spread: Pair = (1, 1)) -> jax.Array:
     """The convolution itself; `spread` dilates the input."""
     # For a kernel larger than the image XLA has no library: its own loops have 4 to 30 GFLOP/s.
-    if any(k > n for k, n in zip(window.size, x.shape[1:3], strict=True)):
+    larger = any(k > n for k, n in zip(window.size, x.shape[1:3], strict=True))
+    if larger or mesh.patches.value:
         x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *_holes(spread), (0, 0, 0)])
         return _patches_product(x, kernel, window, precision)
     if spread == (1, 1) and _by_patches(kernel.shape, window.strides):
@@ -218,7 +219,9 @@ def _shifts(x: jax.Array, window: _Window) -> list[jax.Array]:
 
 
 def _fit(images: int, floats: int) -> int:
-    """How many images' patches, of `floats` each, the cache holds: a divisor of `images`."""
+    """How many images' patches, of `floats` each, a CPU's cache holds: a divisor of `images`."""
+    if mesh.platform() != "cpu":
+        return images
     most = max(1, _CACHE // (4 * floats))
     return max(n for n in range(1, min(images, most) + 1) if images % n == 0)
 
@@ -266,7 +269,7 @@ def _kernel_gradient(x, g, window: _Window, precision) -> jax.Array:
     # Swapped is fast while images and gradients take less than half of the cache, but not with
     # strides, a single pixel, or a wide kernel that sees few places.
     wide = c * o >= 64 * 64
-    if _OLD or wide or window.strides != (1, 1) or size == (1, 1):
+    if _OLD or wide or window.strides != (1, 1) or size == (1, 1) or mesh.patches.value:
         product, n = patches, _fit(b, size[0] * size[1] * c * g.shape[1] * g.shape[2])
     else:
         product, n = swapped, _fit(b, 5 * (x.size + g.size) // (2 * b))

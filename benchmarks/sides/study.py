@@ -41,6 +41,7 @@ SCRIPTS = {"strip": "detection_pretrain/strip.py"}
 """Where a defense's script is, if not in `defense/`."""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "badnet": ("--patch_mask_path", "resource/badnet/trigger_image.png"),
+    "sig": ("--pratio", "0.02"),  # of all images, among those of the target
     "strip": ("--clean_sample_num", "43"),
 }
 BATCH = 64
