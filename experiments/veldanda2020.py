@@ -715,7 +715,9 @@ def pitfall3(rows: Rows, column: str) -> tuple[bool, str]:
 
 
 def succeeds_for_the_papers(rows: Rows, column: str) -> tuple[str, str, str]:
-    """A defense succeeds for the very BadNets that the paper has."""
+    """A defense succeeds for the very BadNets that the paper has: partly, where not all of these
+    were run.
+    """
     says = PAPER[column]
     won = {name for name in says if max(says[name][column != STRIP :]) < 100 * SUCCESS}
     # What the paper gives for an oracle alone, its defense did not do by itself.
@@ -726,7 +728,8 @@ def succeeds_for_the_papers(rows: Rows, column: str) -> tuple[str, str, str]:
     numbers = f"agrees for {agree} of {len(found)}; ASR left: "
     numbers += ", ".join(f"{name} {value:.0%}" for name, value in found.items())
     claim = f"{column} succeeds for {', '.join(sorted(won)) or 'none'} alone"
-    return claim, verdict(agree == len(found) > 0, 3 * agree >= 2 * len(found) > 0), numbers
+    whole = agree == len(found) > 0 and won <= found.keys()
+    return claim, verdict(whole, 3 * agree >= 2 * len(found) > 0), numbers
 
 
 def strip_fails(rows: Rows) -> tuple[str, str, str]:

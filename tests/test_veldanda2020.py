@@ -67,6 +67,15 @@ def test_pitfall_2_is_failure_outside_the_assumptions_or_out_of_scope():
     assert found and "out of scope: TCA" in numbers
 
 
+def test_a_defense_succeeds_as_in_the_paper_only_where_its_successes_were_run():
+    def says(**asr):
+        rows = [*table3(HERE.BASELINE, **dict.fromkeys(asr, 1.0)), *table3(HERE.NC, **asr)]
+        return HERE.succeeds_for_the_papers(Rows(rows), HERE.NC)[1]
+
+    assert says(PN=0.1, AAA=0.9) == "reproduced" and says(PN=0.9, AAA=0.1) == "not"
+    assert says(AAA=0.9) == "partly"  # PN is where it succeeds
+
+
 @pytest.mark.parametrize(
     ("plain", "adaptive", "tick"), [(0.1, 0.9, True), (0.1, 0.1, False), (0.9, 0.9, False)]
 )
