@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import math
@@ -118,6 +119,13 @@ def test_bad_words_are_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", "strip", "--repeats", "0"])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted({*names()} - APART))
+def test_every_case_of_scale_cpu_can_be_traced(name):
+    for case in importlib.import_module(f"benchmarks.{name}").cases(None, "cpu"):
+        jax.eval_shape(case.program, *case.args)
 
 
 # --- Peers ---
