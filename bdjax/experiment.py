@@ -273,14 +273,25 @@ def among(cells: Sequence[Cell], only: str) -> list[Cell]:
 
 
 def claims(module: ModuleType, rows: Iterable[report.Row]) -> list[report.Trend]:
-    """The experiment's claims, by its valid rows alone (`report.valid`); one whose number nobody
-    measured, NaN or "0 of 0", is open.
+    """The experiment's claims, by its valid rows alone (`report.valid`); one with a number that
+    nobody measured, NaN or "0 of 0", is open.
     """
     if not hasattr(module, "trends"):
         return []
     found = _made(report.Trend, "trends", module.trends(report.valid(rows)))
-    unknown = re.compile(r"(?i)\bnan\b|\b0 of 0\b")
-    return [t._replace(verdict="open") if unknown.search(t.numbers) else t for t in found]
+    return [_open(trend) if UNKNOWN.search(trend.numbers) else trend for trend in found]
+
+
+UNKNOWN = re.compile(r"(?i)\bnan\b%?|\b0 of 0\b")
+"""A number that nobody measured, as claims print it."""
+
+
+def _open(trend: report.Trend) -> report.Trend:
+    known = re.search(r"(?<![A-Za-z])\d", UNKNOWN.sub("", trend.numbers))
+    numbers = re.sub(r"(?i)\bnan\b%?", "–", trend.numbers)
+    return trend._replace(
+        verdict="open", numbers=numbers if known else "not measured by any of these rows"
+    )
 
 
 def pictures(
