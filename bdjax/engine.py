@@ -502,8 +502,8 @@ class Driver(Runner):
         return self.stop.asked is not None
 
     def _on_lanes(
-        self, task: Task, number: int, name: str, measured: dict[str, int] | None = None
-    ) -> dict[str, int]:
+        self, task: Task, number: int, name: str, measured: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The lanes of a program, the same for all workers."""
         if measured is not None and self._recalled(name)["tried"] < measured["tried"]:
             self._remembered(name, measured)

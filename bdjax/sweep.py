@@ -879,10 +879,12 @@ class Runner:
         if known["lanes"] == known["tried"] < each:  # more lanes than were ever at hand
             start = time.monotonic()
 
-            def seconds(lanes: int) -> float:
+            @functools.cache
+            def seconds(lanes: int, by_patches: bool = False) -> float:
                 some = mesh.place((), take(items, slice(lanes)), self.places[:1])[1]
                 try:
-                    program = compiled(fn, model, shared, some, lanes, self.places[:1])
+                    with mesh.patches(by_patches):
+                        program = compiled(fn, model, shared, some, lanes, self.places[:1])
                     begun = time.monotonic()
                     jax.block_until_ready(program(shared, *some))
                     return (time.monotonic() - begun) / lanes
@@ -895,11 +897,9 @@ class Runner:
                 return bytes_with(lanes, fn, model, shared, items, self.places)
 
             first = mesh.fitting(held, mesh.room(self.places[0]) or 0, each)
-            lanes, by_patches = mesh.widest(seconds, each, max(first, 1)), False
-            if lanes > 1:  # one lane's kernels are no grouped convolution
-                native = seconds(lanes)
-                with mesh.patches(True):
-                    by_patches = seconds(lanes) < 0.9 * native
+            lanes = mesh.widest(seconds, each, max(first, 1))
+            # One lane's kernels are no grouped convolution.
+            by_patches = lanes > 1 and seconds(lanes, True) < 0.9 * seconds(lanes)
             known = {"lanes": lanes, "tried": each, "patches": by_patches}
             known = self._remembered(name, known)
             say(
@@ -1206,10 +1206,11 @@ def keep_compiled() -> None:
 
 def make_room(programs: dict[Any, Any]) -> None:
     """Drops the programs that were used longest ago until one more can be compiled."""
-    while len(programs) >= PROGRAMS or (programs and crowded()):
+    while len(programs) >= PROGRAMS or crowded():
+        if not programs:  # they are of what JAX itself keeps
+            jax.clear_caches()
+            return
         del programs[next(iter(programs))]
-    if crowded():
-        jax.clear_caches()
 
 
 def crowded() -> bool:

@@ -290,36 +290,35 @@ PRECISION = {"tpu": "bfloat16", "gpu": "float32"}
 """XLA compiles a float32 product for a TPU as six, which takes four times as long."""
 
 
-@pytest.mark.target
-@pytest.mark.parametrize("kind", ["tpu", "gpu"])
-def test_every_kind_of_program_compiles_and_sends_nothing(kind):
+def found(name):
+    """A target, where its compiler is here."""
     try:
-        one, four = map(target.find, TARGETS[kind])
+        return target.find(name)
     except BadInput as error:
         if "needs its compiler" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.mark.target
+@pytest.mark.parametrize("kind", ["tpu", "gpu"])
+def test_every_kind_of_program_compiles_and_sends_nothing(kind):
+    one, four = map(found, TARGETS[kind])
     with jax.default_matmul_precision(PRECISION[kind]):
         _compiles_and_sends_nothing(one, four)
 
 
 @pytest.mark.target
 def test_on_a_gpu_eight_nets_side_by_side_are_grouped_convolutions_or_batched_products():
-    try:
-        gpu = target.find("gpu:h100")
-    except BadInput as error:
-        if "needs its compiler" not in str(error):
-            raise
-        pytest.skip(str(error))
-    found = {}
+    gpu, texts = found("gpu:h100"), {}
     for patches in (False, True):
         with mesh.patches(patches):
             programs = target.rehearse(list(grid(VICTIM, seed=range(8))), gpu).programs
         (epoch,) = [p for p in programs if p.what.startswith("epoch")]
         assert epoch.lanes == 8 and not epoch.fault
-        found[patches] = epoch.text
-    assert "cudnn$conv" in found[False] and "feature_group_count=8" in found[False]
-    assert "cudnn$conv" not in found[True] and "feature_group_count" not in found[True]
+        texts[patches] = epoch.text
+    assert "cudnn$conv" in texts[False] and "feature_group_count=8" in texts[False]
+    assert "cudnn$conv" not in texts[True] and "feature_group_count" not in texts[True]
 
 
 def _compiles_and_sends_nothing(one, four):
