@@ -282,13 +282,14 @@ def claims(module: ModuleType, rows: Iterable[report.Row]) -> list[report.Trend]
     return [_open(trend) if UNKNOWN.search(trend.numbers) else trend for trend in found]
 
 
-UNKNOWN = re.compile(r"(?i)\bnan\b%?|\b0 of 0\b")
+NAN = r"(?i:\bnan\b)%?"
+UNKNOWN = re.compile(rf"{NAN}|\b0 of 0\b")
 """A number that nobody measured, as claims print it."""
 
 
 def _open(trend: report.Trend) -> report.Trend:
     known = re.search(r"(?<![A-Za-z])\d", UNKNOWN.sub("", trend.numbers))
-    numbers = re.sub(r"(?i)\bnan\b%?", "–", trend.numbers)
+    numbers = re.sub(NAN, "–", trend.numbers)
     return trend._replace(
         verdict="open", numbers=numbers if known else "not measured by any of these rows"
     )

@@ -664,7 +664,7 @@ def _names(path: Path) -> list[Any]:
 @door
 def load(folder: str | Path) -> Section:
     """A results folder, also one whose run was interrupted before it wrote its page; or a results
-    file.
+    file. Rows that came with bdjax bring title, notes and claims of their experiment.
     """
     folder = Path(folder)
     if not result_files(folder):
@@ -676,7 +676,7 @@ def load(folder: str | Path) -> Section:
         raise BadInput(f"{folder}/results.jsonl has no finished row yet")
     section = Section(str(rows[0].get("experiment") or folder.name), rows)
     if not (folder / "report.json").exists():
-        return section
+        return _shipped(section, folder)
     about = schema.read_json(folder / "report.json", "report")
     for known in about.get("metrics", ()):  # of probes, whose experiment is not imported here
         if declared(known[0]) is None:
@@ -693,6 +693,18 @@ def load(folder: str | Path) -> Section:
     trends = [Trend(*trend) for trend in about["trends"]]
     parts = {name: about[name] for name in ("title", "notes", "seconds", "command")}
     return section._replace(pictures=pictures, trends=trends, **parts)
+
+
+def _shipped(section: Section, path: Path) -> Section:
+    """With what the experiment says, where the rows are those that came with bdjax."""
+    name = section.title
+    if name not in shipped.names() or path.resolve() not in shipped.results(name):
+        return section
+    from bdjax import experiment  # it imports this module
+
+    module = experiment.load(name)
+    trends = experiment.claims(module, section.rows)
+    return section._replace(title=module.TITLE, notes=experiment.notes(module), trends=trends)
 
 
 def _figure(folder: Path, name: Any) -> bytes | None:

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bdjax import datasets, latex, plots, registry, report
+from bdjax import datasets, experiment, latex, plots, registry, report, shipped
 from bdjax.attacks.badnets import BadNets
+from bdjax.rows import result_files
 from bdjax.types import BadInput, class_name
 
 EVIL = "CNN <script>alert(1)</script> | [bold]x"
@@ -297,6 +298,22 @@ def test_two_results_of_one_experiment_are_told_apart(rows, tmp_path):
     titles = re.findall(r"<h2[^>]*>([^<]*)", merged.read_text())
     title = rows[0]["experiment"]
     assert {f"{title}, {one}", f"{title}, mine-paper"} <= {*titles}, titles
+
+
+@pytest.mark.parametrize("name", [name for name in shipped.names() if shipped.results(name)])
+def test_rows_that_came_with_bdjax_have_their_experiments_title_notes_and_claims(name, tmp_path):
+    module = experiment.load(name)
+    made = getattr(module, "trends", lambda rows: ())
+    for path in shipped.results(name):
+        section = report.load(path)
+        assert section.title == module.TITLE and section.notes == experiment.notes(module)
+        claims = [claim for claim, *_ in made(report.valid(section.rows))]
+        assert [trend.claim for trend in section.trends] == claims
+    # A copy is the user's own file: whatever it says, no experiment is run for it.
+    first = result_files(shipped.results(name)[0])[0]
+    copy = tmp_path / f"{name}-cpu.jsonl"
+    copy.write_bytes(first.read_bytes())
+    assert report.load(copy).title == name and not report.load(copy).trends
 
 
 def test_bad_folders_get_one_clear_line(rows, tmp_path):
