@@ -11,6 +11,7 @@ import jax
 from benchmarks import sweep
 from benchmarks.measure import Case
 
+SERIES = "Weak scaling, devices"
 DEVICES = (1, 2, 4, 8)
 EACH = {"smoke": 1, "cpu": 8, "paper": 8}
 
@@ -18,4 +19,4 @@ EACH = {"smoke": 1, "cpu": 8, "paper": 8}
 def cases(rivals, scale: str) -> Iterator[Case]:
     for count in DEVICES:
         if count <= jax.local_device_count():
-            yield sweep.case(None, "Weak scaling, devices", count, EACH[scale] * count, count)
+            yield sweep.case(None, SERIES, count, EACH[scale] * count, count)

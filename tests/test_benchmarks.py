@@ -57,6 +57,15 @@ def test_bench_prints_what_scripts_rely_on_keeps_it_and_compares(tmp_path, capsy
     assert "1.00" in text and (tmp_path / "index.html").exists()
 
 
+@pytest.mark.long
+def test_the_benchmark_of_devices_goes_on_too(tmp_path, capsys):
+    """Though its rows are measured in a process of their own."""
+    for _ in range(2):
+        bench(("devices",), scale="smoke", json_=True, repeats=1, out=tmp_path)
+    first, second = np.array_split(capsys.readouterr().out.splitlines(), 2)
+    assert len(first) == 4 and [*first] == [*second]
+
+
 def group(*seconds):
     return tuple(pod.Stage(s, i == 0) for i, s in enumerate(seconds))
 
