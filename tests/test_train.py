@@ -177,6 +177,15 @@ def test_batched_equals_all_at_once():
     np.testing.assert_array_equal(batched(lambda i: x[i] * 2, 23, 100), x * 2)
 
 
+@pytest.mark.parametrize("rows", [1, 64, 99, 101, 640, 1001])
+@pytest.mark.parametrize("batch", [1, 7, 64, 500])
+def test_pieces_are_of_one_size_at_most_the_batch_and_none_is_almost_empty(rows, batch):
+    sizes = []
+    batched(lambda i: sizes.append(len(i)) or i, rows, batch)
+    (size,) = {*sizes}
+    assert size <= batch and -(-rows // size) * size - rows < -(-rows // size)
+
+
 def test_predict_is_independent_of_the_batch(victim, sample):
     model, variables, _ = victim
     whole = predict(model, variables, sample.test.image, batch=500)

@@ -15,7 +15,7 @@ from bdjax.metrics import labels
 from bdjax.models.graph import kernel_into, kernel_out_of, layers_behind, leaf
 from bdjax.models.layers import default_site
 from bdjax.registry import attack, static
-from bdjax.train import Curves, Recipe, batched, clean_set, fit, poisoned_set, unit
+from bdjax.train import Curves, Recipe, clean_set, fit, in_pieces, poisoned_set, unit
 from bdjax.types import (
     Array,
     BadInput,
@@ -255,7 +255,7 @@ class TrojanNN(Attack):
             x, _ = jax.lax.scan(step, jnp.clip(mean[None] + self.noise * noise, 0, 1), paces)
             return x, labels(model.apply(variables, x).logits) == label[i]
 
-        image, found = batched(piece, label.shape[0], 250)
+        image, found = in_pieces(piece, label.shape[0], 250)
         return Split(image, label), found
 
     def train(

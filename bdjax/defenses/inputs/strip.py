@@ -126,13 +126,13 @@ class Strip(InputFilter):
 
     The defender's images are split at random: `inputs` of them (None: half) fit the boundary, the
     others are overlays. `blend`: "sum" (unclipped, values up to 1 + α), "average" or "clipped";
-    `alpha`: weight α of the overlay; `base` of the logarithm; `batch`: replicas at a time. `images:
-    [M, H, W, C]`: the paper's protocol: these images, which the victim was trained on, take the
-    place of the defender's. `info`: `mean`, `std` and `clean: [inputs]`, the entropies behind the
-    boundary; `sigma: [n]`, their spread for 1 … n replicas, and `enough`, the N by its slope
-    (`spread`); `valid_fit`, 0 where the boundary is not above 0; `boundary.realised`, the rate on
-    the inputs behind the boundary. An input whose logits are not numbers has no score and is not
-    flagged.
+    `alpha`: weight α of the overlay; `base` of the logarithm; `batch`: the most replicas at a time.
+    `images: [M, H, W, C]`: the paper's protocol: these images, which the victim was trained on,
+    take the place of the defender's. `info`: `mean`, `std` and `clean: [inputs]`, the entropies
+    behind the boundary; `sigma: [n]`, their spread for 1 … n replicas, and `enough`, the N by its
+    slope (`spread`); `valid_fit`, 0 where the boundary is not above 0; `boundary.realised`, the
+    rate on the inputs behind the boundary. An input whose logits are not numbers has no score and
+    is not flagged.
 
     Presets: `paper` (2,000 inputs fit the boundary), `backdoorbench` (quantile at 0.1 of 100
     inputs), `cpu` (N = 50).

@@ -11,7 +11,7 @@ from bdjax import mesh, metrics
 from bdjax.defenses.base import Inversion
 from bdjax.defenses.parts.inversion import descend, squash
 from bdjax.registry import defense, static
-from bdjax.train import batched, unit
+from bdjax.train import in_pieces, unit
 from bdjax.types import (
     Array,
     BadInput,
@@ -330,7 +330,7 @@ class Mesa(Inversion):
             logits = model.apply(variables, x).logits
             return metrics.labels(logits)
 
-        predicted = batched(piece, images.shape[0], 250)
+        predicted = in_pieces(piece, images.shape[0], 250)
         return jnp.nan_to_num(
             metrics.attack_success(predicted, jnp.full_like(label, 0) + target, label).nt
         )
