@@ -14,6 +14,10 @@ from bdjax.train import TrainSet
 from bdjax.types import Count, Model, Share, Split, Suspects, Variables
 
 Projection = Literal["centred", "released"]
+SIDE = 50
+"""Classes whose axes are found side by side: all share the products with the rows, which is 2 to 4
+times as fast as one after another on a CPU, too.
+"""
 
 
 @defense("spectral-signatures")
@@ -27,8 +31,8 @@ class SpectralSignatures(SampleFilter):
     score is above its quantile at 1 − `remove` are suspects.
 
     `remove`: share of each class to drop, in [0, 1]: 1.5·ε, where ε bounds the share of poison;
-    `site`: which activations, flattened; `lanes`: classes side by side (None: the device's
-    default). `info`: `boundary: [K]` of each class (NaN: no rows) and `variance: [K]` along v. Rows
+    `site`: which activations, flattened; `lanes`: classes side by side (None: at most `SIDE`).
+    `info`: `boundary: [K]` of each class (NaN: no rows) and `variance: [K]` along v. Rows
     whose activations are not numbers have no score and are not suspects; neither is any row of a
     class whose activations are all the same. Train again on `train.without(data,
     suspects.removed)`.
@@ -66,7 +70,7 @@ class SpectralSignatures(SampleFilter):
             return seen & (label == k)
 
         top = mesh.lane_map(
-            lambda k: principal(key, x, of(k).astype(jnp.float32), 1), labels, self.lanes
+            lambda k: principal(key, x, of(k).astype(jnp.float32), 1), labels, self.lanes or SIDE
         )
         mean = top.mean if self.projection == "centred" else jnp.zeros_like(top.mean)
         along = along_own(x, label, mean, top.axes)[:, 0]
