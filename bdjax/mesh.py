@@ -204,18 +204,12 @@ def drain(
 
     `start(item) -> state`, `step(state) -> state`, `done(state) -> bool []`. Returns the final
     states, stacked like `items`. Early-stopped items cost nothing: there is no waiting for the
-    slowest of a batch. The field `steps` of whose search it is bounds the steps of an item: the
-    loop's scope says how many times as many rounds it has at most, for `bdjax.target`.
+    slowest of a batch. The field `steps` of whose search it is bounds the steps of an item.
     """
     n = _count(items)
     lanes = min(lanes or default_lanes(n), n)
     if lanes == 1:
-
-        def one(item):
-            with jax.named_scope("at_most_1_steps"):
-                return _loop(lambda s: ~done(s), step, start(item))
-
-        return lane_map(one, items, 1)
+        return lane_map(lambda item: loop(lambda s: ~done(s), step, start(item)), items, 1)
 
     def pick(index):
         return jax.tree.map(lambda leaf: leaf[jnp.minimum(index, n - 1)], items)
@@ -243,8 +237,7 @@ def drain(
         lambda leaf: jnp.zeros((n, *leaf.shape), leaf.dtype), jax.eval_shape(lambda: start(pick(0)))
     )
     carry = (jax.vmap(lambda i: start(pick(i)))(first), first, jnp.asarray(lanes), blank)
-    with jax.named_scope(f"at_most_{-(-n // lanes)}_steps"):
-        return _loop(lambda c: (c[1] < n).any(), round_, carry)[3]
+    return loop(lambda c: (c[1] < n).any(), round_, carry, -(-n // lanes))[3]
 
 
 class Keeper(Protocol):
@@ -270,8 +263,15 @@ def keeping(keeper: Keeper | None) -> Iterator[None]:
         _keeper.reset(token)
 
 
+def loop(going: Callable, step: Callable, state: Any, times: int = 1) -> Any:
+    """`jax.lax.while_loop`, its state kept where `keeping` says so. It has at most `times` as many
+    rounds as the field `steps` of whose search it is: its scope says so, for `bdjax.target`.
+    """
+    with jax.named_scope(f"at_most_{times}_steps"):
+        return _loop(going, step, state)
+
+
 def _loop(going: Callable, step: Callable, state: Any) -> Any:
-    """`jax.lax.while_loop`, its state kept where `keeping` says so."""
     keeper = _keeper.get()
     if keeper is None:
         return jax.lax.while_loop(going, step, state)

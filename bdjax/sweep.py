@@ -1006,8 +1006,8 @@ class Runner:
 
     def _searching(self, cells: Sequence[Cell], model: Model) -> Path | None:
         """Where a long search of one victim on one device is kept; None for what is not one."""
-        (cell, *more), judge = cells, cells[0].defense
-        if more or len(self.places) > 1 or not isinstance(judge, Judge) or not lasts(judge, model):
+        (cell, *more), judge = cells, searching(cells[0].defense)
+        if more or len(self.places) > 1 or judge is None or not lasts(judge, model):
             return None
         name = registry.digest("search", cell.run_id, self._code(cell))
         return self.store.folder / "partial" / name
@@ -1162,6 +1162,12 @@ def traced(
     program = jax.jit(lambda shared, *items: spread(shared, items), donate_argnums=donate)
     with mesh.aiming(devices[0].platform):
         return program.trace(shared, *items)
+
+
+def searching(defense: Any) -> Judge | None:
+    """The judge whose search a defense runs: itself, or the one that it starts from."""
+    parts = (defense, *vars(defense).values())
+    return next((part for part in parts if isinstance(part, Judge)), None)
 
 
 def lasts(judge: Judge, model: Model) -> bool:

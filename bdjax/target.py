@@ -8,6 +8,7 @@ TPUs need `libtpu` (`pip install 'jax[tpu]'`), GPUs the CUDA plug-in (`pip insta
 'jax[cuda13-local]'`, without NVIDIA's libraries); both compile on any Linux machine.
 """
 
+import dataclasses
 import importlib.util
 import itertools
 import math
@@ -716,11 +717,15 @@ def _named(items: Any) -> list[str]:
 
 
 def _steps(items: Any) -> float:
-    """The most steps that a search of its methods takes."""
-    found = [getattr(method, "steps", None) for method in _methods(items)]
-    return max(
-        (float(np.max(np.asarray(steps))) for steps in found if steps is not None), default=1
-    )
+    """The most steps that a search of its methods takes, or of what these start from."""
+    most, parts = 1.0, [items]
+    while parts:
+        for part in jax.tree.leaves(parts.pop(), is_leaf=dataclasses.is_dataclass):
+            if dataclasses.is_dataclass(part) and not isinstance(part, type):
+                if (steps := getattr(part, "steps", None)) is not None:
+                    most = max(most, float(np.max(np.asarray(steps))))
+                parts += vars(part).values()
+    return most
 
 
 def rehearse(

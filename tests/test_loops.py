@@ -1,6 +1,8 @@
 """Long searches are kept while they run, and go on from there, bit for bit."""
 
+import json
 import math
+import re
 import signal
 
 import jax
@@ -8,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax import loops, mesh, registry, sweep
+from bdjax import loops, mesh, registry, sweep, target
 from bdjax.attacks.badnets import BadNets
+from bdjax.defenses.inputs.nc_filter import NcFilter
 from bdjax.defenses.invert.abs import Abs
 from bdjax.defenses.invert.neural_cleanse import NeuralCleanse
+from bdjax.defenses.repair.nc_unlearning import NcUnlearning
 from bdjax.models.shamshiri import Cnn
 from bdjax.progress import Stop
 from bdjax.registry import replace
@@ -30,7 +34,22 @@ JUDGES = {
         steps=9, batches=1, screen=4, screen_patience=1, screen_overlap=0.0
     ),
     "neurons": Abs(images=5, top=2, per_site=2, steps=5),
+    "a repair that starts from one": NcUnlearning(nc=NeuralCleanse(steps=3, batches=2)),
+    "a filter that starts from one": NcFilter(nc=NeuralCleanse(steps=3, batches=2)),
 }
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in registry.entries("defense")])
+def test_every_defense_that_searches_is_known_by_its_judge(name):
+    """To be kept while it runs, and for the steps that a rehearsal counts."""
+    made = registry.make("defense", name)
+    described = json.dumps(registry.describe(made))
+    judge = sweep.searching(made)
+    searches = re.findall(r'"name": "(?:abs|neural-cleanse)"', described)
+    assert bool(searches) == isinstance(judge, NeuralCleanse | Abs)
+    steps = [float(found) for found in re.findall(r'"steps": ([\d.]+)', described)]
+    items = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * 2), made)
+    assert target._steps((items,)) == max(steps, default=1)
 
 
 def run(folder, cell, monkeypatch, at=None):

@@ -385,9 +385,7 @@ class NeuralCleanse(Inversion):
             return (carry[2] < self.screen_patience) & (carry[3] < self.steps)
 
         zero = jnp.zeros((), jnp.int32)
-        states, kept, _, _ = jax.lax.while_loop(
-            going, round_, (states, leaders(states), zero, zero)
-        )
+        states, kept, _, _ = mesh.loop(going, round_, (states, leaders(states), zero, zero))
         return states, kept
 
     def cross_entropy(self, logits: jax.Array, label: jax.Array) -> jax.Array:
