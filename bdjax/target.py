@@ -537,8 +537,10 @@ class Program:
             if self.lanes:
                 self.traced, program = made[self.lanes]
                 self.held, self.text = mesh.held(program), program.as_text()
-        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError) as error:
             self.fault = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            if "Unknown backend" in self.fault:
+                self.fault = "it calls the host, which compiles beside the device alone"
         self.done = True
 
     @property

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax import mesh, sweep, target
+from bdjax import mesh, registry, sweep, target
 from bdjax.attacks.badnets import BadNets
 from bdjax.cli import main
 from bdjax.datasets.base import Source
@@ -23,6 +23,7 @@ from bdjax.defenses.models.mntd import Mntd
 from bdjax.defenses.repair.fine_pruning import FinePruning
 from bdjax.defenses.samples.activation_clustering import ActivationClustering
 from bdjax.defenses.train.db_covidnet import DbCovidNet
+from bdjax.models.badnets_cnn import BadNetsCnn
 from bdjax.models.shamshiri import Ffnn
 from bdjax.models.strip import StripCifar10, StripMnist
 from bdjax.store import Store
@@ -319,6 +320,21 @@ def test_on_a_gpu_eight_nets_side_by_side_are_grouped_convolutions_or_batched_pr
         texts[patches] = epoch.text
     assert "cudnn$conv" in texts[False] and "feature_group_count=8" in texts[False]
     assert "cudnn$conv" not in texts[True] and "feature_group_count" not in texts[True]
+
+
+@pytest.mark.target
+def test_every_defense_compiles_for_a_gpu_on_gray_images():
+    """Whose products have fewer numbers than a GPU's tiles, with six nets side by side."""
+    gray = Cell("T", "none", Sample(train_size=2000, test_size=100), BadNetsCnn(pool="max"),
+                Recipe(epochs=1, batch=50), BadNets())  # fmt: skip
+    defenses = {entry.name: registry.on_cpu(entry) for entry in registry.entries("defense")}
+    cells = [dataclasses.replace(gray, row=name, defense=made) for name, made in defenses.items()]
+    made = target.rehearse([c for cell in cells for c in grid(cell, seed=range(6))],
+                           found("gpu:h100")).programs  # fmt: skip
+    faults = {p.what: p.fault for p in made if p.fault}
+    assert faults.keys() == {"defended, input-anomaly, badnets-cnn"}, faults
+    assert "calls the host" in faults["defended, input-anomaly, badnets-cnn"]
+    assert {name for name in defenses if any(f"defended, {name}," in p.what for p in made)}
 
 
 def _compiles_and_sends_nothing(one, four):
