@@ -6,7 +6,7 @@ and costs.
                                                              # measured in parts beside other runs
     bdjax run experiments/defense_zoo.py --scale smoke       # a few defenses, tiny: no result
     bdjax run experiments/defense_zoo.py --scale paper       # the papers' settings, whole data
-                                                             # sets: 36 minutes on an H100 at
+                                                             # sets: 1.5 hours on an H100 at
                                                              # least
 
 - A table is one attack, its first row the victim as it is. Under a filter of inputs, ACC counts a

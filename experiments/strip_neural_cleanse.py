@@ -5,8 +5,8 @@ every table and figure.
     bdjax run experiments/strip_neural_cleanse.py                  # scale cpu: 53 minutes on 2
                                                                    # cores beside two other runs
     bdjax run experiments/strip_neural_cleanse.py --scale smoke    # two nets, tiny: no result
-    bdjax run experiments/strip_neural_cleanse.py --scale paper    # the papers' nets, all data: an
-                                                                   # hour on an H100 at least
+    bdjax run experiments/strip_neural_cleanse.py --scale paper    # the papers' nets, all data: 1.5
+                                                                   # hours on an H100 at least
     bdjax run experiments/strip_neural_cleanse.py --scale paper --only "MNIST*"  # 54 rows: 2 hours
                                                                    # on 2 cores
 

@@ -6,9 +6,9 @@ Tables 1–5, Figures 1–3.
                                                            # measured in two parts beside other runs
     bdjax run experiments/veldanda2020.py --scale smoke    # one BadNet, tiny, on the embedded
                                                            # sample: no result
-    bdjax run experiments/veldanda2020.py --scale paper    # whole data sets, the paper's nets: 17
-                                                           # minutes on an H100 at least; there
-                                                           # AAA and CLA, one seed (--only "AAA",
+    bdjax run experiments/veldanda2020.py --scale paper    # whole data sets, the paper's nets: an
+                                                           # hour on an H100 at least; there AAA
+                                                           # and CLA, one seed (--only "AAA",
                                                            # "CLA"): 8 minutes each on 2 cores
 
 Aligned faces are the user's own: put faces_train.npz and faces_test.npz (`image` [N, 55, 47, 3],
