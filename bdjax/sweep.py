@@ -1006,7 +1006,7 @@ class Runner:
 
     def _searching(self, cells: Sequence[Cell], model: Model) -> Path | None:
         """Where a long search of one victim on one device is kept; None for what is not one."""
-        (cell, *more), judge = cells, searching(cells[0].defense)
+        (cell, *more), judge = cells, searcher(cells[0].defense)
         if more or len(self.places) > 1 or judge is None or not lasts(judge, model):
             return None
         name = registry.digest("search", cell.run_id, self._code(cell))
@@ -1164,7 +1164,7 @@ def traced(
         return program.trace(shared, *items)
 
 
-def searching(defense: Any) -> Judge | None:
+def searcher(defense: Any) -> Judge | None:
     """The judge whose search a defense runs: itself, or the one that it starts from."""
     parts = (defense, *vars(defense).values())
     return next((part for part in parts if isinstance(part, Judge)), None)

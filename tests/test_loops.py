@@ -44,7 +44,7 @@ def test_every_defense_that_searches_is_known_by_its_judge(name):
     """To be kept while it runs, and for the steps that a rehearsal counts."""
     made = registry.make("defense", name)
     described = json.dumps(registry.describe(made))
-    judge = sweep.searching(made)
+    judge = sweep.searcher(made)
     searches = re.findall(r'"name": "(?:abs|neural-cleanse)"', described)
     assert bool(searches) == isinstance(judge, NeuralCleanse | Abs)
     steps = [float(found) for found in re.findall(r'"steps": ([\d.]+)', described)]
