@@ -185,7 +185,7 @@ def run(
             rehearsed(*targets.report(found, aim))
         return Rows()
 
-    if jax.__version_info__ < (0, 11) and places[0].platform == "cpu" and not quiet:
+    if mesh.OLD and places[0].platform == "cpu" and not quiet:
         newer = f"Python 3.12 or newer takes a newer jax than {jax.__version__}"
         progress.say_once(f"{newer}, which is about 1.5 times as fast on a CPU")
 

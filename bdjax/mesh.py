@@ -24,6 +24,9 @@ from jax.sharding import PartitionSpec as P
 
 from bdjax.types import BadInput
 
+OLD = jax.__version_info__ < (0, 11)
+"""Whether convolutions on a CPU are those of before jax 0.11, about 1.5 times as slow."""
+
 # Contexts of JAX's own: what was traced under another value is not taken.
 _aim = jax.make_user_context()
 """The platform that programs are traced for, and the precision that the user set."""
@@ -267,23 +270,18 @@ def loop(going: Callable, step: Callable, state: Any, times: int = 1) -> Any:
     """`jax.lax.while_loop`, its state kept where `keeping` says so. It has at most `times` as many
     rounds as the field `steps` of whose search it is: its scope says so, for `bdjax.target`.
     """
+    keeper, stop = _keeper.get(), jax.ShapeDtypeStruct((), bool)
     with jax.named_scope(f"at_most_{times}_steps"):
-        return _loop(going, step, state)
+        if keeper is None:
+            return jax.lax.while_loop(going, step, state)
 
+        def kept(carry):
+            state = step(carry[0])
+            return state, io_callback(keeper.step, stop, state, ordered=True)
 
-def _loop(going: Callable, step: Callable, state: Any) -> Any:
-    keeper = _keeper.get()
-    if keeper is None:
-        return jax.lax.while_loop(going, step, state)
-    stop = jax.ShapeDtypeStruct((), bool)
-
-    def kept(carry):
-        state = step(carry[0])
-        return state, io_callback(keeper.step, stop, state, ordered=True)
-
-    shapes = jax.eval_shape(lambda s: s, state)
-    carry = io_callback(keeper.start, (shapes, stop), state, ordered=True)
-    return jax.lax.while_loop(lambda c: ~c[1] & going(c[0]), kept, carry)[0]
+        shapes = jax.eval_shape(lambda s: s, state)
+        carry = io_callback(keeper.start, (shapes, stop), state, ordered=True)
+        return jax.lax.while_loop(lambda c: ~c[1] & going(c[0]), kept, carry)[0]
 
 
 def over_runs(

@@ -1006,8 +1006,8 @@ class Runner:
 
     def _searching(self, cells: Sequence[Cell], model: Model) -> Path | None:
         """Where a long search of one victim on one device is kept; None for what is not one."""
-        (cell, *more), judge = cells, searcher(cells[0].defense)
-        if more or len(self.places) > 1 or judge is None or not lasts(judge, model):
+        (cell, *more), judges = cells, (p for p in nested(cells[0].defense) if isinstance(p, Judge))
+        if more or len(self.places) > 1 or not any(lasts(judge, model) for judge in judges):
             return None
         name = registry.digest("search", cell.run_id, self._code(cell))
         return self.store.folder / "partial" / name
@@ -1164,10 +1164,15 @@ def traced(
         return program.trace(shared, *items)
 
 
-def searcher(defense: Any) -> Judge | None:
-    """The judge whose search a defense runs: itself, or the one that it starts from."""
-    parts = (defense, *vars(defense).values())
-    return next((part for part in parts if isinstance(part, Judge)), None)
+def nested(value: Any) -> Iterator[Any]:
+    """The methods and other dataclasses in a tree, each before those that are within it."""
+
+    def found(leaf: Any) -> bool:
+        return dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+
+    for leaf in filter(found, jax.tree.leaves(value, is_leaf=found)):
+        yield leaf
+        yield from nested(list(vars(leaf).values()))
 
 
 def lasts(judge: Judge, model: Model) -> bool:

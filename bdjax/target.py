@@ -8,7 +8,6 @@ TPUs need `libtpu` (`pip install 'jax[tpu]'`), GPUs the CUDA plug-in (`pip insta
 'jax[cuda13-local]'`, without NVIDIA's libraries); both compile on any Linux machine.
 """
 
-import dataclasses
 import importlib.util
 import itertools
 import math
@@ -39,6 +38,7 @@ from bdjax.sweep import (
     _untrained,
     check,
     compile_key,
+    nested,
     out_of_memory,
     say,
     traced,
@@ -706,28 +706,19 @@ def _zeros(shape: tuple[int, ...], dtype: Any) -> Any:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _methods(items: Any) -> list[Any]:
-    kinds = (Defense, Attack)
-    leaves = jax.tree.leaves(items, is_leaf=lambda leaf: isinstance(leaf, kinds))
-    return [leaf for leaf in leaves if isinstance(leaf, kinds)]
-
-
 def _named(items: Any) -> list[str]:
     """The methods that a program is given: its defense or else its attack."""
-    found = sorted(_methods(items), key=lambda method: not isinstance(method, Defense))
+    methods = [part for part in nested(items) if isinstance(part, (Defense, Attack))]
+    found = sorted(methods, key=lambda method: not isinstance(method, Defense))
     return [str(registry.name_of(method)) for method in found[:1]]
 
 
 def _steps(items: Any) -> float:
     """The most steps that a search of its methods takes, or of what these start from."""
-    most, parts = 1.0, [items]
-    while parts:
-        for part in jax.tree.leaves(parts.pop(), is_leaf=dataclasses.is_dataclass):
-            if dataclasses.is_dataclass(part) and not isinstance(part, type):
-                if (steps := getattr(part, "steps", None)) is not None:
-                    most = max(most, float(np.max(np.asarray(steps))))
-                parts += vars(part).values()
-    return most
+    found = [getattr(part, "steps", None) for part in nested(items)]
+    return max(
+        (float(np.max(np.asarray(steps))) for steps in found if steps is not None), default=1
+    )
 
 
 def rehearse(

@@ -365,8 +365,8 @@ def broadcast_prefix(prefix: Any, tree: Any) -> Any:
     return jax.tree.map(lambda leaf, sub: jax.tree.map(lambda _: leaf, sub), prefix, tree)
 
 
-OLD = 100
-"""Images at a time on a CPU before jax 0.11: there 10,000 replicas of STRIP, of 28×28, take 0.23 s,
+AT_ONCE = 100
+"""Images at a time on a CPU where `mesh.OLD`: there 10,000 replicas of STRIP, 28×28, take 0.23 s,
 but 0.53 s with 500 at a time.
 """
 
@@ -376,8 +376,8 @@ def batched(fn: Callable, rows: int, batch: int) -> Any:
     most `batch`, that fit in memory: pytree of `[rows, ...]`. What it makes of an index hangs on
     nothing but that index.
     """
-    if mesh.platform() == "cpu" and jax.__version_info__ < (0, 11):
-        batch = min(batch, OLD)
+    if mesh.OLD and mesh.platform() == "cpu":
+        batch = min(batch, AT_ONCE)
     count = -(-rows // batch)
     return in_pieces(fn, rows, -(-rows // count))  # 640 by 500 are 2 × 320, not 2 × 500
 

@@ -44,9 +44,9 @@ def test_every_defense_that_searches_is_known_by_its_judge(name):
     """To be kept while it runs, and for the steps that a rehearsal counts."""
     made = registry.make("defense", name)
     described = json.dumps(registry.describe(made))
-    judge = sweep.searcher(made)
+    judges = [part for part in sweep.nested(made) if isinstance(part, NeuralCleanse | Abs)]
     searches = re.findall(r'"name": "(?:abs|neural-cleanse)"', described)
-    assert bool(searches) == isinstance(judge, NeuralCleanse | Abs)
+    assert len(searches) == len(judges)
     steps = [float(found) for found in re.findall(r'"steps": ([\d.]+)', described)]
     items = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * 2), made)
     assert target._steps((items,)) == max(steps, default=1)

@@ -39,7 +39,7 @@ _CACHE = 5_000_000
 # and kernel gradients, images as channels / patches:
 #      32 → 64              5×5   14×14     82 / 117  160 / 91    184 / 120
 #     512 → 512             3×3    4×4     153 / 175  155 / 174   125 / 174
-_OLD = jax.__version_info__ < (0, 11)
+_OLD = mesh.OLD
 
 
 class _Window(NamedTuple):

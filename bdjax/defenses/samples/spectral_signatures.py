@@ -15,8 +15,8 @@ from bdjax.types import Count, Model, Share, Split, Suspects, Variables
 
 Projection = Literal["centred", "released"]
 SIDE = 50
-"""Classes whose axes are found side by side: all share the products with the rows, which is 2 to 4
-times as fast as one after another on a CPU, too.
+"""Classes whose axes are found side by side: all share the products with the rows, which on a CPU,
+too, is up to 4 times as fast as one after another.
 """
 
 
@@ -31,10 +31,10 @@ class SpectralSignatures(SampleFilter):
     score is above its quantile at 1 − `remove` are suspects.
 
     `remove`: share of each class to drop, in [0, 1]: 1.5·ε, where ε bounds the share of poison;
-    `site`: which activations, flattened; `lanes`: classes side by side (None: at most `SIDE`).
-    `info`: `boundary: [K]` of each class (NaN: no rows) and `variance: [K]` along v. Rows
-    whose activations are not numbers have no score and are not suspects; neither is any row of a
-    class whose activations are all the same. Train again on `train.without(data,
+    `site`: which activations, flattened; `lanes`: classes side by side (None: at most `SIDE` in the
+    search for axes). `info`: `boundary: [K]` of each class (NaN: no rows) and `variance: [K]` along
+    v. Rows whose activations are not numbers have no score and are not suspects; neither is any row
+    of a class whose activations are all the same. Train again on `train.without(data,
     suspects.removed)`.
 
     Presets: `paper`, 1.5·ε for ε = 10 % in a class; `released`; `backdoorbench`, released at the
